@@ -1,0 +1,97 @@
+"""The only door to Lightning.
+
+``lightning.pytorch`` and ``pytorch_lightning`` are two copies of one library with distinct classes. What is defined
+here belongs to both, so that one callback object runs in either Trainer and one ``except`` catches either's error.
+Objects that a user hands over are recognised by what they have, never by their class.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as _unified
+import pytorch_lightning as _classic
+from lightning.fabric.utilities.exceptions import MisconfigurationException as _UnifiedError
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_fabric.utilities.exceptions import MisconfigurationException as _ClassicError
+from torch.optim import Optimizer
+
+from lightning_plugins._run import AccumulationPlan, RunLength, count_steps
+
+__all__ = [
+    "Callback",
+    "LRSchedulerConfig",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "rank_zero_info",
+    "rank_zero_only",
+    "rank_zero_warn",
+    "run_length",
+    "torch_optimizers",
+]
+
+if TYPE_CHECKING:
+    Callback = _unified.Callback
+else:
+
+    class Callback(_unified.Callback, _classic.Callback):
+        """Base of every callback here: a ``Callback`` of both namespaces."""
+
+
+if TYPE_CHECKING:
+    MisconfigurationException = _UnifiedError
+else:
+
+    class MisconfigurationException(_UnifiedError, _ClassicError):
+        """A setting that clashes with the Trainer's; either namespace's ``except`` catches it."""
+
+
+def torch_optimizers(trainer: Trainer) -> list[Optimizer]:
+    """Return the run's optimizers without Lightning's wrappers, in the order of ``configure_optimizers``."""
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
+
+
+def run_length(trainer: Trainer) -> RunLength:
+    """Return how many optimizer steps the fit has, from its first (``global_step`` 0) to its last.
+
+    Right whatever the order of callbacks: every callback is asked for its plan before any has acted. Callable from
+    ``on_fit_start`` on; loads the training data if Lightning has not yet.
+    """
+    trainer.fit_loop.setup_data()
+    batches, epochs, max_steps = trainer.num_training_batches, trainer.max_epochs, trainer.max_steps
+    plan, who = _accumulation_plan(trainer)
+    limit = None if max_steps == -1 else max_steps
+    if math.isinf(batches):
+        reason = "the length of the training data is unknown"
+        return RunLength(limit, None, f"max_steps={max_steps}" if limit is not None else reason)
+    per_epoch = count_steps(plan, batches_per_epoch=int(batches), epochs=1)
+    if epochs is None or epochs == -1:
+        source = f"max_steps={max_steps}" if limit is not None else "max_epochs=-1: the run has no end"
+        return RunLength(limit, per_epoch, source)
+    total = count_steps(plan, batches_per_epoch=int(batches), epochs=epochs)
+    if limit is not None and limit < total:
+        return RunLength(limit, per_epoch, f"max_steps={max_steps}")
+    default = " (what an unset max_epochs means)" if epochs == 1000 else ""
+    return RunLength(total, per_epoch, f"max_epochs={epochs}{default} of {int(batches)} batches, {who}")
+
+
+def _accumulation_plan(trainer: Trainer) -> tuple[AccumulationPlan, str]:
+    """Return the run's accumulation and who sets it."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+        ask = getattr(callback, "accumulation_plan", None)
+        plan = ask(trainer) if callable(ask) else _scheduler_plan(callback)
+        if plan is not None:
+            return plan, f"accumulation by {type(callback).__name__}"
+    number = trainer.accumulate_grad_batches
+    return AccumulationPlan(((0, number),)), f"{number} a step" if number > 1 else "one a step"
+
+
+def _scheduler_plan(callback: Any) -> AccumulationPlan | None:
+    """Return the plan of Lightning's own ``GradientAccumulationScheduler``, of either namespace."""
+    if not hasattr(callback, "get_accumulate_grad_batches"):
+        return None
+    return AccumulationPlan(tuple(sorted(callback.scheduling.items())), unit="epoch")
