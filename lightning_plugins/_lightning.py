@@ -14,9 +14,9 @@ import lightning.pytorch as _unified
 import pytorch_lightning as _classic
 from lightning.fabric.utilities.exceptions import MisconfigurationException as _UnifiedError
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_fabric.utilities.exceptions import MisconfigurationException as _ClassicError
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_plugins._run import AccumulationPlan, RunLength, count_steps
