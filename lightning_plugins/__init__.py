@@ -1,7 +1,7 @@
 """Training techniques for Lightning, one callback each: exact, unnoticeable in cost, safe to kill.
 
-Every public name is importable from here and loads on first use, so that importing a schedule imports neither
-Lightning nor TensorBoard.
+Every public name is importable from here and loads on first use, so that importing a schedule imports neither Lightning
+nor TensorBoard.
 """
 
 from __future__ import annotations
@@ -12,9 +12,69 @@ from lightning_plugins._lazy import lazy_exports
 from lightning_plugins._version import __version__
 
 if TYPE_CHECKING:
-    pass
+    # The redundant aliases tell type checkers that these names are exported.
+    from lightning_plugins.schedules import (
+        Constant as Constant,
+        Cosine as Cosine,
+        CosineRestarts as CosineRestarts,
+        Exponential as Exponential,
+        InverseSqrt as InverseSqrt,
+        Join as Join,
+        LearningRateScheduler as LearningRateScheduler,
+        Linear as Linear,
+        Noam as Noam,
+        NoamLR as NoamLR,
+        OneCycle as OneCycle,
+        OneMinusSqrt as OneMinusSqrt,
+        PiecewiseConstant as PiecewiseConstant,
+        Plateau as Plateau,
+        Polynomial as Polynomial,
+        ReciprocalSqrt as ReciprocalSqrt,
+        RNMTPlus as RNMTPlus,
+        Schedule as Schedule,
+        ScheduleLR as ScheduleLR,
+        Segment as Segment,
+        Segments as Segments,
+        Shape as Shape,
+        WarmupCosine as WarmupCosine,
+        WarmupCosineLR as WarmupCosineLR,
+        WarmupLinear as WarmupLinear,
+        WarmupStableDecay as WarmupStableDecay,
+    )
 
-_MODULES: dict[str, str] = {}
+# Technique -> its public names. The package of a technique knows which module defines a name.
+_TECHNIQUES = {
+    "schedules": [
+        "Constant",
+        "Cosine",
+        "CosineRestarts",
+        "Exponential",
+        "InverseSqrt",
+        "Join",
+        "LearningRateScheduler",
+        "Linear",
+        "Noam",
+        "NoamLR",
+        "OneCycle",
+        "OneMinusSqrt",
+        "PiecewiseConstant",
+        "Plateau",
+        "Polynomial",
+        "RNMTPlus",
+        "ReciprocalSqrt",
+        "Schedule",
+        "ScheduleLR",
+        "Segment",
+        "Segments",
+        "Shape",
+        "WarmupCosine",
+        "WarmupCosineLR",
+        "WarmupLinear",
+        "WarmupStableDecay",
+    ],
+}
+
+_MODULES = {name: f"{__name__}.{technique}" for technique, names in _TECHNIQUES.items() for name in names}
 
 __all__ = ["__version__", *_MODULES]
 

@@ -55,13 +55,16 @@ def torch_optimizers(trainer: Trainer) -> list[Optimizer]:
     return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
 
 
-def run_length(trainer: Trainer) -> RunLength:
-    """Return how many optimizer steps the fit has, from its first (``global_step`` 0) to its last.
+def run_length(trainer: Trainer, batch_idx: int | None = None) -> RunLength:
+    """Return how many optimizer steps the fit has when it ends, those already taken included.
 
-    Right whatever the order of callbacks: every callback is asked for its plan before any has acted. Callable from
-    ``on_fit_start`` on; loads the training data if Lightning has not yet.
+    Right whatever the order of callbacks: every callback is asked for its plan, whether it has acted yet or not.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start`` or later: only then are the training data and the position of a
+            resumed run known.
+        batch_idx: Batches of the current epoch that are done, where the hook knows; ``None``: from the progress.
     """
-    trainer.fit_loop.setup_data()
     batches, epochs, max_steps = trainer.num_training_batches, trainer.max_epochs, trainer.max_steps
     plan, who = _accumulation_plan(trainer)
     limit = None if max_steps == -1 else max_steps
@@ -72,11 +75,29 @@ def run_length(trainer: Trainer) -> RunLength:
     if epochs is None or epochs == -1:
         source = f"max_steps={max_steps}" if limit is not None else "max_epochs=-1: the run has no end"
         return RunLength(limit, per_epoch, source)
-    total = count_steps(plan, batches_per_epoch=int(batches), epochs=epochs)
+    total = count_steps(
+        plan,
+        batches_per_epoch=int(batches),
+        epochs=epochs,
+        epoch=trainer.current_epoch,
+        batch=_batches_done(trainer, int(batches)) if batch_idx is None else batch_idx,
+        step=trainer.global_step,
+    )
     if limit is not None and limit < total:
         return RunLength(limit, per_epoch, f"max_steps={max_steps}")
     default = " (what an unset max_epochs means)" if epochs == 1000 else ""
     return RunLength(total, per_epoch, f"max_epochs={epochs}{default} of {int(batches)} batches, {who}")
+
+
+def _batches_done(trainer: Trainer, batches_per_epoch: int) -> int:
+    """Return how many batches of the current epoch are done, when training starts.
+
+    The epoch's own counter still shows the previous epoch when a run goes on at an epoch's beginning, so the total is
+    asked first; the epoch's own helps where epochs had different lengths.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done = progress.total.ready - trainer.current_epoch * batches_per_epoch
+    return done if 0 <= done <= batches_per_epoch else progress.current.ready % batches_per_epoch
 
 
 def _accumulation_plan(trainer: Trainer) -> tuple[AccumulationPlan, str]:

@@ -43,8 +43,10 @@ class AccumulationPlan:
         return next((start - step for start, _ in self.changes if start > step), None)
 
 
-def count_steps(plan: AccumulationPlan, *, batches_per_epoch: int, epochs: int) -> int:
-    """Return the number of optimizer steps of a run.
+def count_steps(
+    plan: AccumulationPlan, *, batches_per_epoch: int, epochs: int, epoch: int = 0, batch: int = 0, step: int = 0
+) -> int:
+    """Return the number of optimizer steps that a run has taken when it ends.
 
     Windows are aligned to the batch index inside an epoch, as Lightning aligns them, so a change in mid-epoch leaves
     one shorter window at the joint; with ``plan.carry`` the run is one long epoch.
@@ -52,7 +54,10 @@ def count_steps(plan: AccumulationPlan, *, batches_per_epoch: int, epochs: int) 
     Args:
         plan: The accumulation over the run.
         batches_per_epoch: Batches in every epoch.
-        epochs: Number of epochs.
+        epochs: Number of epochs, those before ``epoch`` included.
+        epoch: Where the run stands: the epoch it is in, from 0,
+        batch: the batches that it has finished in that epoch,
+        step: and the steps that it has taken, whatever the accumulation was until then.
 
     Example:
         >>> count_steps(AccumulationPlan(((0, 3),)), batches_per_epoch=10, epochs=2)
@@ -61,17 +66,17 @@ def count_steps(plan: AccumulationPlan, *, batches_per_epoch: int, epochs: int) 
         12
     """
     if plan.carry:
-        batches_per_epoch, epochs = batches_per_epoch * epochs, min(epochs, 1)
-    step = 0
-    for epoch in range(epochs):
-        batch = 0
+        batch += batches_per_epoch * epoch
+        batches_per_epoch, epochs, epoch = batches_per_epoch * epochs, min(epochs, 1), 0
+    for current in range(epoch, epochs):
         while batch < batches_per_epoch:
-            size = plan.batches(epoch, step)
+            size = plan.batches(current, step)
             windows = -(-batches_per_epoch // size) - batch // size
             change = plan._steps_to_next_change(step)
             taken = windows if change is None else min(windows, change)
             batch = min((batch // size + taken) * size, batches_per_epoch)
             step += taken
+        batch = 0
     return step
 
 

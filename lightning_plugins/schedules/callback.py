@@ -1,0 +1,330 @@
+"""The callback that drives the learning rate of a Trainer's optimizers along a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_plugins._lightning import (
+    Callback,
+    LightningModule,
+    LRSchedulerConfig,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+    run_length,
+    torch_optimizers,
+)
+from lightning_plugins._run import RunLength
+from lightning_plugins._validation import LightningPluginsWarning, one_of, real_number, whole_number
+from lightning_plugins.schedules.durations import RunLengthUnknownError, ScheduleTooLongError
+from lightning_plugins.schedules.plateau import Plateau, PlateauState
+from lightning_plugins.schedules.ramps import Constant
+from lightning_plugins.schedules.schedule import Schedule
+from lightning_plugins.schedules.scheduler import ScheduleLR, check_base_lr, check_schedule, is_own_state
+
+_VERSION = 1
+_REWRITE_BASE_RATES = ("CyclicLR", "OneCycleLR")  # torch's; the user's own rate is lost in their groups
+
+
+class LearningRateScheduler(Callback):
+    """Sets the learning rate of every optimizer step: max(base * schedule(t) * plateau, min_lr).
+
+    The length of the run is found when training starts, whatever sets it (``max_steps``, ``max_epochs``, accumulation
+    by the Trainer or by a callback), and is logged with its source. If the accumulation changes in a way that nobody
+    announced, the schedule is stretched to the new length.
+
+    *When.* The rate of step t is in the optimizer when step t runs, from the first on. It changes once per optimizer
+    step, not per batch. *Checkpoint.* The position is saved with the Trainer's other learning-rate schedulers, the
+    plateau's state under this callback's key; the curve itself comes from the arguments, so a run that is resumed with
+    a longer horizon follows the new curve at once. Added to a run that is resumed from a checkpoint without it, it
+    starts at the steps already taken. *Distributed.* Every rank computes the same rates; a monitored metric is rank
+    zero's. *Cost.* About what a torch scheduler costs.
+
+    Args:
+        schedule: Factor by step; lengths may be shares of the run.
+        base_lr: Absolute base rate for all parameter groups, or one for each. ``None``: each group's own rate, on
+            resume the checkpoint's.
+        min_lr: Absolute rate below which no group falls, at least 0; it lifts the warm-up too.
+        optimizer: Index of the optimizer to schedule; ``None``: all. Lightning steps several optimizers only in
+            manual optimisation, where the rate follows each optimizer's own steps; there the length of the run cannot
+            be known, so give lengths in steps.
+        plateau: Multiplies the schedule by a factor that shrinks when a metric stalls.
+        existing: What to do with an optimizer that ``configure_optimizers`` already schedules: ``"refuse"``, or
+            ``"replace"`` its scheduler.
+        clock: What a position counts. ``"attempted"``: steps as ``trainer.global_step`` counts them, and as the run's
+            length is planned. ``"applied"``: those that changed the weights, so the schedule waits while the gradient
+            scaler skips and may not reach its end.
+        record: Whether to keep every step's rate in :attr:`lrs`.
+
+    Attributes:
+        lrs: With ``record=True`` the rate of every step that this process took: a float, or a tuple when the optimizer
+            has several groups.
+        resolved: The schedule with its lengths in steps, once training has started.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If one is out of range.
+        MisconfigurationException: When the fit starts, if the schedule clashes with the module or the Trainer.
+
+    Example:
+        >>> from lightning_plugins import LearningRateScheduler, WarmupCosine
+        >>> scheduler = LearningRateScheduler(WarmupCosine(warmup="5%", hold="5%"))
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        base_lr: float | Sequence[float] | None = None,
+        min_lr: float = 0.0,
+        optimizer: int | None = None,
+        plateau: Plateau | None = None,
+        existing: str = "refuse",
+        clock: str = "attempted",
+        record: bool = False,
+    ) -> None:
+        check_schedule(schedule)
+        if plateau is not None and not isinstance(plateau, Plateau):
+            raise TypeError(f"`plateau` must be a Plateau, got {plateau!r}.")
+        self.schedule = schedule
+        self.base_lr = check_base_lr(base_lr)
+        self.min_lr = real_number("min_lr", min_lr, at_least=0)
+        self.optimizer = None if optimizer is None else whole_number("optimizer", optimizer)
+        self.plateau = plateau
+        self.existing = one_of("existing", existing, ("refuse", "replace"))
+        self.clock = one_of("clock", clock, ("attempted", "applied"))
+        self.record = record
+        self.lrs: list[float | tuple[float, ...]] = []
+        self.resolved: Schedule | None = None
+        self._schedulers: list[_TrainerLR] = []
+        self._accumulation = 0
+        self._plateau_state = PlateauState()
+        self._metric: Any = None  # the monitored metric as last seen: a new one is another object
+        self._validated = False  # whether it is validation that logs it
+
+    @property
+    def state_key(self) -> str:
+        """One key for each choice of optimizer."""
+        return f"LearningRateScheduler[optimizer={self.optimizer}]"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the plateau's state; the position comes with the Trainer's schedulers."""
+        self._plateau_state = PlateauState(*state_dict["plateau"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put a scheduler beside each optimizer; it is told its schedule when the run's length is known."""
+        configs = trainer.strategy.lr_scheduler_configs
+        for optimizer in self._chosen(trainer):
+            self._displace(configs, optimizer)
+            scheduler = _TrainerLR(
+                optimizer,
+                manual=not pl_module.automatic_optimization,
+                record=self.lrs.append if self.record else None,
+                base_lr=self.base_lr,
+                min_lr=self.min_lr,
+                clock=self.clock,
+            )
+            self._schedulers.append(scheduler)
+            configs.append(LRSchedulerConfig(scheduler, interval="step"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start at the restored position, or at the steps already taken."""
+        taken = trainer.global_step
+        if not pl_module.automatic_optimization:
+            taken //= max(len(trainer.optimizers), 1)  # there global_step counts every optimizer's
+        if taken == 0:
+            self.lrs.clear()
+        elif not all(scheduler.restored for scheduler in self._schedulers):
+            rank_zero_info(f"LearningRateScheduler joins a run that has taken {taken} steps, and starts there.")
+        for scheduler in self._schedulers:
+            scheduler.scale = self._plateau_state.factor
+            scheduler.seek(scheduler.position if scheduler.restored else taken)
+        self._plan(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stretch the schedule if somebody changed the accumulation without announcing it."""
+        if trainer.accumulate_grad_batches != self._accumulation:
+            self._plan(trainer, pl_module, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """In manual optimisation, announce a step that the gradient scaler may skip."""
+        if not pl_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            for scheduler in self._schedulers:
+                if scheduler.optimizer is optimizer:
+                    scheduler.announce()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metric as it is, so that only what this validation logs is new."""
+        self._new_metric(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show a metric of the validation to the plateau, before checkpoints are written."""
+        if not trainer.sanity_checking:
+            value = self._new_metric(trainer)
+            self._validated |= value is not None
+            self._show_plateau(trainer, value)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show a metric of the training epoch to the plateau."""
+        value = self._new_metric(trainer)
+        self._show_plateau(trainer, None if self._validated else value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plateau's state, if there is a plateau."""
+        return {} if self.plateau is None else {"version": _VERSION, "plateau": list(self._plateau_state)}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take every hook off the optimizers, on whatever way the fit ended."""
+        for scheduler in self._schedulers:
+            scheduler.close()
+        self._schedulers = []
+        self._metric, self._validated = None, False
+
+    def _chosen(self, trainer: Trainer) -> list[Optimizer]:
+        optimizers = torch_optimizers(trainer)
+        if self.optimizer is None:
+            return optimizers
+        if self.optimizer >= len(optimizers):
+            raise MisconfigurationException(
+                f"`optimizer` must be the index of one of the module's {len(optimizers)} optimizers, "
+                f"got {self.optimizer}."
+            )
+        return [optimizers[self.optimizer]]
+
+    def _displace(self, configs: list[Any], optimizer: Optimizer) -> None:
+        """Refuse or remove schedulers of the same rates."""
+        for config in [config for config in configs if _drives_lr_of(config.scheduler, optimizer)]:
+            name = type(config.scheduler).__name__
+            if self.existing == "refuse":
+                raise MisconfigurationException(
+                    f"the {type(optimizer).__name__} is already scheduled, by a {name}. Either return the optimizer "
+                    "without a scheduler from `configure_optimizers`, or pass "
+                    "`LearningRateScheduler(..., existing='replace')`, which takes that scheduler away."
+                )
+            if self.base_lr is None and _rewrites_base_rates(config.scheduler):
+                raise MisconfigurationException(
+                    f"`base_lr` must be given to replace a {name}, which has overwritten the optimizer's own rates."
+                )
+            configs.remove(config)
+            rank_zero_info(f"LearningRateScheduler replaces the module's {name}.")
+
+    def _plan(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None = None) -> None:
+        """Resolve the schedule for the run's length and follow it from here on."""
+        self._accumulation = trainer.accumulate_grad_batches
+        length = RunLength(None, None, "manual optimisation: only the module knows its steps")
+        if pl_module.automatic_optimization:
+            length = run_length(trainer, batch_idx)
+        resolved = _resolve(self.schedule, length)
+        if resolved != self.resolved:
+            steps = "unknown" if length.total_steps is None else length.total_steps
+            rank_zero_info(f"Learning-rate schedule: {resolved}. Steps of the run: {steps} ({length.source}).")
+        self.resolved = resolved
+        for scheduler in self._schedulers:
+            scheduler.schedule = resolved
+            scheduler.seek(scheduler.position)
+
+    def _new_metric(self, trainer: Trainer) -> float | None:
+        """Return the monitored metric if it was logged since the last look, else ``None``."""
+        if self.plateau is None:
+            return None
+        before, self._metric = self._metric, trainer.callback_metrics.get(self.plateau.monitor)
+        return None if self._metric is None or self._metric is before else float(self._metric)
+
+    def _show_plateau(self, trainer: Trainer, value: float | None) -> None:
+        if self.plateau is None:
+            return
+        if trainer.world_size > 1:  # ranks that disagree would train with different rates
+            value = trainer.strategy.broadcast(value)
+        if value is None:
+            return
+        before, self._plateau_state = self._plateau_state, self.plateau.update(self._plateau_state, value)
+        if self._plateau_state.factor != before.factor:
+            rank_zero_info(f"{self.plateau.monitor} stalls: the schedule is scaled by {self._plateau_state.factor:g}.")
+        for scheduler in self._schedulers:
+            scheduler.scale = self._plateau_state.factor
+            scheduler.seek(scheduler.position)
+
+
+class _TrainerLR(ScheduleLR):
+    """A :class:`ScheduleLR` that the callback gives its schedule later, and that knows manual optimisation.
+
+    There Lightning steps no scheduler, so this one follows its optimizer's hook. Calls of ``step()`` by the module are
+    then harmless: the position is what the optimizer has done.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        manual: bool,
+        record: Callable[[Any], None] | None,
+        **options: Any,
+    ) -> None:
+        self._manual = manual
+        self._record = record
+        self.restored = False
+        super().__init__(optimizer, Constant(), **options)
+        self._post_hook = optimizer.register_step_post_hook(self._after_step) if manual else None
+
+    def step(self, epoch: int | None = None) -> None:
+        """Move on; the argument that some modules' ``lr_scheduler_step`` passes is an epoch, which is not our unit."""
+        used = self._last_lr
+        before = self.step_clock.attempted
+        if self._manual and before == self._steps_seen:
+            return
+        if self._record is not None:
+            self._record(used[0] if len(used) == 1 else tuple(used))
+        super().step()
+
+    def announce(self) -> None:
+        """Catch up with a step that was announced but skipped, then announce the next."""
+        self.step()
+        self.step_clock.attempt()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over our own state; another scheduler's is recognised and left alone."""
+        if not is_own_state(state_dict):
+            rank_zero_info("LearningRateScheduler does not load the state of the scheduler that was here before it.")
+            return
+        super().load_state_dict(state_dict)
+        self.restored = True
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer."""
+        super().close()
+        if self._post_hook is not None:
+            self._post_hook.remove()
+
+    def _next_position(self) -> int:
+        return self._origin + self._ticks() if self._manual else super()._next_position()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.step()
+
+
+def _resolve(schedule: Schedule, length: RunLength) -> Schedule:
+    total, per_epoch = length.total_steps, length.steps_per_epoch
+    try:
+        return schedule.resolve(total, per_epoch or None)
+    except RunLengthUnknownError as error:
+        raise MisconfigurationException(f"{error} Here, {length.source}; or set the Trainer's `max_steps`.") from error
+    except ScheduleTooLongError as error:
+        resolved = schedule.resolve(total, per_epoch or None, strict=False)
+        rank_zero_warn(
+            f"The run of {total} steps ({length.source}) ends inside the learning-rate schedule: {error}",
+            category=LightningPluginsWarning,
+        )
+        return resolved
+
+
+def _drives_lr_of(scheduler: Any, optimizer: Optimizer) -> bool:
+    return getattr(scheduler, "optimizer", None) is optimizer and getattr(scheduler, "parameter", "lr") == "lr"
+
+
+def _rewrites_base_rates(scheduler: Any) -> bool:
+    kinds = {type(part).__name__ for part in (scheduler, *getattr(scheduler, "_schedulers", ()))}
+    return bool(kinds.intersection(_REWRITE_BASE_RATES))

@@ -1,0 +1,92 @@
+"""Schedules as plain JSON values and back, without ever running code that the values name unless told to."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_plugins.schedules.curves import NAMED_CURVES, import_path
+from lightning_plugins.schedules.schedule import Schedule, field_items
+
+
+def to_plain(schedule: Schedule) -> dict[str, Any]:
+    """Return what :meth:`Schedule.to_dict` promises."""
+    kind = type(schedule)
+    known = known_schedules().get(kind.__name__) is kind
+    name = kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
+    return {"class": name, **_plain_fields(schedule)}
+
+
+def from_plain(data: Mapping[str, Any], *, trust: bool) -> Schedule:
+    """Return what :meth:`Schedule.from_dict` promises."""
+    schedule = _build(data, trust=trust)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"`data` must describe a schedule, got {dict(data)!r}; its name belongs under 'class'.")  # noqa: TRY004
+    return schedule
+
+
+def known_schedules() -> dict[str, type[Any]]:
+    """Return this package's schedules, and its ``Segment``, by class name."""
+    import lightning_plugins.schedules as package  # noqa: PLC0415  # it imports every schedule
+
+    return {name: getattr(package, name) for name in package.SCHEDULES}
+
+
+def _plain_fields(item: Any) -> dict[str, Any]:
+    return {name: _plain_value(name, value, kind) for name, value, kind in field_items(item)}
+
+
+def _plain_value(name: str, value: Any, kind: Mapping[str, Any]) -> Any:
+    if "curve" in kind:
+        return import_path(name, value)
+    if isinstance(value, Schedule):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return _plain_fields(value)
+    if isinstance(value, tuple):
+        return [_plain_value(name, item, kind) for item in value]
+    return value
+
+
+def _build(data: Mapping[str, Any], *, trust: bool) -> Any:
+    arguments = dict(data)
+    path = arguments.pop("class", "Segment")  # a segment is the one part that is no schedule
+    kind = known_schedules().get(path) or _imported(path, trust=trust)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(arguments) - set(fields))
+    if unknown:
+        raise ValueError(f"`{path}` must have arguments out of {', '.join(fields)}, got also {', '.join(unknown)}.")
+    for name, value in arguments.items():
+        if "curve" in fields[name].metadata and not trust and value not in NAMED_CURVES:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(map(repr, NAMED_CURVES))} unless `trust=True`: "
+                f"{value!r} names code, which would run."
+            )
+        arguments[name] = _built(value, trust=trust)
+    return kind(**arguments)
+
+
+def _built(value: Any, *, trust: bool) -> Any:
+    if isinstance(value, Mapping):
+        return _build(value, trust=trust)
+    if isinstance(value, (list, tuple)):
+        return tuple(_built(item, trust=trust) for item in value)
+    return value
+
+
+def _imported(path: str, *, trust: bool) -> Any:
+    if not trust:
+        raise ValueError(
+            f"`class` must be one of {', '.join(sorted(known_schedules()))}, got {path!r}; a schedule of your own "
+            "needs `trust=True`, because importing it runs its code."
+        )
+    module, _, name = str(path).rpartition(".")
+    try:
+        kind: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`class` must name a schedule, got {path!r}, which cannot be imported: {error}.") from error
+    if not (dataclasses.is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, Schedule)):
+        raise ValueError(f"`class` must name a schedule, got {path!r}, which is {kind!r}.")
+    return kind

@@ -1,0 +1,152 @@
+"""Lengths of time in a schedule: steps, shares of the run, epochs, or the rest.
+
+=============  ==========================================================================================
+``100``        optimizer steps
+``0.05``       a share of the run, in (0, 1), rounded to the nearest step
+``"5%"``       the same, written as a percentage, 0 to 100
+``"2ep"``      epochs, rounded to the nearest step
+``None``       the rest of the run (where a parameter's description says so)
+=============  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from lightning_plugins._validation import whole_number
+
+Duration: TypeAlias = int | float | str | None
+
+_TEXT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>%|ep)")
+_REMEDY = "give steps (100), a share of the run (0.05 or '5%') or epochs ('2ep')"
+
+
+class ScheduleTooLongError(ValueError):
+    """The parts of a schedule need more steps than there are."""
+
+
+class RunLengthUnknownError(ValueError):
+    """A schedule asks for a share of a run, or for its rest, and nobody knows how long the run is."""
+
+
+def check_duration(name: str, value: Any, *, rest: bool = False) -> Duration:
+    """Return ``value``, or raise when it is not a duration.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        rest: Whether ``None``, the rest of the run, is legal here.
+
+    Raises:
+        TypeError: If ``value`` is of another type.
+        ValueError: If it is negative, or a share or a text that cannot be read.
+    """
+    if value is None and rest:
+        return None
+    if isinstance(value, str):
+        return _check_text(name, value)
+    if isinstance(value, float):
+        if not 0 < value < 1:
+            raise ValueError(
+                f"`{name}` as a float is a share of the run and must lie between 0 and 1 (both excluded), "
+                f"got {value!r}; {_REMEDY}."
+            )
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{name}` must be a duration, got {value!r}; {_REMEDY}.")
+    return whole_number(name, value, unit="steps")
+
+
+def is_open(duration: Duration) -> bool:
+    """Return whether ``duration`` can be counted in steps only when the run is known."""
+    return not isinstance(duration, int)
+
+
+def in_steps(duration: Duration) -> int:
+    """Return a duration that has been resolved, as the ``int`` that it is."""
+    if not isinstance(duration, int):
+        raise TypeError(f"`duration` must be in steps by now, got {duration!r}; call `resolve` first.")
+    return duration
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The stretch of a run that a schedule has to fill.
+
+    Args:
+        total_steps: Steps of the run, of which shares are taken; ``None`` when unknown.
+        steps_per_epoch: Steps of an epoch; ``None`` when unknown.
+        remaining: What ``None`` durations fill: less than the run for a part that begins later.
+        strict: Whether stated lengths that do not fit are an error. Otherwise the rest is empty and the run ends
+            inside the schedule.
+    """
+
+    total_steps: int | None
+    steps_per_epoch: float | None
+    remaining: int | None
+    strict: bool = True
+
+    def steps(self, name: str, duration: Duration) -> int:
+        """Return ``duration`` in steps.
+
+        Raises:
+            RunLengthUnknownError: If that needs a length which is not known.
+        """
+        if isinstance(duration, int):
+            return duration
+        if duration is None:
+            return int(self._known(name, duration, self.remaining, "the run"))
+        if isinstance(duration, float):
+            return _nearest(duration * self._known(name, duration, self.total_steps, "the run"))
+        number, unit = _parse(duration)
+        if unit == "%":
+            return _nearest(number * self._known(name, duration, self.total_steps, "the run") / 100)
+        return _nearest(number * self._known(name, duration, self.steps_per_epoch, "an epoch"))
+
+    def after(self, steps: int) -> Horizon:
+        """Return the horizon of a part that begins ``steps`` later; negative: earlier."""
+        return self if self.remaining is None else replace(self, remaining=max(self.remaining - steps, 0))
+
+    def until(self, steps: int) -> Horizon:
+        """Return the horizon of a part that lasts ``steps``."""
+        return replace(self, remaining=steps)
+
+    def slowed(self, factor: int) -> Horizon:
+        """Return the horizon as counted by a clock that ticks once every ``factor`` steps."""
+        return replace(
+            self,
+            total_steps=None if self.total_steps is None else -(-self.total_steps // factor),
+            steps_per_epoch=None if self.steps_per_epoch is None else self.steps_per_epoch / factor,
+            remaining=None if self.remaining is None else -(-self.remaining // factor),
+        )
+
+    @staticmethod
+    def _known(name: str, duration: Duration, length: Any, of_what: str) -> Any:
+        if length is None:
+            what = "the rest" if duration is None else repr(duration)
+            raise RunLengthUnknownError(
+                f"`{name}` is {what} of {of_what}, and the length of {of_what} is not known; state it in steps."
+            )
+        return length
+
+
+def _check_text(name: str, value: str) -> str:
+    match = _TEXT.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"`{name}` must be a duration, got {value!r}; {_REMEDY}.")
+    if match["unit"] == "%" and float(match["number"]) > 100:
+        raise ValueError(f"`{name}` must be at most 100% of the run, got {value!r}.")
+    return value
+
+
+def _parse(text: str) -> tuple[float, str]:
+    match = _TEXT.fullmatch(text.strip())
+    assert match is not None  # noqa: S101  # checked at construction
+    return float(match["number"]), match["unit"]
+
+
+def _nearest(steps: float) -> int:
+    return math.floor(steps + 0.5)  # not Python's round, which takes 2.5 to 2

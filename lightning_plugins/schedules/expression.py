@@ -1,0 +1,105 @@
+"""Schedules written as text, for the command line: parsed, never evaluated."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import operator
+from typing import Any
+
+from lightning_plugins.schedules.configuration import known_schedules
+from lightning_plugins.schedules.curves import NAMED_CURVES
+from lightning_plugins.schedules.durations import check_duration
+from lightning_plugins.schedules.schedule import Schedule
+
+_METHODS = ("cycle", "delay", "floor", "hold_every", "scale", "shift")
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Return the schedule that a Python-like expression describes.
+
+    Allowed are this package's schedules with literal arguments, their combining methods and ``*``. Nothing is
+    evaluated, and no import path is followed: text can only name durations (``"5%"``) and the built-in shapes.
+
+    Args:
+        text: For example ``WarmupCosine(warmup='5%').floor(0.1)``.
+
+    Raises:
+        ValueError: If the text is no such expression, with the place where it goes wrong.
+
+    Example:
+        >>> parse_schedule("WarmupCosine(warmup='5%', hold=10) * 0.5")
+        Scaled(schedule=WarmupCosine(warmup='5%', hold=10, total=None, start=0.0, end=0.0), factor=0.5)
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(f"`{text}` is not an expression: {error}.") from error
+    try:
+        schedule = _value(tree.body)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`{text}`: {error}") from error
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"`{text}` is not a schedule; write for example WarmupCosine(warmup='5%').")  # noqa: TRY004
+    return schedule
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=str() as text):
+            return _check_text(text)
+        case ast.Constant(value=bool() | int() | float() | None):
+            return node.value
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_value(item) for item in items]
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return operator.mul(*_factors(_value(left), _value(right)))
+        case ast.Call(func=function):
+            return _function(function)(*[_value(item) for item in node.args], **_keywords(node))
+    raise ValueError(f"`{ast.unparse(node)}` is neither a schedule nor a literal.")
+
+
+def _function(node: ast.expr) -> Any:
+    match node:
+        case ast.Name(id=name):
+            return _named(name)
+        case ast.Attribute(value=owner, attr=name) if name in _METHODS:
+            schedule = _value(owner)
+            if isinstance(schedule, Schedule):
+                return getattr(schedule, name)
+    raise ValueError(f"`{ast.unparse(node)}` is no schedule and none of the methods {', '.join(_METHODS)}.")
+
+
+def _named(name: str) -> Any:
+    known = known_schedules()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+    raise ValueError(f"`{name}` is not a schedule; {hint}")
+
+
+def _keywords(node: ast.Call) -> dict[str, Any]:
+    if any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError("`**` is not allowed; write the arguments out.")
+    return {str(keyword.arg): _value(keyword.value) for keyword in node.keywords}
+
+
+def _factors(left: Any, right: Any) -> tuple[Any, Any]:
+    if not any(isinstance(side, Schedule) for side in (left, right)):
+        raise ValueError(f"`*` multiplies a schedule with a schedule or a number, got {left!r} and {right!r}.")
+    return left, right
+
+
+def _check_text(text: str) -> str:
+    if text not in NAMED_CURVES:
+        try:
+            check_duration("text", text)
+        except ValueError:
+            shapes = ", ".join(map(repr, NAMED_CURVES))
+            raise ValueError(
+                f"a text must be a duration such as '5%' or '2ep', or one of {shapes}, got {text!r}."
+            ) from None
+    return text

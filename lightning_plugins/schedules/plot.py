@@ -1,0 +1,116 @@
+"""Schedules as pictures and as text: look before you train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_plugins._validation import real_number, whole_number
+
+if TYPE_CHECKING:
+    from lightning_plugins.schedules.schedule import Schedule
+
+_POINTS = 2000  # more would lie on one pixel
+
+
+def plot_schedules(
+    schedules: Mapping[str, Schedule],
+    total_steps: int,
+    path: str | Path,
+    *,
+    base_lr: float | None = None,
+    steps_per_epoch: float | None = None,
+) -> Path:
+    """Draw several schedules into one picture; needs matplotlib (``pip install lightning-plugins[plot]``).
+
+    Args:
+        schedules: Schedules by label; open ones are resolved for ``total_steps``.
+        total_steps: Optimizer steps to draw, at least 1.
+        path: Where to write; the suffix chooses the format. Parent directories are made.
+        base_lr: Base learning rate; the axis then shows rates instead of factors.
+        steps_per_epoch: Optimizer steps of an epoch, for durations in epochs.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is nothing to draw, or matplotlib cannot write such a file.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  # optional, and slow to import
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib: `pip install lightning-plugins[plot]`.") from error
+    if not schedules:
+        raise ValueError("`schedules` must hold at least one schedule, got none.")
+    steps = _drawn_steps(whole_number("total_steps", total_steps, at_least=1, unit="steps"))
+    scale = 1.0 if base_lr is None else real_number("base_lr", base_lr, above=0)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")  # no pyplot: nothing global, no display
+    axes = figure.subplots()
+    for label, schedule in schedules.items():
+        known = schedule.resolve(total_steps, steps_per_epoch) if schedule.is_open else schedule
+        axes.plot(steps, [scale * known(step) for step in steps], label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("factor of the base learning rate" if base_lr is None else "learning rate")
+    axes.set_xlim(0, total_steps)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right", fontsize="small")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def sketch(
+    schedule: Schedule,
+    total_steps: int,
+    *,
+    base_lr: float | None = None,
+    steps_per_epoch: float | None = None,
+    width: int = 64,
+    height: int = 12,
+) -> str:
+    """Return the schedule as a picture made of text, with its values at the points that matter below.
+
+    Args:
+        schedule: The schedule; an open one is resolved for ``total_steps``.
+        total_steps: Optimizer steps to show, at least 1.
+        base_lr: Base learning rate; ``None`` shows factors.
+        steps_per_epoch: Optimizer steps of an epoch, for durations in epochs.
+        width: Characters across, at least 8.
+        height: Lines of the picture, at least 2.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    total_steps = whole_number("total_steps", total_steps, at_least=1, unit="steps")
+    whole_number("width", width, at_least=8, unit="characters")
+    whole_number("height", height, at_least=2, unit="lines")
+    scale = 1.0 if base_lr is None else real_number("base_lr", base_lr, above=0)
+    values = [scale * value for value in schedule.preview(total_steps, steps_per_epoch)]
+    columns = [_peak_of(values, column, width) for column in range(width)]
+    top = max(values) or 1.0
+    rows = [min(round(value / top * (height - 1)), height - 1) for value in columns]
+    lines = []
+    for row in reversed(range(height)):
+        axis = f"{top * row / (height - 1):9.3g} |" if row in (0, height - 1) else " " * 9 + " |"
+        lines.append((axis + "".join("*" if level == row else " " for level in rows)).rstrip())
+    lines.append(" " * 9 + " +" + "-" * width)
+    lines.append(" " * 11 + f"0{'step ' + str(total_steps - 1):>{width - 1}}")
+    marks = sorted({0, 1, values.index(top) if top in values else 0, total_steps // 2, total_steps - 1})
+    lines += [f"{'step ' + str(step):>20}  {values[step]:.6g}" for step in marks if step < total_steps]
+    return "\n".join(lines)
+
+
+def _drawn_steps(total_steps: int) -> list[int]:
+    stride = max(total_steps // _POINTS, 1)
+    return sorted({*range(0, total_steps, stride), total_steps - 1})
+
+
+def _peak_of(values: list[float], column: int, width: int) -> float:
+    """Return the highest value of the steps that one character stands for: a peak is never lost between two."""
+    begin = column * len(values) // width
+    end = max((column + 1) * len(values) // width, begin + 1)
+    return max(values[begin:end])
