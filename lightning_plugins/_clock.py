@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 
 class StepClock:
-    """Counts the attempted and the applied steps of one optimizer through its post-step hook.
+    """Counts the attempted and the applied steps of one optimizer through its step hooks.
 
     Args:
-        optimizer: The optimizer to listen to. :meth:`close` takes the hook off again.
+        optimizer: The optimizer to listen to. :meth:`close` takes the hooks off again.
 
     Attributes:
         attempted: Steps announced with :meth:`attempt`, and those that came unannounced. A step that a scaler skipped
@@ -43,7 +43,11 @@ class StepClock:
         self._called_with_gradient = 0
         self._skipped_inside: Tensor | None = None  # stays on the device until somebody asks
         self._announced = False
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._running = False
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
 
     @property
     def applied(self) -> int:
@@ -66,10 +70,17 @@ class StepClock:
         self._announced = False
 
     def close(self) -> None:
-        """Take the hook off the optimizer."""
-        self._handle.remove()
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._running = True
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._running:
+            return  # an optimizer whose `step` calls its parent's fires every hook twice for one step
+        self._running = False
         self.attempted += not self._announced
         self._announced = False
         if not has_gradient(optimizer):

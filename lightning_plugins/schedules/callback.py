@@ -177,8 +177,16 @@ class LearningRateScheduler(Callback):
         """Return the plateau's state, if there is a plateau."""
         return {} if self.plateau is None else {"version": _VERSION, "plateau": list(self._plateau_state)}
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo: Lightning calls no ``teardown`` after an exception or Ctrl-C."""
+        self._release()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take every hook off the optimizers, on whatever way the fit ended."""
+        """Undo."""
+        self._release()
+
+    def _release(self) -> None:
+        """Take every hook off the optimizers."""
         for scheduler in self._schedulers:
             scheduler.close()
         self._schedulers = []
@@ -273,8 +281,7 @@ class _TrainerLR(ScheduleLR):
     def step(self, epoch: int | None = None) -> None:
         """Move on; the argument that some modules' ``lr_scheduler_step`` passes is an epoch, which is not our unit."""
         used = self._last_lr
-        before = self.step_clock.attempted
-        if self._manual and before == self._steps_seen:
+        if self._manual and self.step_clock.attempted == self._steps_seen:
             return
         if self._record is not None:
             self._record(used[0] if len(used) == 1 else tuple(used))

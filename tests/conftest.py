@@ -1,0 +1,30 @@
+"""What every test starts from: one thread, a fixed seed, and a failure when a test leaves global state behind."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _clean_world():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    before = dict(os.environ)
+    yield
+    left = {key for key in set(os.environ) | set(before) if os.environ.get(key) != before.get(key)}
+    for key in left:  # Lightning and torch.distributed leave variables such as MASTER_PORT
+        if key in before:
+            os.environ[key] = before[key]
+        else:
+            del os.environ[key]
+    leaked = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if leaked:
+        torch.distributed.destroy_process_group()
+    assert not leaked, "the test left a process group behind"
+
+
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def namespace(request):
+    """Lightning under either of its names."""
+    return __import__(request.param, fromlist=["Trainer"])
