@@ -85,6 +85,17 @@ def real_number(
     return value if isinstance(value, (int, float)) else float(value)
 
 
+def true_or_false(name: str, value: Any) -> bool:
+    """Return ``value``, or raise when it is not a ``bool``: a typing error such as ``"no"`` would count as true.
+
+    Raises:
+        TypeError: If ``value`` is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return value
+
+
 def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     """Return ``value``, or raise when it is not one of ``choices``.
 

@@ -19,7 +19,7 @@ from lightning_plugins._lightning import (
     torch_optimizers,
 )
 from lightning_plugins._run import RunLength
-from lightning_plugins._validation import LightningPluginsWarning, one_of, real_number, whole_number
+from lightning_plugins._validation import LightningPluginsWarning, one_of, real_number, true_or_false, whole_number
 from lightning_plugins.schedules.durations import RunLengthUnknownError, ScheduleTooLongError
 from lightning_plugins.schedules.plateau import Plateau, PlateauState
 from lightning_plugins.schedules.ramps import Constant
@@ -97,7 +97,7 @@ class LearningRateScheduler(Callback):
         self.plateau = plateau
         self.existing = one_of("existing", existing, ("refuse", "replace"))
         self.clock = one_of("clock", clock, ("attempted", "applied"))
-        self.record = record
+        self.record = true_or_false("record", record)
         self.lrs: list[float | tuple[float, ...]] = []
         self.resolved: Schedule | None = None
         self._schedulers: list[_TrainerLR] = []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
+from lightning_plugins._validation import true_or_false
 from lightning_plugins.schedules.curves import Curve, progress_along
 from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps
 from lightning_plugins.schedules.schedule import (
@@ -191,6 +192,7 @@ class Segments(Schedule):
 
     def _check(self) -> None:
         _check_kind("segments", self.segments, Segment)
+        true_or_false("endpoint", self.endpoint)
         if sum(segment.steps is None for segment in self.segments) > 1:
             raise ValueError("`segments` must leave `steps` out of one segment at most, got several without.")
         for index, (segment, start) in enumerate(zip(self.segments, self._starts(), strict=True)):

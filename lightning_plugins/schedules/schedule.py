@@ -311,7 +311,7 @@ def _has_open_length(value: Any, kind: Mapping[str, Any]) -> bool:
     if "durations" in kind:
         return any(map(is_open, value))
     items = value if isinstance(value, tuple) else (value,)
-    return "parts" in kind and any(item.is_open for item in items)
+    return "parts" in kind and any(getattr(item, "is_open", False) for item in items)
 
 
 # At the end, because what they hold are schedules themselves.

@@ -107,11 +107,11 @@ class ScheduleLR(LRScheduler):
             epoch: Sets the position instead, as in torch (where it is deprecated).
         """
         self._step_count += 1
-        self._warn_if_epochwise()
-        if epoch is None:
-            self._write(self._next_position())
-        else:
+        if epoch is not None:
             self.seek(epoch)
+            return
+        self._warn_if_epochwise()
+        self._write(self._next_position())
 
     def seek(self, position: int) -> None:
         """Set the position and write the rates of that step."""

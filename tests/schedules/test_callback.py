@@ -180,7 +180,7 @@ def test_records_the_rates_that_were_used(tmp_path):
 def test_learning_rate_monitor_sees_it(tmp_path):
     logger = unified.loggers.CSVLogger(tmp_path)
     monitor = unified.callbacks.LearningRateMonitor()
-    module, trainer = fit(
+    module, _ = fit(
         tmp_path, LearningRateScheduler(WarmupLinear(3)), callbacks=[monitor], logger=logger, log_every_n_steps=1
     )
     with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
@@ -254,7 +254,7 @@ def halving(optimizer):
 
 def test_an_optimizer_that_is_already_scheduled_is_refused_with_both_ways_out(tmp_path):
     with pytest.raises(
-        MisconfigurationException, match="already scheduled, by a StepLR.*without a scheduler.*existing='replace'"
+        MisconfigurationException, match=r"already scheduled, by a StepLR.*without a scheduler.*existing='replace'"
     ):
         fit(tmp_path, LearningRateScheduler(WarmupLinear(2)), module=make_module(scheduler=halving))
 
