@@ -107,11 +107,7 @@ class ScheduleLR(LRScheduler):
             epoch: Sets the position instead, as in torch (where it is deprecated).
         """
         self._step_count += 1
-        if epoch is not None:
-            self.seek(epoch)
-            return
-        self._warn_if_epochwise()
-        self._write(self._next_position())
+        self._update_lr(epoch)
 
     def seek(self, position: int) -> None:
         """Set the position and write the rates of that step."""
@@ -149,6 +145,14 @@ class ScheduleLR(LRScheduler):
         """Take the hooks off the optimizer; the rates stay as they are."""
         self.step_clock.close()
         self._pre_hook.remove()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        """Move on or, as torch's ``SequentialLR`` asks for with an epoch of 0, go there."""
+        if epoch is not None:
+            self.seek(epoch)
+            return
+        self._warn_if_epochwise()
+        self._write(self._next_position())
 
     def _next_position(self) -> int:
         return self._origin + self._ticks() if self.clock == "applied" else self.last_epoch + 1
@@ -218,7 +222,7 @@ class ScheduleLR(LRScheduler):
                 'optimizer steps. In Lightning return {"scheduler": scheduler, "interval": "step"}; '
                 "in a loop of your own call `step()` after every `optimizer.step()`.",
                 LightningPluginsWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
