@@ -51,6 +51,7 @@ def make_module(namespace=unified, **options):
 
     class Tiny(namespace.LightningModule):
         lr = 0.1
+        momentum = 0.0
         scheduler = None  # a function of the optimizer
         skip_batches = ()  # batches for which training_step returns None
 
@@ -62,7 +63,7 @@ def make_module(namespace=unified, **options):
             return None if batch_idx in self.skip_batches else self.layer(batch).pow(2).mean()
 
         def configure_optimizers(self):
-            self.optimizer = RecordingSGD(self.layer.parameters(), lr=self.lr)
+            self.optimizer = RecordingSGD(self.layer.parameters(), lr=self.lr, momentum=self.momentum)
             if self.scheduler is None:
                 return self.optimizer
             return [self.optimizer], [self.scheduler(self.optimizer)]

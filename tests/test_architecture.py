@@ -1,0 +1,128 @@
+"""The rules of the house: public names, lazy imports, one callback for both namespaces."""
+
+import importlib
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+
+import lightning_plugins
+from lightning_plugins import LearningRateScheduler, WarmupCosine
+from lightning_plugins._lightning import Callback, MisconfigurationException
+
+PACKAGE = Path(lightning_plugins.__file__).parent
+# A row for every callback: how to make two that may stand side by side. A missing row fails.
+CALLBACKS = {
+    "LearningRateScheduler": [
+        lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=0),
+        lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=1),
+    ],
+}
+
+
+def in_a_fresh_process(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_public_name_loads_and_is_listed():
+    for name in lightning_plugins.__all__:
+        assert getattr(lightning_plugins, name) is not None
+        assert name in dir(lightning_plugins)
+    with pytest.raises(AttributeError, match="module 'lightning_plugins' has no attribute 'Nothing'"):
+        lightning_plugins.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("technique", sorted(lightning_plugins._TECHNIQUES))
+def test_a_technique_lists_and_loads_its_names(technique):
+    package = importlib.import_module(f"lightning_plugins.{technique}")
+    assert package.__all__ == sorted(package.__all__, key=lambda name: (not name.isupper(), name))
+    names = lightning_plugins._TECHNIQUES[technique]
+    assert names == sorted(names)
+    assert set(names) <= set(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name in dir(package)
+
+
+def test_type_checkers_see_the_names_that_exist():
+    source = (PACKAGE / "__init__.py").read_text()
+    declared = {line.split()[0] for line in source.splitlines() if " as " in line and line.endswith(",")}
+    assert declared == set(lightning_plugins.__all__) - {"__version__"}
+
+
+def test_importing_costs_only_what_is_used():
+    loaded = "[name for name in ('torch', 'lightning', 'pytorch_lightning', 'tensorboard') if name in sys.modules]"
+    for code, expected in [
+        ("import lightning_plugins", []),
+        ("from lightning_plugins import WarmupCosine", []),
+        ("import lightning_plugins.schedules", []),
+        ("from lightning_plugins import ScheduleLR", ["torch"]),
+    ]:
+        assert in_a_fresh_process(f"import json, sys; {code}; print(json.dumps({loaded}))") == expected, code
+
+
+def test_public_classes_and_functions_are_documented():
+    for name in lightning_plugins.__all__:
+        thing = getattr(lightning_plugins, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            documentation = inspect.getdoc(thing) or ""
+            assert len(documentation) > 60, name
+            parameters = [p for p in inspect.signature(thing).parameters if p not in {"args", "kwargs"}]
+            if parameters and not issubclass(type(thing), type(Exception)):
+                assert "Args:" in documentation or not inspect.isclass(thing), name
+
+
+def callback_classes():
+    names = [getattr(lightning_plugins, name) for name in lightning_plugins.__all__]
+    return [kind for kind in names if inspect.isclass(kind) and issubclass(kind, Callback)]
+
+
+def test_every_callback_has_its_row():
+    assert sorted(kind.__name__ for kind in callback_classes()) == sorted(CALLBACKS)
+
+
+@pytest.mark.parametrize("name", sorted(CALLBACKS))
+def test_what_every_callback_promises(name):
+    first, second = (make() for make in CALLBACKS[name])
+    assert isinstance(first, lightning.pytorch.Callback)
+    assert isinstance(first, pytorch_lightning.Callback)
+    assert first.state_key != second.state_key
+    assert pickle.loads(pickle.dumps(first)).state_key == first.state_key
+    for parameter in inspect.signature(type(first)).parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+
+
+def test_our_misconfiguration_is_caught_under_either_name():
+    from lightning.fabric.utilities.exceptions import MisconfigurationException as Unified
+    from lightning_fabric.utilities.exceptions import MisconfigurationException as Classic
+
+    for kind in (Unified, Classic):
+        with pytest.raises(kind, match="no"):
+            raise MisconfigurationException("no")
+
+
+@pytest.mark.parametrize("technique", sorted(lightning_plugins._TECHNIQUES))
+def test_every_technique_has_a_card(technique):
+    card = (PACKAGE / technique / "README.md").read_text().lower()
+    for heading in (
+        "## use",
+        "## what it does",
+        "## arguments",
+        "## cost",
+        "## checkpoint",
+        "## distributed",
+        "## source",
+    ):
+        assert heading in card, heading
+
+
+def test_files_have_one_subject():
+    long = {path.name: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 420}
+    assert not long

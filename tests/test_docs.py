@@ -1,0 +1,41 @@
+"""README and cards are true: their snippets run, their commands exist, their links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from lightning_plugins.cli import main
+from tests.support.snippets import DOCUMENTS, ROOT, blocks, links
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")])
+def test_snippets_run(document, tmp_path):
+    """A document's blocks run in order in one process: a reader would type them so."""
+    script = tmp_path / "snippets.py"
+    script.write_text("\n\n".join(blocks(document, "python")))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_run(document, tmp_path, monkeypatch, capsys):
+    commands = [line for block in blocks(document, "console") for line in block.splitlines() if line.startswith("$ ")]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = shlex.split(command[2:])
+        if words[:2] == ["lightning-plugins", "schedule"]:
+            assert main(words[1:]) == 0, command
+            capsys.readouterr()
+        elif words[0] == "make":
+            assert words[1] in re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for link in links(document):
+        assert ((ROOT / document).parent / link).exists(), link
