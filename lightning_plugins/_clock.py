@@ -9,6 +9,7 @@ inside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ class StepClock:
 
     Args:
         optimizer: The optimizer to listen to. :meth:`close` takes the hooks off again.
+        counts_applied: Whether :attr:`applied` is wanted; without it a step costs less.
+        before: Called before each step.
+        after: Called after each step, when both counters have moved.
 
     Attributes:
         attempted: Steps announced with :meth:`attempt`, and those that came unannounced. A step that a scaler skipped
@@ -37,9 +41,17 @@ class StepClock:
         (2, 1)
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        counts_applied: bool = True,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
         self.attempted = 0
-        self._optimizer = optimizer
+        self._counts_applied = counts_applied
+        self._before, self._after = before, after
         self._called_with_gradient = 0
         self._skipped_inside: Tensor | None = None  # stays on the device until somebody asks
         self._announced = False
@@ -76,6 +88,8 @@ class StepClock:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._running = True
+        if self._before is not None:
+            self._before()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._running:
@@ -83,8 +97,12 @@ class StepClock:
         self._running = False
         self.attempted += not self._announced
         self._announced = False
-        if not has_gradient(optimizer):
-            return
+        if self._counts_applied and has_gradient(optimizer):
+            self._count_applied(optimizer)
+        if self._after is not None:
+            self._after()
+
+    def _count_applied(self, optimizer: Optimizer) -> None:
         self._called_with_gradient += 1
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler for the call of a fused optimizer
         if found_inf is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.scheduler import ScheduleLR, check_base_lr, check_schedule, is_own_state
 
 _VERSION = 1
+_NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which follows the optimizer by itself
 _REWRITE_BASE_RATES = ("CyclicLR", "OneCycleLR")  # torch's; the user's own rate is lost in their groups
 
 
@@ -98,6 +100,7 @@ class LearningRateScheduler(Callback):
         self.existing = one_of("existing", existing, ("refuse", "replace"))
         self.clock = one_of("clock", clock, ("attempted", "applied"))
         self.record = true_or_false("record", record)
+        self._state_key = f"LearningRateScheduler[optimizer={self.optimizer}]"  # Lightning reads it at every hook
         self.lrs: list[float | tuple[float, ...]] = []
         self.resolved: Schedule | None = None
         self._schedulers: list[_TrainerLR] = []
@@ -109,7 +112,7 @@ class LearningRateScheduler(Callback):
     @property
     def state_key(self) -> str:
         """One key for each choice of optimizer."""
-        return f"LearningRateScheduler[optimizer={self.optimizer}]"
+        return self._state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the plateau's state; the position comes with the Trainer's schedulers."""
@@ -122,14 +125,13 @@ class LearningRateScheduler(Callback):
             self._displace(configs, optimizer)
             scheduler = _TrainerLR(
                 optimizer,
-                manual=not pl_module.automatic_optimization,
                 record=self.lrs.append if self.record else None,
                 base_lr=self.base_lr,
                 min_lr=self.min_lr,
                 clock=self.clock,
             )
             self._schedulers.append(scheduler)
-            configs.append(LRSchedulerConfig(scheduler, interval="step"))
+            configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start at the restored position, or at the steps already taken."""
@@ -156,6 +158,15 @@ class LearningRateScheduler(Callback):
             for scheduler in self._schedulers:
                 if scheduler.optimizer is optimizer:
                     scheduler.announce()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """In automatic optimisation, catch up with a step that the gradient scaler skipped."""
+        if pl_module.automatic_optimization and self.clock == "attempted":
+            for scheduler in self._schedulers:
+                if scheduler.position != trainer.global_step:
+                    scheduler.skip_to(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metric as it is, so that only what this validation logs is new."""
@@ -258,39 +269,32 @@ class LearningRateScheduler(Callback):
 
 
 class _TrainerLR(ScheduleLR):
-    """A :class:`ScheduleLR` that the callback gives its schedule later, and that knows manual optimisation.
+    """A :class:`ScheduleLR` that follows its optimizer by a hook, and is given its schedule later.
 
-    There Lightning steps no scheduler, so this one follows its optimizer's hook. Calls of ``step()`` by the module are
-    then harmless: the position is what the optimizer has done.
+    Its position is what the optimizer has done, in automatic as in manual optimisation, where Lightning steps no
+    scheduler. Calls of ``step()`` by a module are harmless.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        manual: bool,
-        record: Callable[[Any], None] | None,
-        **options: Any,
-    ) -> None:
-        self._manual = manual
+    def __init__(self, optimizer: Optimizer, *, record: Callable[[Any], None] | None, **options: Any) -> None:
         self._record = record
         self.restored = False
         super().__init__(optimizer, Constant(), **options)
-        self._post_hook = optimizer.register_step_post_hook(self._after_step) if manual else None
 
     def step(self, epoch: int | None = None) -> None:
-        """Move on; the argument that some modules' ``lr_scheduler_step`` passes is an epoch, which is not our unit."""
-        used = self._last_lr
-        if self._manual and self.step_clock.attempted == self._steps_seen:
-            return
-        if self._record is not None:
-            self._record(used[0] if len(used) == 1 else tuple(used))
-        super().step()
+        """Move on if the optimizer has; the argument that some modules pass is an epoch, which is not our unit."""
+        if self.step_clock.attempted != self._steps_seen:
+            self._note()
+            super().step()
 
     def announce(self) -> None:
         """Catch up with a step that was announced but skipped, then announce the next."""
         self.step()
         self.step_clock.attempt()
+
+    def skip_to(self, position: int) -> None:
+        """Go to a position that no hook told of."""
+        self._note()
+        self.seek(position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over our own state; another scheduler's is recognised and left alone."""
@@ -300,16 +304,15 @@ class _TrainerLR(ScheduleLR):
         super().load_state_dict(state_dict)
         self.restored = True
 
-    def close(self) -> None:
-        """Take the hooks off the optimizer."""
-        super().close()
-        if self._post_hook is not None:
-            self._post_hook.remove()
+    def _note(self) -> None:
+        """Record the rates of the step that is over."""
+        if self._record is not None:
+            self._record(self._last_lr[0] if len(self._last_lr) == 1 else tuple(self._last_lr))
 
     def _next_position(self) -> int:
-        return self._origin + self._ticks() if self._manual else super()._next_position()
+        return self._origin + self._ticks()
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self) -> None:
         self.step()
 
 

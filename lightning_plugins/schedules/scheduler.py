@@ -91,8 +91,9 @@ class ScheduleLR(LRScheduler):
         for group in optimizer.param_groups:
             self._check_group(group)
         self._set_base_rates(optimizer)
-        self.step_clock = StepClock(optimizer)
-        self._pre_hook = optimizer.register_step_pre_hook(self._before_step)
+        self.step_clock = StepClock(
+            optimizer, counts_applied=clock == "applied", before=self._rate_new_groups, after=self._after_step
+        )
         super().__init__(optimizer)
 
     @property
@@ -144,7 +145,6 @@ class ScheduleLR(LRScheduler):
     def close(self) -> None:
         """Take the hooks off the optimizer; the rates stay as they are."""
         self.step_clock.close()
-        self._pre_hook.remove()
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """Move on or, as torch's ``SequentialLR`` asks for with an epoch of 0, go there."""
@@ -207,10 +207,13 @@ class ScheduleLR(LRScheduler):
                 f"`parameter` must name a number of the optimizer's groups, got {self.parameter!r}: {value!r}."
             )
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Give the groups that were added since the last position their rate."""
-        if len(optimizer.param_groups) != len(self._last_lr):
+    def _rate_new_groups(self) -> None:
+        """Before a step, give the groups that were added since the last position their rate."""
+        if len(self.optimizer.param_groups) != len(self._last_lr):
             self._write(self.last_epoch)
+
+    def _after_step(self) -> None:
+        """Do nothing after a step: whoever drives the loop calls :meth:`step`."""
 
     def _warn_if_epochwise(self) -> None:
         passed = self.step_clock.attempted - self._steps_seen
