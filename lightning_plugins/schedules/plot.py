@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_plugins.schedules.schedule import Schedule
 
 _POINTS = 2000  # more would lie on one pixel
+_LABEL_WIDTH = 95  # characters across the picture
 
 
 def plot_schedules(
@@ -46,17 +48,17 @@ def plot_schedules(
         raise ValueError("`schedules` must hold at least one schedule, got none.")
     steps = _drawn_steps(whole_number("total_steps", total_steps, at_least=1, unit="steps"))
     scale = 1.0 if base_lr is None else real_number("base_lr", base_lr, above=0)
-    figure = Figure(figsize=(7, 3.5), layout="constrained")  # no pyplot: nothing global, no display
+    figure = Figure(figsize=(7, 3.2 + 0.2 * len(schedules)), layout="constrained")  # no pyplot: nothing global
     axes = figure.subplots()
     for label, schedule in schedules.items():
         known = schedule.resolve(total_steps, steps_per_epoch) if schedule.is_open else schedule
-        axes.plot(steps, [scale * known(step) for step in steps], label=label)
+        axes.plot(steps, [scale * known(step) for step in steps], label=textwrap.fill(label, _LABEL_WIDTH))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("factor of the base learning rate" if base_lr is None else "learning rate")
     axes.set_xlim(0, total_steps)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", fontsize="small")
+    figure.legend(loc="outside upper left", fontsize="small", frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
