@@ -108,8 +108,9 @@ class Noam(Schedule):
         ValueError: If ``model_dim`` is below 1 or ``warmup`` negative.
 
     Example:
-        >>> Noam(model_dim=4, warmup=8000).scale(2)(1)  # the second step of the OpenNMT article's example
-        2.795084971874737e-06
+        >>> rate = Noam(model_dim=4, warmup=8000).scale(2)(1)  # the second step of the OpenNMT article's example
+        >>> f"{rate:.9f}"
+        '0.000002795'
 
     References:
         Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762; OpenNMT-tf's ``NoamDecay``.

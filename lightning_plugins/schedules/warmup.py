@@ -90,7 +90,7 @@ class WarmupCosine(_WarmupThenDecay):
         ValueError: If a length or factor is negative or not finite, or warm-up and hold exceed ``total``.
 
     Example:
-        >>> WarmupCosine(warmup=2, hold=1, total=5).preview(6)
+        >>> [round(value, 3) for value in WarmupCosine(warmup=2, hold=1, total=5).preview(6)]
         [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
 
     References:
