@@ -149,6 +149,8 @@ class LearningRateScheduler(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stretch the schedule if somebody changed the accumulation without announcing it."""
+        if batch_idx == 0:
+            self._step_aside(trainer)
         if trainer.accumulate_grad_batches != self._accumulation:
             self._plan(trainer, pl_module, batch_idx)
 
@@ -230,6 +232,14 @@ class LearningRateScheduler(Callback):
                 )
             configs.remove(config)
             rank_zero_info(f"LearningRateScheduler replaces the module's {name}.")
+
+    def _step_aside(self, trainer: Trainer) -> None:
+        """Leave the rates of an optimizer to whoever put a scheduler in our place, as Lightning's SWA callback does."""
+        ours = {id(config.scheduler) for config in trainer.lr_scheduler_configs}
+        for scheduler in [scheduler for scheduler in self._schedulers if id(scheduler) not in ours]:
+            scheduler.close()
+            self._schedulers.remove(scheduler)
+            rank_zero_info("LearningRateScheduler leaves an optimizer to the scheduler that has replaced its own.")
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None = None) -> None:
         """Resolve the schedule for the run's length and follow it from here on."""
