@@ -1,0 +1,297 @@
+"""How fast an average forgets: decay rules as functions of the step.
+
+The average *s* follows the weights *w* by ``s <- s - (1 - d) * (s - w)``. A rule says what *d* is for an update that
+covers ``steps`` applied optimizer steps and ends with the ``n``-th since the average began, the first being 1. An
+update that covers several steps uses the product of their single decays, so an average that is updated every k steps
+forgets as fast as one that is updated every step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from lightning_plugins._validation import real_number, whole_number
+
+
+class DecayRule(ABC):
+    """The decay of an update, as a function of the step; every rule is a frozen dataclass below this class.
+
+    Example:
+        >>> rule = ConstantDecay(0.9)
+        >>> rule(1), round(rule(4, steps=2), 2)
+        (0.9, 0.81)
+    """
+
+    def __call__(self, n: int, steps: int = 1) -> float:
+        """Return the decay of the update that ends with applied step ``n`` and covers ``steps`` of them.
+
+        Args:
+            n: Applied optimizer steps since the average began, the first being 1.
+            steps: How many of them the update covers: 1 to ``n``.
+
+        Returns:
+            The share of the old average that is kept, in [0, 1].
+
+        Raises:
+            ValueError: If ``n`` is below 1 or ``steps`` outside 1 to ``n``.
+        """
+        n = whole_number("n", n, at_least=1, unit="steps")
+        steps = whole_number("steps", steps, at_least=1, unit="steps")
+        if steps > n:
+            raise ValueError(f"`steps` must be at most `n`, got {steps} of {n} steps.")
+        return self._over(n, steps)
+
+    def for_samples_per_step(self, samples: float) -> DecayRule:
+        """Return the rule for a run whose every step sees ``samples`` samples; only :class:`HalfLife` cares."""
+        return self
+
+    @property
+    def needs_samples_per_step(self) -> bool:
+        """Whether the rule counts samples, so that :meth:`for_samples_per_step` has to be called first."""
+        return False
+
+    def _over(self, n: int, steps: int) -> float:
+        return math.prod(self._single(step) for step in range(n - steps + 1, n + 1))
+
+    @abstractmethod
+    def _single(self, n: int) -> float:
+        """Return the decay of step ``n`` alone."""
+
+
+def as_decay_rule(decay: float | DecayRule) -> DecayRule:
+    """Return ``decay`` as a rule; a plain number d means ``WarmupDecay(d)``.
+
+    Raises:
+        TypeError: If it is neither a number nor a rule.
+        ValueError: If it is a number outside [0, 1].
+    """
+    if isinstance(decay, DecayRule):
+        return decay
+    if isinstance(decay, bool) or not hasattr(decay, "__float__"):
+        raise TypeError(f"`decay` must be a number or a decay rule such as HalfLife(steps=1000), got {decay!r}.")
+    return WarmupDecay(_share("decay", decay))
+
+
+@dataclass(frozen=True)
+class ConstantDecay(DecayRule):
+    """The same decay at every step: d.
+
+    Over k steps d^k. The average starts at the untrained weights and forgets them only after several times 1 / (1 - d)
+    steps; :class:`WarmupDecay` and :class:`DebiasedDecay` do not have this fault.
+
+    Args:
+        value: d, in [0, 1]; 1 never moves, 0 copies.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _share("value", self.value)
+
+    def _over(self, n: int, steps: int) -> float:
+        return float(self.value**steps)
+
+    def _single(self, n: int) -> float:
+        return self._over(n, 1)
+
+
+@dataclass(frozen=True)
+class WarmupDecay(DecayRule):
+    """min(d, (1 + n) / (10 + n)): TensorFlow's rule, and what a plain number means.
+
+    The average spans about a ninth of the steps so far until it reaches its full length, near n = 9 / (1 - d).
+
+    Args:
+        value: d, the decay that is reached, in [0, 1].
+
+    Example:
+        >>> [round(WarmupDecay(0.3)(n), 3) for n in (1, 2, 3, 4)]
+        [0.182, 0.25, 0.3, 0.3]
+
+    References:
+        ``tf.train.ExponentialMovingAverage(num_updates=...)``; OpenNMT's ``MovingAverage``. There the first update
+        copies the weights; here the average begins as the weights before the first step.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _share("value", self.value)
+
+    def _single(self, n: int) -> float:
+        return float(min(self.value, (1 + n) / (10 + n)))
+
+
+@dataclass(frozen=True)
+class InverseGammaDecay(DecayRule):
+    """clip(1 - (1 + (n - 1) / inv_gamma)^(-power), min_value, max_value), and 0 at n = 1.
+
+    With ``power=1`` it is the plain mean of all weights so far.
+
+    Args:
+        max_value: Largest decay, in [0, 1].
+        inv_gamma: Stretches the warm-up; above 0.
+        power: Its exponent, above 0; 2/3 for a million steps or more, 3/4 for fewer (Katherine Crowson's advice).
+        min_value: Smallest decay after the first step, in [0, max_value].
+
+    References:
+        K. Crowson's k-diffusion; timm's ``ModelEmaV3``, diffusers' ``EMAModel``.
+    """
+
+    max_value: float = 0.9999
+    inv_gamma: float = 1.0
+    power: float = 2 / 3
+    min_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        _share("max_value", self.max_value)
+        real_number("inv_gamma", self.inv_gamma, above=0)
+        real_number("power", self.power, above=0)
+        real_number("min_value", self.min_value, at_least=0, at_most=self.max_value)
+
+    def _single(self, n: int) -> float:
+        if n == 1:
+            return 0.0
+        decay = 1 - (1 + (n - 1) / self.inv_gamma) ** -self.power
+        return float(min(max(decay, self.min_value), self.max_value))
+
+
+@dataclass(frozen=True)
+class PowerDecay(DecayRule):
+    """(1 - 1/n)^(gamma + 1): an average whose length is a fixed share of the training so far.
+
+    The weight of step t in the average at step n is proportional to t^gamma. Over k steps (1 - k/n)^(gamma + 1).
+
+    Args:
+        sigma_rel: Relative standard deviation of the weighting, above 0 and below 0.2886 (a plain mean of all
+            steps); 0.05 to 0.10 are usual.
+
+    References:
+        T. Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2023, arXiv:2312.02696.
+    """
+
+    sigma_rel: float
+
+    def __post_init__(self) -> None:
+        power_exponent(self.sigma_rel)
+
+    def _over(self, n: int, steps: int) -> float:
+        return float((1 - steps / n) ** (power_exponent(self.sigma_rel) + 1))
+
+    def _single(self, n: int) -> float:
+        return self._over(n, 1)
+
+
+@dataclass(frozen=True)
+class HalfLife(DecayRule):
+    """2^(-k / h): after h steps, or h samples, half of the average is new.
+
+    Args:
+        steps: h in optimizer steps, above 0.
+        samples: h in training samples, above 0; the half-life then stays the same when the batch size changes.
+            Exactly one of the two.
+
+    Example:
+        >>> HalfLife(steps=4)(4, steps=4)
+        0.5
+        >>> HalfLife(samples=512).for_samples_per_step(128) == HalfLife(steps=4)
+        True
+
+    References:
+        D. Busbridge et al., "How to scale your EMA", 2023, arXiv:2307.13813, for why samples.
+    """
+
+    steps: float | None = None
+    samples: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.samples is None):
+            raise ValueError(
+                f"`HalfLife` must have exactly one of `steps` and `samples`, got {self.steps} and {self.samples}."
+            )
+        if self.steps is not None:
+            real_number("steps", self.steps, above=0)
+        if self.samples is not None:
+            real_number("samples", self.samples, above=0)
+
+    @property
+    def needs_samples_per_step(self) -> bool:
+        """Whether the half-life is in samples."""
+        return self.samples is not None
+
+    def for_samples_per_step(self, samples: float) -> HalfLife:
+        """Return the half-life in steps of ``samples`` samples each."""
+        if self.samples is None:
+            return self
+        return HalfLife(steps=self.samples / real_number("samples", samples, above=0))
+
+    def _over(self, n: int, steps: int) -> float:
+        if self.steps is None:
+            raise ValueError("`HalfLife(samples=...)` must know the samples per step: call `for_samples_per_step`.")
+        return float(2 ** (-steps / self.steps))
+
+    def _single(self, n: int) -> float:
+        return self._over(n, 1)
+
+
+@dataclass(frozen=True)
+class DebiasedDecay(DecayRule):
+    """d (1 - d^(n-1)) / (1 - d^n): the average of a constant decay that knows nothing of the untrained weights.
+
+    The same as an average that starts at zero and is divided by 1 - d^n. The first step copies; over k steps the
+    decay is d^k (1 - d^(n-k)) / (1 - d^n).
+
+    Args:
+        value: d, in [0, 1); 1 would be the plain mean, which ``InverseGammaDecay(1.0, power=1)`` is.
+
+    References:
+        D. Kingma and J. Ba, "Adam", 2014, arXiv:1412.6980, section 3; ``optax.ema(debias=True)``.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        real_number("value", self.value, at_least=0, below=1)
+
+    def _over(self, n: int, steps: int) -> float:
+        if self.value == 0:
+            return 0.0
+        log = math.log(self.value)  # expm1: near d = 1 the plain difference would lose its digits
+        return float(self.value**steps * math.expm1((n - steps) * log) / math.expm1(n * log))
+
+    def _single(self, n: int) -> float:
+        return self._over(n, 1)
+
+
+LARGEST_SIGMA_REL = 12**-0.5
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """Return the exponent gamma of the power average with relative standard deviation ``sigma_rel``.
+
+    The largest real root of x^3 + 7 x^2 + (16 - sigma^-2) x + (12 - sigma^-2) = 0.
+
+    Raises:
+        TypeError: If ``sigma_rel`` is not a number.
+        ValueError: If it is not above 0 and below 12^(-1/2) = 0.2887, where gamma is 0.
+
+    Example:
+        >>> round(power_exponent(0.10), 6)
+        6.937204
+    """
+    real_number("sigma_rel", sigma_rel, above=0, below=LARGEST_SIGMA_REL)
+    inverse = float(sigma_rel) ** -2
+    x = math.sqrt(inverse)  # the polynomial is positive and convex from here down to its largest root
+    while True:
+        value = ((x + 7) * x + 16 - inverse) * x + 12 - inverse
+        slope = (3 * x + 14) * x + 16 - inverse
+        smaller = x - value / slope
+        if smaller >= x:  # Newton from above descends until rounding stops it
+            return x
+        x = smaller
+
+
+def _share(name: str, value: float) -> float:
+    return real_number(name, value, at_least=0, at_most=1)
