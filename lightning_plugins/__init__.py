@@ -13,6 +13,17 @@ from lightning_plugins._version import __version__
 
 if TYPE_CHECKING:
     # The redundant aliases tell type checkers that these names are exported.
+    from lightning_plugins.ema import (
+        EMA as EMA,
+        ConstantDecay as ConstantDecay,
+        DebiasedDecay as DebiasedDecay,
+        DecayRule as DecayRule,
+        HalfLife as HalfLife,
+        InverseGammaDecay as InverseGammaDecay,
+        PowerDecay as PowerDecay,
+        WarmupDecay as WarmupDecay,
+        extract_weights as extract_weights,
+    )
     from lightning_plugins.schedules import (
         Constant as Constant,
         Cosine as Cosine,
@@ -44,6 +55,17 @@ if TYPE_CHECKING:
 
 # Technique -> its public names. The package of a technique knows which module defines a name.
 _TECHNIQUES = {
+    "ema": [
+        "EMA",
+        "ConstantDecay",
+        "DebiasedDecay",
+        "DecayRule",
+        "HalfLife",
+        "InverseGammaDecay",
+        "PowerDecay",
+        "WarmupDecay",
+        "extract_weights",
+    ],
     "schedules": [
         "Constant",
         "Cosine",

@@ -1,1 +1,46 @@
-"""Exponential moving averages of the weights."""
+"""Exponential moving averages of the weights: decay rules, the average itself, and the callbacks that follow a run.
+
+Importing a decay rule imports neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_plugins._lazy import lazy_exports
+from lightning_plugins.ema.decay import (
+    ConstantDecay,
+    DebiasedDecay,
+    DecayRule,
+    HalfLife,
+    InverseGammaDecay,
+    PowerDecay,
+    WarmupDecay,
+)
+
+if TYPE_CHECKING:
+    from lightning_plugins.ema.callback import EMA
+    from lightning_plugins.ema.files import extract_weights
+    from lightning_plugins.ema.shadow import Shadow
+
+__all__ = [
+    "EMA",
+    "ConstantDecay",
+    "DebiasedDecay",
+    "DecayRule",
+    "HalfLife",
+    "InverseGammaDecay",
+    "PowerDecay",
+    "Shadow",
+    "WarmupDecay",
+    "extract_weights",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "EMA": f"{__name__}.callback",
+        "Shadow": f"{__name__}.shadow",
+        "extract_weights": f"{__name__}.files",
+    },
+)
