@@ -1,0 +1,167 @@
+"""What the distributed tests run in processes of their own: ``python -m tests.support.ema_distributed SCENARIO DIR``."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(scenario: str, directory: Path, ranks: int = 2, timeout: float = 100.0) -> list[dict]:
+    """Run a scenario in ``ranks`` processes on this machine; return what each rank saved."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "EMA_TEST_RANKS": str(ranks),  # Lightning takes WORLD_SIZE away after a run
+        "NODE_RANK": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [sys.executable, "-m", "tests.support.ema_distributed", scenario, str(directory)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**common, "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-6000:]
+    return [torch.load(directory / f"{scenario}-{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def trainer(strategy, *callbacks, **kwargs):
+    import lightning.pytorch as lightning
+
+    settings = {
+        "accelerator": "cpu",
+        "devices": int(os.environ["EMA_TEST_RANKS"]),
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(hasattr(callback, "best_k_models") for callback in callbacks),
+        "callbacks": list(callbacks),
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    return lightning.Trainer(strategy=strategy, **{**settings, **kwargs})
+
+
+def sharded_net(precision=None, **kwargs):
+    """The network of the other tests with odd sizes, so that shards are uneven and some are empty."""
+    from torch.distributed.fsdp import fully_shard
+
+    from tests.support.ema_runs import Net
+
+    class Sharded(Net):
+        seen = None
+
+        def configure_model(self):
+            if hasattr(self.net[0], "unshard"):
+                return
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net[3], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if batch_idx == 0:
+                self.seen = self(batch[0]).detach().clone()
+
+    torch.manual_seed(0)
+    module = Sharded(width=5, **kwargs)
+    module.net[1] = nn.Identity()  # batch statistics differ between ranks
+    return module
+
+
+def save(scenario, directory, **results):
+    torch.save(results, Path(directory) / f"{scenario}-{os.environ['LOCAL_RANK']}.pt")
+
+
+def ddp(directory):
+    """Two ranks on different data, several EMAs, a file in mid-run and one after fit."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_plugins import EMA
+    from tests.support.ema_runs import Net, regression
+
+    torch.manual_seed(0)
+    rank = int(os.environ["LOCAL_RANK"])
+    module = Net(width=5)
+    fast = EMA(0.5)
+    slow = EMA(0.9, name="slow", evaluate="raw", checkpoint="raw", after_fit="raw")
+    files = ModelCheckpoint(directory, filename="{step}", save_weights_only=True)
+    run = trainer("ddp", fast, slow, files, max_epochs=2)
+    run.fit(module, regression(seed=rank), regression(seed=9))
+    run.save_checkpoint(Path(directory) / "end.ckpt")
+    save(
+        "ddp", directory,
+        average=fast.average_state_dict(), slow=slow.average_state_dict(), raw=fast.raw_state_dict(),
+        module=dict(module.state_dict()), file=files.best_model_path,
+    )  # fmt: skip
+
+
+def fsdp(directory):
+    """A sharded run, its files, and a resumed one."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from lightning_plugins import EMA, ConstantDecay
+    from tests.support.ema_runs import regression
+
+    def strategy():
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def run(max_epochs, *callbacks, ckpt_path=None, ema=None):
+        module = sharded_net()
+        ema = ema or EMA(ConstantDecay(0.8))
+        fit = trainer(strategy(), ema, *callbacks, max_epochs=max_epochs)
+        fit.fit(module, regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
+        return fit, module, ema
+
+    full = Path(directory) / "full"
+    fit, module, ema = run(
+        2,
+        ModelCheckpoint(full, filename="{epoch}", save_top_k=-1),
+        ModelCheckpoint(
+            Path(directory) / "weights", filename="{epoch}", save_weights_only=True, save_top_k=-1, every_n_train_steps=16
+        ),
+    )
+    fit.save_checkpoint(Path(directory) / "end.ckpt")
+    average, raw, seen = ema.average_state_dict(), ema.raw_state_dict(), module.seen
+    empty = sum(p.to_local().numel() == 0 for p in module.parameters())
+    _, _, resumed = run(2, ckpt_path=full / "epoch=0.ckpt")
+    save(
+        "fsdp", directory, average=average, raw=raw, seen=seen, empty=empty,
+        resumed_average=resumed.average_state_dict(), resumed_raw=resumed.raw_state_dict(),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](sys.argv[2])
