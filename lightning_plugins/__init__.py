@@ -20,9 +20,11 @@ if TYPE_CHECKING:
         DecayRule as DecayRule,
         HalfLife as HalfLife,
         InverseGammaDecay as InverseGammaDecay,
+        PostHocEMA as PostHocEMA,
         PowerDecay as PowerDecay,
         WarmupDecay as WarmupDecay,
         extract_weights as extract_weights,
+        synthesize_ema as synthesize_ema,
     )
     from lightning_plugins.schedules import (
         Constant as Constant,
@@ -62,9 +64,11 @@ _TECHNIQUES = {
         "DecayRule",
         "HalfLife",
         "InverseGammaDecay",
+        "PostHocEMA",
         "PowerDecay",
         "WarmupDecay",
         "extract_weights",
+        "synthesize_ema",
     ],
     "schedules": [
         "Constant",

@@ -21,6 +21,8 @@ from lightning_plugins.ema.decay import (
 if TYPE_CHECKING:
     from lightning_plugins.ema.callback import EMA
     from lightning_plugins.ema.files import extract_weights
+    from lightning_plugins.ema.posthoc import synthesize_ema
+    from lightning_plugins.ema.posthoc_callback import PostHocEMA
     from lightning_plugins.ema.shadow import Shadow
 
 __all__ = [
@@ -30,17 +32,21 @@ __all__ = [
     "DecayRule",
     "HalfLife",
     "InverseGammaDecay",
+    "PostHocEMA",
     "PowerDecay",
     "Shadow",
     "WarmupDecay",
     "extract_weights",
+    "synthesize_ema",
 ]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "EMA": f"{__name__}.callback",
+        "PostHocEMA": f"{__name__}.posthoc_callback",
         "Shadow": f"{__name__}.shadow",
         "extract_weights": f"{__name__}.files",
+        "synthesize_ema": f"{__name__}.posthoc",
     },
 )

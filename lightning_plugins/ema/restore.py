@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,11 +36,25 @@ def fitting_average(
         ("raw weights", contents.raw, []),
     ):
         if tensors is not None:
-            _check(module, what, tensors, required, strict=strict)
+            check_fit(module, what, tensors, required=required, strict=strict)
     return average
 
 
-def _check(module: nn.Module, what: str, tensors: dict[str, Tensor], required: list[str], *, strict: bool) -> None:
+def check_fit(
+    module: nn.Module, what: str, tensors: dict[str, Tensor], *, required: Collection[str] = (), strict: bool = True
+) -> None:
+    """Check that ``tensors`` of a checkpoint can be loaded into ``module``.
+
+    Args:
+        module: The module.
+        what: What they are, for the message.
+        tensors: Clean name -> full tensor; without ``strict``, those that the module lacks are taken out.
+        required: Names that must be there.
+        strict: Whether the names must match.
+
+    Raises:
+        ValueError: If they cannot.
+    """
     if not strict:
         known = {key for key, _ in named_slots(module)}
         for key in [key for key in tensors if key not in known]:

@@ -104,6 +104,12 @@ class Shadow:
         return list(self._index)
 
     @property
+    def tied(self) -> dict[str, str]:
+        """Second and further names of tied tensors -> their first."""
+        first: dict[int, str] = {}
+        return {name: first[index] for name, index in self._index.items() if first.setdefault(index, name) != name}
+
+    @property
     def swapped(self) -> bool:
         """Whether the module holds the average; a swap that was interrupted is finished first."""
         self._settle()

@@ -1,4 +1,4 @@
-"""What the distributed tests run in processes of their own: ``python -m tests.support.ema_distributed SCENARIO DIR``."""
+"""What the distributed tests run in processes of their own: python -m tests.support.ema_distributed SCENARIO DIR."""
 
 from __future__ import annotations
 
@@ -149,7 +149,11 @@ def fsdp(directory):
         2,
         ModelCheckpoint(full, filename="{epoch}", save_top_k=-1),
         ModelCheckpoint(
-            Path(directory) / "weights", filename="{epoch}", save_weights_only=True, save_top_k=-1, every_n_train_steps=16
+            Path(directory) / "weights",
+            filename="{epoch}",
+            save_weights_only=True,
+            save_top_k=-1,
+            every_n_train_steps=16,
         ),
     )
     fit.save_checkpoint(Path(directory) / "end.ckpt")

@@ -48,75 +48,83 @@ def numbers(n=10, batch_size=1):
     return DataLoader(TensorDataset(torch.ones(n * batch_size, 1)), batch_size=batch_size)
 
 
-def module_classes(base):
-    """The test modules below one namespace's LightningModule."""
+class _Scripted:
+    """One weight, 0 at first, that takes the values of THETA; validation records what it sees."""
 
-    class Scripted(base):
-        """One weight, 0 at first, that takes the values of THETA; validation records what it sees."""
+    def __init__(self, values=THETA):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.values = values
+        self.seen = []
 
-        def __init__(self, values=THETA):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(()))
-            self.values = values
-            self.seen = []
+    def training_step(self, batch, batch_idx):
+        return self.weight * batch[0].sum()
 
-        def training_step(self, batch, batch_idx):
-            return self.weight * batch[0].sum()
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(self.weight.item())
+        self.log("val", self.weight.detach().float())
 
-        def validation_step(self, batch, batch_idx):
-            self.seen.append(self.weight.item())
-            self.log("val", self.weight.detach().float())
+    def test_step(self, batch, batch_idx):
+        self.seen.append(self.weight.item())
 
-        def test_step(self, batch, batch_idx):
-            self.seen.append(self.weight.item())
+    def predict_step(self, batch, batch_idx):
+        self.seen.append(self.weight.item())
+        return self.weight.detach().clone()
 
-        def predict_step(self, batch, batch_idx):
-            self.seen.append(self.weight.item())
-            return self.weight.detach().clone()
-
-        def configure_optimizers(self):
-            return Script(self.parameters(), self.values)
-
-    class Net(base):
-        """A small network with batch statistics, trained by momentum SGD on fixed data."""
-
-        def __init__(self, width=8, lr=0.1):
-            super().__init__()
-            self.save_hyperparameters()
-            self.net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1))
-            self.crash = None
-
-        def forward(self, x):
-            return self.net(x)
-
-        def _loss(self, batch):
-            x, y = batch
-            return nn.functional.mse_loss(self(x.to(self.net[0].weight.dtype)), y.to(self.net[0].weight.dtype))
-
-        def training_step(self, batch, batch_idx):
-            if self.crash == ("train", self.current_epoch, batch_idx):
-                raise RuntimeError("killed")
-            return self._loss(batch)
-
-        def validation_step(self, batch, batch_idx):
-            if self.crash == ("val", self.current_epoch, batch_idx):
-                raise RuntimeError("killed")
-            self.log("val_loss", self._loss(batch))
-
-        def test_step(self, batch, batch_idx):
-            self.log("test_loss", self._loss(batch))
-
-        def predict_step(self, batch, batch_idx):
-            return self(batch[0])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
-
-    return Scripted, Net
+    def configure_optimizers(self):
+        return Script(self.parameters(), self.values)
 
 
-Scripted, Net = module_classes(unified.LightningModule)
-ClassicScripted, ClassicNet = module_classes(classic.LightningModule)
+class _Net:
+    """A small network with batch statistics, trained by momentum SGD on fixed data."""
+
+    def __init__(self, width=8, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 1))
+        self.crash = None
+
+    def forward(self, x):
+        return self.net(x)
+
+    def _loss(self, batch):
+        x, y = batch
+        return nn.functional.mse_loss(self(x.to(self.net[0].weight.dtype)), y.to(self.net[0].weight.dtype))
+
+    def training_step(self, batch, batch_idx):
+        if self.crash == ("train", self.current_epoch, batch_idx):
+            raise RuntimeError("killed")
+        return self._loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        if self.crash == ("val", self.current_epoch, batch_idx):
+            raise RuntimeError("killed")
+        self.log("val_loss", self._loss(batch))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self._loss(batch))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
+
+
+class Scripted(_Scripted, unified.LightningModule):
+    """In the one namespace,"""
+
+
+class ClassicScripted(_Scripted, classic.LightningModule):
+    """and in the other."""
+
+
+class Net(_Net, unified.LightningModule):
+    """In the one namespace,"""
+
+
+class ClassicNet(_Net, classic.LightningModule):
+    """and in the other."""
 
 
 def regression(n=32, batch_size=4, seed=0):

@@ -1,0 +1,108 @@
+"""Averages of any length, made after the run: the arithmetic of post-hoc EMA.
+
+A power average at step n gives the weights of step t a share proportional to t^gamma. A few of them, recorded now and
+then during training (*snapshots*), span a space in which every other power average can be approximated by least
+squares: the snapshot coefficients x solve A x = b, where A holds the inner products of the snapshots' profiles with one
+another and b those with the profile that is wanted. Source: T. Karras et al., "Analyzing and improving the training
+dynamics of diffusion models", 2023, arXiv:2312.02696, section 3 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_plugins._validation import whole_number
+from lightning_plugins.ema.decay import power_exponent
+from lightning_plugins.ema.snapshots import Snapshot, list_snapshots, read_frozen
+
+
+def synthesis_weights(
+    snapshots: Sequence[tuple[int, float]], *, step: int, sigma_rel: float, normalize: bool = True
+) -> list[float]:
+    """Return the share of each snapshot in the average of length ``sigma_rel`` at ``step``.
+
+    Args:
+        snapshots: ``(step, sigma_rel)`` of every snapshot, in any order.
+        step: Step of the average that is wanted.
+        sigma_rel: Its relative standard deviation, above 0 and below 0.2887.
+        normalize: Whether to scale the shares to sum to 1, as the paper's authors do, so that a constant weight comes
+            out exactly.
+
+    Returns:
+        One number per snapshot, solved for in float64.
+
+    Example:
+        >>> [round(x, 6) for x in synthesis_weights([(5, 0.1), (10, 0.1)], step=10, sigma_rel=0.1)]
+        [0.0, 1.0]
+    """
+    steps = torch.tensor([float(t) for t, _ in snapshots], dtype=torch.float64)
+    exponents = torch.tensor([power_exponent(s) for _, s in snapshots], dtype=torch.float64)
+    wanted_step = torch.tensor([float(step)], dtype=torch.float64)
+    wanted_exponent = torch.tensor([power_exponent(sigma_rel)], dtype=torch.float64)
+    inner = _inner_products(steps, exponents, steps, exponents)
+    target = _inner_products(steps, exponents, wanted_step, wanted_exponent)
+    shares = torch.linalg.solve(inner, target)[:, 0]
+    if normalize:
+        shares = shares / shares.sum()
+    return [float(share) for share in shares]
+
+
+def _inner_products(steps_a: Tensor, exponents_a: Tensor, steps_b: Tensor, exponents_b: Tensor) -> Tensor:
+    """Return the inner products of power profiles, a matrix: rows for a, columns for b."""
+    t_a, t_b = steps_a[:, None], steps_b[None, :]
+    g_a, g_b = exponents_a[:, None], exponents_b[None, :]
+    exponent = torch.where(t_a < t_b, g_b, -g_a)
+    return (g_a + 1) * (g_b + 1) * (t_a / t_b) ** exponent / ((g_a + g_b + 1) * torch.maximum(t_a, t_b))
+
+
+def synthesize_ema(dirpath: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
+    """Reconstruct, from the snapshots of :class:`~lightning_plugins.PostHocEMA`, an average of any length.
+
+    Args:
+        dirpath: Directory of the snapshots.
+        sigma_rel: Relative standard deviation that the average should have, above 0 and below 0.2887; best between
+            those of the recorded averages, a little beyond them is fine.
+        step: Step of the snapshot that it should end at; ``None`` for the last.
+
+    Returns:
+        A complete state dict in float32, for ``module.load_state_dict``: buffers as they were at that step.
+
+    Raises:
+        ValueError: If the directory has no snapshots, ``step`` is none of theirs, or ``sigma_rel`` is out of range.
+    """
+    power_exponent(sigma_rel)
+    snapshots = list_snapshots(dirpath)
+    if not snapshots:
+        raise ValueError(f"`dirpath` must be a directory with snapshots of PostHocEMA, got {str(dirpath)!r}.")
+    there = [snapshot.step for snapshot in snapshots]
+    end = there[-1] if step is None else whole_number("step", step, at_least=1, unit="steps")
+    if end not in there:
+        listed = ", ".join(map(str, there[:10])) + (", ..." if len(there) > 10 else "")
+        raise ValueError(f"`step` must be that of a snapshot in {dirpath}, got {end}; there are {listed}.")
+    return _combine([snapshot for snapshot in snapshots if snapshot.step <= end], sigma_rel, read_frozen(dirpath))
+
+
+def _combine(snapshots: list[Snapshot], sigma_rel: float, frozen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weighted sum of the snapshots, one mapped into memory at a time; the last gives everything else."""
+    profiles = [(snapshot.step, sigma) for snapshot in snapshots for sigma in snapshot.sigma_rels]
+    shares = iter(synthesis_weights(profiles, step=snapshots[-1].step, sigma_rel=sigma_rel))
+    last = snapshots[-1].read()
+    names = list(last.averages[0])
+    sums: dict[str, Tensor] = {}
+    for snapshot in snapshots:
+        loaded = snapshot.read()
+        for average in loaded.averages:
+            share = next(shares)
+            for name in names:
+                tensor = average[name] if name in average else frozen[name]  # frozen until then: its own average
+                wide = torch.complex128 if tensor.is_complex() else torch.float64
+                if name not in sums:
+                    sums[name] = torch.zeros(tensor.shape, dtype=wide)
+                sums[name].add_(tensor.to(wide), alpha=share)
+    single = {name: total.to(torch.complex64 if total.is_complex() else torch.float32) for name, total in sums.items()}
+    tied = {alias: single[name] for alias, name in last.tied.items()}
+    return {**{name: value.clone() for name, value in {**frozen, **last.rest}.items()}, **single, **tied}

@@ -1,0 +1,185 @@
+"""Files with the power averages of one step: complete or absent, cheap to write and to read in part.
+
+A directory holds one file per snapshot, ``step=0000001000.pt`` or ``.safetensors``, and ``frozen.pt`` with the weights
+that were not trained when the run began. Every file is written under another name, flushed, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMATS = ("torch", "safetensors")
+VERSION = 1
+_SUFFIXES = {"torch": ".pt", "safetensors": ".safetensors"}
+_NAME = re.compile(r"step=(\d+)\.(pt|safetensors)")
+_FROZEN = "frozen.pt"
+
+
+@dataclass
+class Loaded:
+    """What a snapshot holds.
+
+    Args:
+        averages: Name -> tensor, one dict per sigma_rel.
+        rest: What is not averaged: the buffers at that step.
+        tied: Name -> the name that its tensor is stored under.
+    """
+
+    averages: list[dict[str, Tensor]]
+    rest: dict[str, Tensor]
+    tied: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot file.
+
+    Args:
+        path: The file.
+        step: Applied steps at which it was written.
+        sigma_rels: The relative standard deviations of its averages.
+    """
+
+    path: Path
+    step: int
+    sigma_rels: tuple[float, ...]
+
+    def read(self) -> Loaded:
+        """Return its tensors, mapped rather than read."""
+        return _read(self.path)[1]
+
+
+def list_snapshots(dirpath: str | Path) -> list[Snapshot]:
+    """Return the snapshots in a directory by step.
+
+    Raises:
+        ValueError: If a file with a snapshot's name is none.
+    """
+    found = []
+    for path in Path(dirpath).glob("step=*"):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            header = _read(path)[0]
+            found.append(Snapshot(path, header["step"], tuple(header["sigma_rels"])))
+    return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+def write_snapshot(
+    dirpath: Path,
+    step: int,
+    sigma_rels: Sequence[float],
+    loaded: Loaded,
+    *,
+    dtype: torch.dtype = torch.float32,
+    file_format: str = "torch",
+) -> Path:
+    """Write a snapshot in one piece; a file of that step is replaced.
+
+    Args:
+        dirpath: The directory, made if it is not there.
+        step: Applied steps so far.
+        sigma_rels: The relative standard deviations of the averages.
+        loaded: Their tensors.
+        dtype: Type in which the averages are stored.
+        file_format: ``"torch"`` or ``"safetensors"``.
+    """
+    path = dirpath / f"step={step:010d}{_SUFFIXES[file_format]}"
+    header = {"version": VERSION, "step": step, "sigma_rels": list(sigma_rels), "tied": loaded.tied}
+    averages = [{name: tensor.to(dtype) for name, tensor in average.items()} for average in loaded.averages]
+    if file_format == "torch":
+        _write(path, lambda part: torch.save({**header, "averages": averages, "rest": loaded.rest}, part))
+    else:
+        from safetensors.torch import save_file  # noqa: PLC0415  # an optional dependency
+
+        flat = {f"{index}/{name}": t for index, average in enumerate(averages) for name, t in average.items()}
+        flat.update({f"rest/{name}": tensor for name, tensor in loaded.rest.items()})
+        flat = {name: tensor.contiguous() for name, tensor in flat.items()}
+        _write(path, lambda part: save_file(flat, part, metadata={"posthoc_ema": json.dumps(header)}))
+    return path
+
+
+def write_frozen(dirpath: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the weights that are not trained."""
+    _write(dirpath / _FROZEN, lambda part: torch.save(dict(tensors), part))
+
+
+def read_frozen(dirpath: str | Path) -> dict[str, Tensor]:
+    """Return the weights that were not trained, mapped rather than read."""
+    path = Path(dirpath) / _FROZEN
+    if not path.is_file():
+        return {}
+    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return tensors
+
+
+def set_aside(dirpath: Path, after: int) -> Path | None:
+    """Move snapshots of later steps than ``after``, of a run that died or another one, into a directory beside them.
+
+    Returns:
+        That directory, ``None`` if there was nothing to move.
+    """
+    stale = [path for path in dirpath.glob("step=*") if (m := _NAME.fullmatch(path.name)) and int(m[1]) > after]
+    if after == 0 and (dirpath / _FROZEN).is_file():
+        stale.append(dirpath / _FROZEN)
+    if not stale:
+        return None
+    number = 1
+    while (target := dirpath / f"superseded-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in stale:
+        path.rename(target / path.name)
+    return target
+
+
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save(part)
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Loaded]:
+    try:
+        header, loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} is none: {error!r}") from error
+    if header["version"] != VERSION:
+        raise ValueError(f"A snapshot must be of version {VERSION}, but {path} is of version {header['version']!r}.")
+    return header, loaded
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], Loaded]:
+    header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return header, Loaded(header["averages"], header["rest"], header["tied"])
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], Loaded]:
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = json.loads(opened.metadata()["posthoc_ema"])
+            averages: list[dict[str, Tensor]] = [{} for _ in header["sigma_rels"]]
+            rest: dict[str, Tensor] = {}
+            for key in opened.keys():  # noqa: SIM118  # not a mapping
+                where, name = key.split("/", 1)
+                (rest if where == "rest" else averages[int(where)])[name] = opened.get_tensor(key)
+    except SafetensorError as error:
+        raise RuntimeError(str(error)) from error
+    return header, Loaded(averages, rest, header["tied"])
