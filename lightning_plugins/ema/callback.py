@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
@@ -84,7 +85,7 @@ class EMA(WeightFollower):
         every = whole_number("update_every_n_steps", update_every_n_steps, at_least=1, unit="steps")
         super().__init__(whole_number("start_step", start_step, unit="steps"), every)
         self.decay = as_decay_rule(decay)
-        self.device = device
+        self.device = _device_name(device)
         self.average_buffers = one_of("buffers", buffers, ("copy", "average")) == "average"
         self.evaluate = one_of("evaluate", evaluate, ("average", "raw"))
         self.checkpoint = one_of("checkpoint", checkpoint, ("average", "raw"))
@@ -413,6 +414,13 @@ class EMA(WeightFollower):
             else gather(local(value), value).detach().clone()
             for key, value in state.items()
         }
+
+
+def _device_name(device: Any) -> str | None:
+    try:
+        return None if device is None else str(torch.device(device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be the name of a device such as 'cpu', got {device!r}.") from error
 
 
 def _averages(trainer: Trainer) -> list[EMA]:

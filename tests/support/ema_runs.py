@@ -88,8 +88,8 @@ class _Net:
         return self.net(x)
 
     def _loss(self, batch):
-        x, y = batch
-        return nn.functional.mse_loss(self(x.to(self.net[0].weight.dtype)), y.to(self.net[0].weight.dtype))
+        dtype = next(self.parameters()).dtype
+        return nn.functional.mse_loss(self(batch[0].to(dtype)), batch[1].to(dtype))
 
     def training_step(self, batch, batch_idx):
         if self.crash == ("train", self.current_epoch, batch_idx):
