@@ -32,8 +32,8 @@ def fitting_average(
     if average is not None and contents.updates is not None:  # Lightning averages frozen weights and integers, too
         average = {key: value for key, value in average.items() if key in trainable}
     for what, tensors, required in (
-        (f"average {name!r}", average, list(trainable)),
         ("raw weights", contents.raw, []),
+        (f"average {name!r}", average, list(trainable)),
     ):
         if tensors is not None:
             check_fit(module, what, tensors, required=required, strict=strict)

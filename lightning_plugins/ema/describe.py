@@ -1,0 +1,93 @@
+"""What a checkpoint holds, as plain numbers and words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_plugins.ema.files import load_checkpoint, read_contents
+
+
+def describe_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint file holds.
+
+    Args:
+        checkpoint_path: A Lightning checkpoint.
+
+    Returns:
+        ``path``, ``file_bytes``, ``kind`` (``"full"`` or ``"weights only"``), ``epoch``, ``global_step``,
+        ``lightning`` (the version that wrote it), ``state_dict`` (``weights``: which set it is; ``tensors``,
+        ``elements``, ``bytes``, ``types``), ``beside`` (other sets of weights -> bytes), ``callbacks`` (the keys of
+        their states), ``optimizers`` (how many), and ``other`` (further keys).
+
+    Raises:
+        ValueError: If it is no checkpoint, or needs more than tensors and plain values to load.
+    """
+    checkpoint = load_checkpoint(checkpoint_path)
+    state = _tensors(checkpoint["state_dict"].values())
+    kind = "full" if "optimizer_states" in checkpoint or "callbacks" in checkpoint else "weights only"
+    return {
+        "path": str(checkpoint_path),
+        "file_bytes": Path(checkpoint_path).stat().st_size,
+        "kind": kind,
+        "epoch": checkpoint.get("epoch"),
+        "global_step": checkpoint.get("global_step"),
+        "lightning": checkpoint.get("pytorch-lightning_version"),
+        "state_dict": {
+            "weights": _which(checkpoint),
+            "tensors": len(state),
+            "elements": sum(tensor.numel() for tensor in state),
+            "bytes": _bytes(state),
+            "types": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state}),
+        },
+        "beside": _beside(checkpoint),
+        "callbacks": sorted(checkpoint.get("callbacks", {})),
+        "optimizers": len(checkpoint.get("optimizer_states", [])),
+        "other": sorted(key for key in checkpoint if key not in _KNOWN),
+    }
+
+
+_KNOWN = {
+    "callbacks",
+    "current_model_state",
+    "epoch",
+    "global_step",
+    "lightning_plugins_ema",
+    "lightning_plugins_posthoc_ema",
+    "loops",
+    "lr_schedulers",
+    "optimizer_states",
+    "pytorch-lightning_version",
+    "state_dict",
+}
+
+
+def _which(checkpoint: Mapping[str, Any]) -> str:
+    contents = read_contents(checkpoint)
+    if contents is None or contents.state_dict == "raw":
+        return "trained weights"
+    return f"average of EMA {contents.name!r}" if contents.name else "average of Lightning's own callback"
+
+
+def _beside(checkpoint: Mapping[str, Any]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    contents = read_contents(checkpoint)
+    if contents is not None and contents.raw is not None:
+        found["raw weights"] = _bytes(_tensors(contents.raw.values()))
+    for name, average in (contents.averages if contents else {}).items():
+        found[f"average of EMA {name!r}"] = _bytes(_tensors(average.values()))
+    for key, averages in checkpoint.get("lightning_plugins_posthoc_ema", {}).items():
+        found[key] = sum(_bytes(_tensors(average.values())) for average in averages)
+    return found
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Return the size of ``tensors``, tied ones once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
