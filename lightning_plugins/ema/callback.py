@@ -198,7 +198,7 @@ class EMA(WeightFollower):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module with what ``after_fit`` says."""
-        self._catch_up()
+        self._all_catch_up()
         self._evaluating = None
         self._kept = _roles(trainer).keeper is self
         self._settle()
