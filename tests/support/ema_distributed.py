@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -126,44 +127,73 @@ def ddp(directory):
     )  # fmt: skip
 
 
-def fsdp(directory):
-    """A sharded run, its files, and a resumed one."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
+def sharded_run(directory, max_epochs, *callbacks, ema=None, ckpt_path=None, **kwargs):
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     from lightning_plugins import EMA, ConstantDecay
     from tests.support.ema_runs import regression
 
-    def strategy():
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-    def run(max_epochs, *callbacks, ckpt_path=None, ema=None):
-        module = sharded_net()
-        ema = ema or EMA(ConstantDecay(0.8))
-        fit = trainer(strategy(), ema, *callbacks, max_epochs=max_epochs)
-        fit.fit(module, regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
-        return fit, module, ema
-
-    full = Path(directory) / "full"
-    fit, module, ema = run(
-        2,
-        ModelCheckpoint(full, filename="{epoch}", save_top_k=-1),
-        ModelCheckpoint(
-            Path(directory) / "weights",
-            filename="{epoch}",
-            save_weights_only=True,
-            save_top_k=-1,
-            every_n_train_steps=16,
-        ),
+    strategy = ModelParallelStrategy(
+        data_parallel_size=int(os.environ["EMA_TEST_RANKS"]), tensor_parallel_size=1, save_distributed_checkpoint=False
     )
+    module, ema = sharded_net(), ema or EMA(ConstantDecay(0.8))
+    fit = trainer(strategy, ema, *callbacks, max_epochs=max_epochs, **kwargs)
+    fit.fit(module, regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
+    return fit, module, ema
+
+
+def fsdp(directory):
+    """A sharded run, its files, a resumed one; post-hoc snapshots; half precision."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from lightning_plugins import EMA, PostHocEMA
+    from lightning_plugins._lightning import MisconfigurationException
+    from tests.support.ema_runs import regression
+
+    full, light = Path(directory) / "full", Path(directory) / "weights"
+    fit, module, ema = sharded_run(
+        directory, 2,
+        PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots"),
+        ModelCheckpoint(full, filename="{epoch}", save_top_k=-1),
+        ModelCheckpoint(light, filename="{epoch}", save_weights_only=True, save_top_k=-1, every_n_train_steps=16),
+    )  # fmt: skip
     fit.save_checkpoint(Path(directory) / "end.ckpt")
     average, raw, seen = ema.average_state_dict(), ema.raw_state_dict(), module.seen
     empty = sum(p.to_local().numel() == 0 for p in module.parameters())
-    _, _, resumed = run(2, ckpt_path=full / "epoch=0.ckpt")
+    _, _, resumed = sharded_run(directory, 2, ckpt_path=full / "epoch=0.ckpt")
+
+    # half precision: the file keeps the float32 average beside its state_dict
+    half = EMA(0.9)
+    sharded_run(directory, 1, ModelCheckpoint(directory, filename="half"), ema=half, precision="bf16-true")
+    half_average, half_raw = half.average_state_dict(), half.raw_state_dict()
+    again = EMA(0.9)
+    sharded_run(directory, 1, ema=again, precision="bf16-true", ckpt_path=Path(directory) / "half.ckpt")
+
+    # a crash in validation, the module gathered and swapped
+    crashed, kept = sharded_net(), EMA(0.9)
+    crashed.crash = ("val", 0, 1)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer(strategy, kept).fit(crashed, regression(), regression(n=8, seed=9))
+    crashed_raw = {name: p.full_tensor().detach() for name, p in crashed.named_parameters()}
+
+    with pytest.raises(MisconfigurationException) as refusal:
+        trainer(ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), EMA(0.9)).fit(
+            sharded_net(), regression()
+        )
     save(
         "fsdp", directory, average=average, raw=raw, seen=seen, empty=empty,
         resumed_average=resumed.average_state_dict(), resumed_raw=resumed.raw_state_dict(),
+        half_average=half_average, half_raw=half_raw, again_average=again.average_state_dict(),
+        again_raw=again.raw_state_dict(), crashed_raw=crashed_raw, kept_raw=kept.raw_state_dict(), refused=str(refusal.value),
     )  # fmt: skip
+
+
+def other_ranks(directory):
+    """Resume what two ranks saved on one."""
+    _, _, ema = sharded_run(directory, 2, ckpt_path=Path(directory) / "full" / "epoch=0.ckpt")
+    save("other_ranks", directory, average=ema.average_state_dict(), raw=ema.raw_state_dict())
 
 
 if __name__ == "__main__":

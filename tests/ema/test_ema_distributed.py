@@ -1,0 +1,120 @@
+"""Two real processes on one machine: DDP ranks agree, FSDP2 ranks average their shards."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_plugins import EMA, ConstantDecay, WarmupDecay, extract_weights, synthesize_ema
+from tests.support.ema_distributed import launch
+from tests.support.ema_runs import Net, clone_state, regression, same, trainer
+
+
+def whole_run(decay, epochs, **kwargs):
+    """The unsharded twin of the runs below: same data on both ranks, so the mean gradient is each rank's own."""
+    torch.manual_seed(0)
+    module = Net(width=5)
+    module.net[1] = nn.Identity()
+    ema = EMA(decay)
+    seen = {}
+
+    def validation_step(batch, batch_idx, original=module.validation_step):
+        original(batch, batch_idx)
+        if batch_idx == 0:
+            seen["first"] = module(batch[0]).detach().clone()
+
+    module.validation_step = validation_step
+    trainer(ema, max_epochs=epochs, **kwargs).fit(module, regression(), regression(n=8, seed=9))
+    return ema, seen["first"]
+
+
+def close(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fsdp")
+    return directory, launch("fsdp", directory)
+
+
+def test_ddp_ranks_agree_bit_for_bit(tmp_path):
+    """Two ranks with different data hold one average, which is the formula's over their common weights."""
+    first, second = launch("ddp", tmp_path)
+    for key in ("average", "slow", "raw"):
+        parameters = {k: v for k, v in first[key].items() if "running" not in k and "batches" not in k}
+        assert all(torch.equal(value, second[key][k]) for k, value in parameters.items()), key
+    names = [name for name, _ in Net(width=5).named_parameters()]
+    assert all(torch.equal(first["module"][name], first["average"][name]) for name in names)
+    assert same(extract_weights(tmp_path / "end.ckpt"), first["average"])
+    assert same(extract_weights(tmp_path / "end.ckpt", "raw"), first["raw"])
+    assert same(extract_weights(tmp_path / "end.ckpt", name="slow"), first["slow"])
+    assert same(extract_weights(first["file"]), first["average"])  # weights-only, scored last
+
+
+def test_sharded_average_equals_the_unsharded_one(sharded):
+    ranks = sharded[1]
+    assert [rank["empty"] for rank in ranks] == [0, 2]  # uneven and empty shards are among them
+    ema, seen = whole_run(ConstantDecay(0.8), 2)
+    for rank in ranks:
+        close(rank["average"], ema.average_state_dict())
+        close(rank["raw"], ema.raw_state_dict())
+        torch.testing.assert_close(rank["seen"], seen, rtol=1e-5, atol=1e-6)  # validation used the average
+    assert same(ranks[0]["average"], ranks[1]["average"])
+
+
+def test_sharded_files_hold_both_sets(sharded):
+    directory, ranks = sharded
+    for path in (directory / "end.ckpt", directory / "full" / "epoch=1.ckpt"):
+        assert same(extract_weights(path), ranks[0]["average"])
+        assert same(extract_weights(path, "raw"), ranks[0]["raw"])
+    (light,) = (directory / "weights").glob("epoch=1*.ckpt")
+    assert same(extract_weights(light), ranks[0]["average"])
+    with pytest.raises(ValueError, match="it is a weights-only file"):
+        extract_weights(light, "raw")
+
+
+def test_sharded_resume_is_bit_for_bit(sharded):
+    for rank in sharded[1]:
+        assert same(rank["resumed_average"], rank["average"])
+        assert same(rank["resumed_raw"], rank["raw"])
+
+
+def test_sharded_resume_on_another_number_of_ranks(sharded):
+    directory, ranks = sharded
+    (alone,) = launch("other_ranks", directory, ranks=1)
+    close(alone["average"], ranks[0]["average"])
+    close(alone["raw"], ranks[0]["raw"])
+
+
+def test_sharded_half_precision_keeps_the_wide_average(sharded):
+    for rank in sharded[1]:
+        assert all(value.dtype == torch.float32 for value in rank["half_average"].values())
+        assert all(value.dtype == torch.bfloat16 for value in rank["half_raw"].values())
+        assert same(rank["again_average"], rank["half_average"])
+        assert same(rank["again_raw"], rank["half_raw"])
+
+
+def test_sharded_module_is_raw_after_a_crash_in_validation(sharded):
+    ema, _ = whole_run(WarmupDecay(0.9), 1)
+    for rank in sharded[1]:
+        assert same(rank["crashed_raw"], rank["kept_raw"])
+        close(rank["crashed_raw"], ema.raw_state_dict())
+
+
+def test_distributed_checkpoints_are_refused_by_name(sharded):
+    for rank in sharded[1]:
+        assert "ModelParallelStrategy with `save_distributed_checkpoint=True`" in rank["refused"]
+
+
+def test_sharded_snapshots_are_written_whole(sharded):
+    directory, ranks = sharded
+    state = synthesize_ema(directory / "snapshots", 0.1)
+    assert {key: value.shape for key, value in state.items()} == {
+        key: value.shape for key, value in ranks[0]["average"].items()
+    }
+    module = Net(width=5)
+    module.net[1] = nn.Identity()
+    module.load_state_dict(state)
+    assert clone_state(module)
