@@ -186,7 +186,8 @@ def fsdp(directory):
         "fsdp", directory, average=average, raw=raw, seen=seen, empty=empty,
         resumed_average=resumed.average_state_dict(), resumed_raw=resumed.raw_state_dict(),
         half_average=half_average, half_raw=half_raw, again_average=again.average_state_dict(),
-        again_raw=again.raw_state_dict(), crashed_raw=crashed_raw, kept_raw=kept.raw_state_dict(), refused=str(refusal.value),
+        again_raw=again.raw_state_dict(), crashed_raw=crashed_raw, kept_raw=kept.raw_state_dict(),
+        refused=str(refusal.value),
     )  # fmt: skip
 
 

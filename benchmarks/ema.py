@@ -1,0 +1,256 @@
+"""An average's update and swap beside other libraries and the physical floor: ``python -m benchmarks.ema``.
+
+All methods run in turn, round after round, in one process; a ratio is the median over the rounds of a method's time
+divided by the floor's in the same round. Peers that are not installed are left out. On a CUDA device the same table is
+made there, with the share of the bandwidth that a copy reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.ema.shadow import Shadow
+
+CHUNK = 2**18  # elements of a mebibyte of float32
+Methods = dict[str, Callable[[], object]]
+
+
+def transformer() -> nn.Module:
+    """101 M parameters in 148 tensors, the largest 61 MB."""
+    blocks = [block(768) for _ in range(12)]
+    return nn.ModuleList([nn.Embedding(20_000, 768), nn.Embedding(1024, 768), nn.LayerNorm(768), *blocks])
+
+
+def block(width: int) -> nn.Module:
+    parts = [nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width), nn.LayerNorm(width)]
+    return nn.ModuleList([*parts, nn.Linear(width, 4 * width), nn.Linear(4 * width, width)])
+
+
+def many_small() -> nn.Module:
+    """5 M parameters in 1000 tensors."""
+    return nn.ModuleList(nn.Linear(100, 100) for _ in range(500))
+
+
+def large() -> nn.Module:
+    """1 B parameters, for a GPU."""
+    return nn.ModuleList(nn.Linear(4096, 4096) for _ in range(60))
+
+
+def flat(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    size, device = sum(p.numel() for p in module.parameters()), next(module.parameters()).device
+    return torch.randn(size, device=device).to(dtype)
+
+
+def perturbed(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.01)
+    return module
+
+
+def update_methods(module: nn.Module) -> Methods:
+    """Return ours, the floor, and the peers that can be imported, each with its own average of ``module``."""
+    shadow, average, weights = Shadow(module), flat(module), flat(module)
+    return {
+        "floor: flat lerp_": lambda: average.lerp_(weights, 0.001),
+        "lightning_plugins": lambda: shadow.update(0.999),
+        **torch_peers(module),
+        **lightning_peer(module),
+        **timm_peer(module),
+        **ema_pytorch_peer(module),
+    }
+
+
+def torch_peers(module: nn.Module) -> Methods:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    averaged.update_parameters(module)
+    return {"torch AveragedModel, multi_avg_fn": lambda: averaged.update_parameters(module)}
+
+
+def lightning_peer(module: nn.Module) -> Methods:
+    from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+    # What lightning.pytorch.callbacks.EMAWeightAveraging calls after every step; it admits no other function.
+    averaged = AveragedModel(module, use_buffers=True, avg_fn=get_ema_avg_fn(0.999))
+    averaged.update_parameters(module)
+    return {"Lightning EMAWeightAveraging": lambda: averaged.update_parameters(module)}
+
+
+def timm_peer(module: nn.Module) -> Methods:
+    try:
+        from timm.utils.model_ema import ModelEmaV3
+    except (ImportError, RuntimeError):
+        return {}
+    averaged = ModelEmaV3(module, decay=0.999)
+    return {"timm ModelEmaV3": lambda: averaged.update(module)}
+
+
+def ema_pytorch_peer(module: nn.Module) -> Methods:
+    try:
+        from ema_pytorch import EMA
+    except (ImportError, RuntimeError):
+        return {}
+    averaged = EMA(module, beta=0.999, update_every=1, update_after_step=0, include_online_model=False)
+    averaged.update()
+    averaged.update()
+    return {"ema-pytorch": averaged.update}
+
+
+def half_methods(module: nn.Module) -> Methods:
+    """Return ways to blend bfloat16 weights into float32 averages."""
+    module = module.to(torch.bfloat16)
+    shadow, average, weights = Shadow(module), flat(module), flat(module, torch.bfloat16)
+    scratch = torch.empty(CHUNK, device=average.device)
+    whole = torch.empty_like(average) if average.is_cuda else None
+
+    def chunked() -> None:
+        if whole is not None:
+            whole.copy_(weights)
+            average.lerp_(whole, 0.001)
+            return
+        for a, w in zip(torch.split(average, CHUNK), torch.split(weights, CHUNK), strict=True):
+            part = scratch[: a.numel()]
+            part.copy_(w)
+            a.lerp_(part, 0.001)
+
+    return {"floor: flat chunked cast and lerp_": chunked, "lightning_plugins": lambda: shadow.update(0.999)}
+
+
+def swap_methods(module: nn.Module) -> Methods:
+    """Return ways to exchange weights and averages, once."""
+    shadow, average, weights = Shadow(perturbed(module)), flat(module), flat(module)
+    scratch = torch.empty(CHUNK, device=average.device)
+
+    def chunked() -> None:
+        for a, w in zip(torch.split(average, CHUNK), torch.split(weights, CHUNK), strict=True):
+            part = scratch[: a.numel()]
+            part.copy_(w)
+            w.copy_(a)
+            a.copy_(part)
+
+    def ours() -> None:
+        shadow.swap_out() if shadow.swapped else shadow.swap_in()
+
+    return {"floor: flat chunked swap": chunked, "lightning_plugins": ours, **lightning_swap(module)}
+
+
+def lightning_swap(module: nn.Module) -> Methods:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+    from torch.optim.swa_utils import AveragedModel
+
+    callback = EMAWeightAveraging()
+    callback._average_model = AveragedModel(module)
+    return {"Lightning EMAWeightAveraging": lambda: callback._swap_models(module)}
+
+
+@contextmanager
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def measure(title: str, methods: Methods, rounds: int) -> None:
+    """Print a table: median milliseconds, and the median of the ratios to the first method, with its quartiles."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    with no_gradients():
+        for count in range(rounds + 2):
+            for name, run in methods.items():
+                synchronize()
+                start = time.perf_counter()
+                run()
+                synchronize()
+                if count >= 2:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    floor = next(iter(times.values()))
+    print(f"\n{title}\n{'':44}{'ms':>9}{'ratio':>8}{'quartiles':>16}")
+    for name, values in times.items():
+        ratios = [value / base for value, base in zip(values, floor, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        spread = f"{low:.2f} - {high:.2f}"
+        print(f"{name:44}{statistics.median(values):9.3f}{statistics.median(ratios):8.2f}{spread:>16}")
+    del methods
+    gc.collect()
+
+
+def extra_memory(module: nn.Module) -> None:
+    """Print what an update and two swaps allocate beyond the average itself."""
+    shadow = Shadow(perturbed(module))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        shadow.update(0.999)
+        shadow.swap_in()
+        shadow.swap_out()
+        extra = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            shadow.update(0.999)
+            shadow.swap_in()
+            shadow.swap_out()
+        extra = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    print(f"\nallocated by one update and two swaps, beyond the average: {extra / 1e6:.2f} MB")
+
+
+def bandwidth(module: nn.Module) -> None:
+    """Print, for a GPU, which share of a copy's bandwidth an update reaches, and whether it ever waits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        module = module.to(dtype)
+        shadow, source = Shadow(module), flat(module)
+        target = torch.empty_like(source)
+        torch.cuda.set_sync_debug_mode("error")
+        shadow.update(0.999)
+        shadow.swap_in()
+        shadow.swap_out()
+        torch.cuda.set_sync_debug_mode("default")
+        moved = source.numel() * (4 + 4 + dtype.itemsize)
+        rates = []
+        for run, size in (
+            (lambda t=target, s=source: t.copy_(s), 2 * source.nbytes),
+            (lambda s=shadow: s.update(0.999), moved),
+        ):
+            run()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(20):
+                run()
+            end.record()
+            end.synchronize()
+            rates.append(20 * size / start.elapsed_time(end) / 1e6)
+        print(
+            f"{dtype}: update {rates[1]:.0f} GB/s, copy {rates[0]:.0f} GB/s, share {rates[1] / rates[0]:.0%}, no sync"
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Averages beside other libraries.")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds = arguments.rounds
+    print(f"torch {torch.__version__}, {device}, {arguments.threads} threads, {rounds} rounds")
+    measure("update, 101 M in 148 tensors, float32", update_methods(transformer().to(device)), rounds)
+    measure("update, 5 M in 1000 tensors, float32", update_methods(many_small().to(device)), 3 * rounds)
+    measure("update, 101 M in 148 tensors, bfloat16 into float32", half_methods(transformer().to(device)), rounds)
+    measure("swap, 101 M in 148 tensors, float32", swap_methods(transformer().to(device)), rounds)
+    measure("swap, 5 M in 1000 tensors, float32", swap_methods(many_small().to(device)), 3 * rounds)
+    extra_memory(transformer().to(device))
+    if device == "cuda":
+        bandwidth(large().to(device))
+
+
+if __name__ == "__main__":
+    main()
