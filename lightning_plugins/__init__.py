@@ -58,10 +58,10 @@ if TYPE_CHECKING:
 # Technique -> its public names. The package of a technique knows which module defines a name.
 _TECHNIQUES = {
     "ema": [
-        "EMA",
         "ConstantDecay",
         "DebiasedDecay",
         "DecayRule",
+        "EMA",
         "HalfLife",
         "InverseGammaDecay",
         "PostHocEMA",

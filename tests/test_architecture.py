@@ -13,12 +13,14 @@ import pytest
 import pytorch_lightning
 
 import lightning_plugins
-from lightning_plugins import LearningRateScheduler, WarmupCosine
+from lightning_plugins import EMA, LearningRateScheduler, PostHocEMA, WarmupCosine
 from lightning_plugins._lightning import Callback, MisconfigurationException
 
 PACKAGE = Path(lightning_plugins.__file__).parent
 # A row for every callback: how to make two that may stand side by side. A missing row fails.
 CALLBACKS = {
+    "EMA": [EMA, lambda: EMA(name="slow")],
+    "PostHocEMA": [PostHocEMA, lambda: PostHocEMA((0.07, 0.12))],
     "LearningRateScheduler": [
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=0),
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=1),
@@ -63,6 +65,7 @@ def test_importing_costs_only_what_is_used():
         ("import lightning_plugins", []),
         ("from lightning_plugins import WarmupCosine", []),
         ("import lightning_plugins.schedules", []),
+        ("from lightning_plugins import HalfLife", []),
         ("from lightning_plugins import ScheduleLR", ["torch"]),
     ]:
         assert in_a_fresh_process(f"import json, sys; {code}; print(json.dumps({loaded}))") == expected, code

@@ -19,6 +19,7 @@ from lightning_plugins.ema.roles import Roles, assign_roles
 from lightning_plugins.ema.samples import samples_per_step
 from lightning_plugins.ema.seam import CheckpointSeam
 from lightning_plugins.ema.shadow import Shadow, Which, disown, showing
+from lightning_plugins.ema.stage import Stage
 from lightning_plugins.ema.tensors import clean_name, fill, gather, load_named, local
 
 
@@ -97,11 +98,7 @@ class EMA(WeightFollower):
         self._restored: dict[str, Tensor] | None = None  # from a file, until the module is on its device
         self._seam: CheckpointSeam | None = None
         self._fitting = False
-        self._evaluating: str | None = None  # the weights that the loop under way asks for
-        self._contexts = 0  # open `averaged` blocks
-        self._kept = False  # whether the average stays in the module after fit
-        self._displaced: Shadow | None = None  # whose average was in the module when ours came
-        self._fingerprint: tuple[Any, ...] = ()
+        self._stage = Stage()
 
     @property
     def state_key(self) -> str:
@@ -118,7 +115,7 @@ class EMA(WeightFollower):
         self._refuse_strategy(trainer)
         if self._shadow is not None and not self._serves(pl_module):
             self._forget()
-        self._kept, self._fitting = False, True
+        self._stage.kept, self._fitting = False, True
         self._settle()
         disown(pl_module)  # an EMA of an earlier fit may have left its average there: it is trained on
 
@@ -155,13 +152,13 @@ class EMA(WeightFollower):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the raw weights back if an evaluation ended without saying so."""
-        self._evaluating = None
+        self._stage.evaluating = None
         self._settle()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the weights that are to be evaluated."""
-        self._start_evaluation(trainer, pl_module)
+        self._start_evaluation(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what was there."""
@@ -169,7 +166,7 @@ class EMA(WeightFollower):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the weights that are to be evaluated."""
-        self._start_evaluation(trainer, pl_module)
+        self._start_evaluation(pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what was there."""
@@ -177,7 +174,7 @@ class EMA(WeightFollower):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the weights that are to be evaluated."""
-        self._start_evaluation(trainer, pl_module)
+        self._start_evaluation(pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what was there."""
@@ -199,13 +196,12 @@ class EMA(WeightFollower):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module with what ``after_fit`` says."""
         self._all_catch_up()
-        self._evaluating = None
-        self._kept = _roles(trainer).keeper is self
+        self._stage.evaluating, self._stage.kept = None, _roles(trainer).keeper is self
         self._settle()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the raw weights back, wherever it happened."""
-        self._kept = self._kept and not self._fitting
+        self._stage.kept = self._stage.kept and not self._fitting
         self._leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -247,12 +243,12 @@ class EMA(WeightFollower):
             raise ValueError(f"`pl_module` must be the module that EMA {self.name!r} averaged, got another one.")
         self._all_catch_up()
         serves = self._serves(pl_module)
-        self._contexts += serves
+        self._stage.blocks += serves
         try:
             self._settle()
             yield pl_module
         finally:
-            self._contexts = max(self._contexts - serves, 0)
+            self._stage.blocks = max(self._stage.blocks - serves, 0)
             self._settle()
 
     # -- following the weights
@@ -277,65 +273,48 @@ class EMA(WeightFollower):
 
     def _forget(self) -> None:
         """Start anew."""
-        self._shadow, self._restored, self._contexts, self._evaluating = None, None, 0, None
+        self._shadow, self._restored, self._stage = None, None, Stage()
         self._pace.reset()
 
-    # -- what the module holds: one place decides, from what is wanted
+    # -- what the module holds
 
     @property
     def _active(self) -> bool:
         return self._shadow is not None and self._pace.last > 0
 
     def _settle(self) -> None:
-        """Make the module hold what is wanted now: a block's average, what the loop evaluates, or what stays."""
-        shadow = self._shadow
-        if shadow is None:
-            return
-        wanted = "average" if self._contexts else self._evaluating or ("average" if self._kept else "raw")
-        if wanted == "average" and self._active and not shadow.swapped:
-            self._displaced = showing(shadow.module)
-            if self._displaced is not None:
-                self._displaced.swap_out()
-            shadow.swap_in()
-        elif wanted == "raw" and shadow.swapped:
-            shadow.swap_out()
-            displaced, self._displaced = self._displaced, None
-            if displaced is not None:
-                displaced.swap_in()
-        else:
-            return
-        self._fingerprint = shadow.fingerprint()
+        self._stage.settle(self._shadow, ready=self._active)
 
     def _serves(self, pl_module: nn.Module) -> bool:
         """Return whether ``pl_module`` is the averaged module and nobody has changed its weights since."""
         shadow = self._shadow
         if shadow is None or shadow.module is not pl_module:
             return False
-        if self._fitting or self._fingerprint == shadow.fingerprint():
+        if self._fitting or self._stage.untouched(shadow):
             return True
         rank_zero_info(f"{self.state_key}: the weights were changed since they were averaged; the average is not used.")
         return False
 
-    def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _start_evaluation(self, pl_module: LightningModule) -> None:
         self._all_catch_up()
         if self._shadow is not None and self._serves(pl_module):
             if not self._fitting:
                 self._shadow.rebind()
-            self._evaluating = self.evaluate
+            self._stage.evaluating = self.evaluate
             self._settle()
 
     def _end_evaluation(self) -> None:
-        if self._evaluating is not None:
-            self._evaluating = None
+        if self._stage.evaluating is not None:
+            self._stage.evaluating = None
             self._settle()
 
     def _leave(self) -> None:
         """End whatever was under way: no block, no loop, no fit."""
         self._release_clock()
-        self._contexts, self._evaluating = 0, None
+        self._stage.clear()
         self._settle()
         if self._fitting and self._shadow is not None:
-            self._fingerprint = self._shadow.fingerprint()
+            self._stage.remember(self._shadow)
         self._fitting = False
 
     # -- files
