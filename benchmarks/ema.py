@@ -160,8 +160,10 @@ def no_gradients() -> Iterator[None]:
 
 
 def measure(title: str, methods: Methods, rounds: int) -> None:
-    """Print a table: median milliseconds, the median of the ratios to the first method with its quartiles, and the ratio
-    of the best times, which is the one to read on a machine that others use as well.
+    """Print a table of times and of ratios to the first method.
+
+    Median milliseconds; median of the ratios and its quartiles; and the ratio of the best times, which is the one to
+    read on a machine that others use as well.
     """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in methods}
