@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
@@ -20,7 +19,7 @@ from lightning_plugins.ema.samples import samples_per_step
 from lightning_plugins.ema.seam import CheckpointSeam
 from lightning_plugins.ema.shadow import Shadow, Which, disown, showing
 from lightning_plugins.ema.stage import Stage
-from lightning_plugins.ema.tensors import clean_name, fill, gather, load_named, local
+from lightning_plugins.ema.tensors import clean_name, device_name, fill, gather, load_named, local, reshard
 
 
 class EMA(WeightFollower):
@@ -86,7 +85,7 @@ class EMA(WeightFollower):
         every = whole_number("update_every_n_steps", update_every_n_steps, at_least=1, unit="steps")
         super().__init__(whole_number("start_step", start_step, unit="steps"), every)
         self.decay = as_decay_rule(decay)
-        self.device = _device_name(device)
+        self.device = device_name(device)
         self.average_buffers = one_of("buffers", buffers, ("copy", "average")) == "average"
         self.evaluate = one_of("evaluate", evaluate, ("average", "raw"))
         self.checkpoint = one_of("checkpoint", checkpoint, ("average", "raw"))
@@ -283,7 +282,9 @@ class EMA(WeightFollower):
         return self._shadow is not None and self._pace.last > 0
 
     def _settle(self) -> None:
-        self._stage.settle(self._shadow, ready=self._active)
+        changed = self._stage.settle(self._shadow, ready=self._active)
+        if changed and self._shadow is not None and not self._fitting:
+            self._stage.remember(self._shadow)
 
     def _serves(self, pl_module: nn.Module) -> bool:
         """Return whether ``pl_module`` is the averaged module and nobody has changed its weights since."""
@@ -327,10 +328,11 @@ class EMA(WeightFollower):
     def _fill_state_dict(self, state: dict[str, Any]) -> None:
         """Make a state dict of the module what files should have, whatever the module holds at the moment."""
         self._all_catch_up()
-        if self._shadow is None:
-            return
         keep = bool(state)  # under FSDP2 only the first rank gets one
-        fill(state, self._collect("average" if self._owns_files else "raw", keep=keep))
+        if self._shadow is not None:
+            fill(state, self._collect("average" if self._owns_files else "raw", keep=keep))
+        elif self._trainer is not None and (other := showing(self._trainer.lightning_module)) is not None:
+            fill(state, other.collect("raw", keep=keep))
 
     def _stamp(self, checkpoint: dict[str, Any]) -> None:
         """Say in a file what its state dict is."""
@@ -385,6 +387,8 @@ class EMA(WeightFollower):
             raise RuntimeError(
                 f"The average of EMA {self.name!r} was in the module when something else was written into the module."
             )
+        if shadow.sharded:
+            reshard(shadow.module)
         collected = self._collect(which, copies=True)
         state = shadow.module.state_dict()
         return {
@@ -393,13 +397,6 @@ class EMA(WeightFollower):
             else gather(local(value), value).detach().clone()
             for key, value in state.items()
         }
-
-
-def _device_name(device: Any) -> str | None:
-    try:
-        return None if device is None else str(torch.device(device))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` must be the name of a device such as 'cpu', got {device!r}.") from error
 
 
 def _averages(trainer: Trainer) -> list[EMA]:

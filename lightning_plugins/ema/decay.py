@@ -52,6 +52,14 @@ class DecayRule(ABC):
         """Whether the rule counts samples, so that :meth:`for_samples_per_step` has to be called first."""
         return False
 
+    @abstractmethod
+    def _over(self, n: int, steps: int) -> float:
+        """Return the decay of the ``steps`` steps up to ``n``; both are checked."""
+
+
+class _SingleSteps(DecayRule):
+    """A rule without a closed form over several steps: the product of the single decays."""
+
     def _over(self, n: int, steps: int) -> float:
         return math.prod(self._single(step) for step in range(n - steps + 1, n + 1))
 
@@ -93,12 +101,9 @@ class ConstantDecay(DecayRule):
     def _over(self, n: int, steps: int) -> float:
         return float(self.value**steps)
 
-    def _single(self, n: int) -> float:
-        return self._over(n, 1)
-
 
 @dataclass(frozen=True)
-class WarmupDecay(DecayRule):
+class WarmupDecay(_SingleSteps):
     """min(d, (1 + n) / (10 + n)): TensorFlow's rule, and what a plain number means.
 
     The average spans about a ninth of the steps so far until it reaches its full length, near n = 9 / (1 - d).
@@ -125,7 +130,7 @@ class WarmupDecay(DecayRule):
 
 
 @dataclass(frozen=True)
-class InverseGammaDecay(DecayRule):
+class InverseGammaDecay(_SingleSteps):
     """clip(1 - (1 + (n - 1) / inv_gamma)^(-power), min_value, max_value), and 0 at n = 1.
 
     With ``power=1`` it is the plain mean of all weights so far.
@@ -180,9 +185,6 @@ class PowerDecay(DecayRule):
     def _over(self, n: int, steps: int) -> float:
         return float((1 - steps / n) ** (power_exponent(self.sigma_rel) + 1))
 
-    def _single(self, n: int) -> float:
-        return self._over(n, 1)
-
 
 @dataclass(frozen=True)
 class HalfLife(DecayRule):
@@ -232,9 +234,6 @@ class HalfLife(DecayRule):
             raise ValueError("`HalfLife(samples=...)` must know the samples per step: call `for_samples_per_step`.")
         return float(2 ** (-steps / self.steps))
 
-    def _single(self, n: int) -> float:
-        return self._over(n, 1)
-
 
 @dataclass(frozen=True)
 class DebiasedDecay(DecayRule):
@@ -260,9 +259,6 @@ class DebiasedDecay(DecayRule):
             return 0.0
         log = math.log(self.value)  # expm1: near d = 1 the plain difference would lose its digits
         return float(self.value**steps * math.expm1((n - steps) * log) / math.expm1(n * log))
-
-    def _single(self, n: int) -> float:
-        return self._over(n, 1)
 
 
 LARGEST_SIGMA_REL = 12**-0.5

@@ -8,6 +8,7 @@ have one type, and never waits for a device. Under FSDP2 a shadow is this rank's
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -195,7 +196,9 @@ class Shadow:
         with plain_tensors():
             for index, whole in enumerate(self._whole):
                 tensor = gather(self._read(index, which), whole)
-                if keep:
+                if keep and is_sharded(whole):
+                    full[index] = tensor.cpu()  # a device that holds shards has no room for the whole
+                elif keep:
                     full[index] = tensor.clone() if copies else tensor
         return {name: full[index] for name, index in self._index.items() if index in full}
 
@@ -209,10 +212,16 @@ class Shadow:
                     target.copy_(scatter(tensors[name].to(target.device), self._whole[index]))
 
     def fingerprint(self) -> tuple[Any, ...]:
-        """Return what differs once anybody has written into a parameter, cast or replaced it; moves do not count."""
+        """Return what differs once anybody has written into a parameter, cast or replaced it; moves do not count.
+
+        Writes are counted by the tensor itself. FSDP2 makes a shard anew whenever its module is told to move, so shards
+        are read instead.
+        """
         self._settle()
+        if self.sharded:
+            reshard(self.module)
         tensors = [slot.tensor for slot in self._slots if not slot.is_buffer]
-        return tuple((id(tensor), local(tensor)._version, tensor.dtype) for tensor in tensors)
+        return tuple((id(tensor), _mark(tensor), tensor.dtype) for tensor in tensors)
 
     def _swap(self, *, to: bool) -> None:
         if self.swapped == to:
@@ -284,3 +293,10 @@ class Shadow:
         for group in self._groups:
             if group.weights[0].is_cuda and not group.shadows[0].is_cuda:
                 torch.cuda.current_stream(group.weights[0].device).synchronize()
+
+
+def _mark(tensor: Tensor) -> int | bytes:
+    if not is_sharded(tensor):
+        return tensor._version
+    with plain_tensors():
+        return hashlib.sha256(local(tensor).reshape(-1).view(torch.uint8).cpu().numpy().data).digest()

@@ -30,15 +30,18 @@ class Stage:
         """Forget every wish but what is kept."""
         self.blocks, self.evaluating = 0, None
 
-    def settle(self, shadow: Shadow | None, *, ready: bool) -> None:
+    def settle(self, shadow: Shadow | None, *, ready: bool) -> bool:
         """Make the module of ``shadow`` hold what is wanted now.
 
         Args:
             shadow: The average, ``None`` when there is none.
             ready: Whether it has been updated: until then the module keeps its own weights.
+
+        Returns:
+            Whether the module holds something else now.
         """
         if shadow is None:
-            return
+            return False
         rest = "average" if self.kept else "raw"
         wanted = "average" if self.blocks else self.evaluating or rest
         if wanted == "average" and ready and not shadow.swapped:
@@ -52,8 +55,8 @@ class Stage:
             if displaced is not None:
                 displaced.swap_in()
         else:
-            return
-        self.remember(shadow)
+            return False
+        return True
 
     def remember(self, shadow: Shadow) -> None:
         """Take the weights as they are for ours."""

@@ -43,6 +43,18 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def device_name(device: Any) -> str | None:
+    """Return the argument ``device`` as text, ``None`` as it is.
+
+    Raises:
+        ValueError: If there is no such kind of device.
+    """
+    try:
+        return None if device is None else str(torch.device(device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be the name of a device such as 'cpu', got {device!r}.") from error
+
+
 def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
     """Yield every parameter and persistent buffer of ``module`` with its clean name, tied ones under each name."""
     for prefix, owner in module.named_modules(remove_duplicate=False):

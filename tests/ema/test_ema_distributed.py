@@ -81,6 +81,12 @@ def test_sharded_resume_is_bit_for_bit(sharded):
         assert same(rank["resumed_raw"], rank["raw"])
 
 
+def test_sharded_validation_after_fit_uses_the_average(sharded):
+    for rank in sharded[1]:
+        torch.testing.assert_close(rank["validated"], rank["seen"], rtol=1e-6, atol=1e-7)
+        assert same(rank["validated_raw"], rank["raw"])
+
+
 def test_sharded_resume_on_another_number_of_ranks(sharded):
     directory, ranks = sharded
     (alone,) = launch("other_ranks", directory, ranks=1)

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnE
 from pytorch_lightning.callbacks import ModelCheckpoint as ClassicModelCheckpoint
 from torch import nn
 
-from lightning_plugins import EMA, ConstantDecay, WarmupDecay, extract_weights
+from lightning_plugins import EMA, ConstantDecay, PostHocEMA, WarmupDecay, extract_weights
 from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins.ema.describe import describe_checkpoint
 from lightning_plugins.ema.files import RECORD_KEY
@@ -217,6 +217,17 @@ def test_several_averages_in_one_file(tmp_path, order):
 
     trainer(*again[::order], Look(), max_epochs=1).fit(Scripted(), numbers(5), ckpt_path=path)
     assert restored == pytest.approx([WARMUP[4], slow, THETA[4], THETA[4], THETA[4]])
+
+
+def test_owner_of_the_files_that_has_not_begun_leaves_them_raw(tmp_path):
+    class Cut(unified.Callback):
+        def on_validation_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "cut.ckpt", weights_only=True)
+
+    shown, owner = EMA(0.9, name="shown", checkpoint="raw"), EMA(0.9, evaluate="raw", start_step=100)
+    trainer(shown, owner, Cut()).fit(module := Scripted(), numbers(5), numbers(1))
+    assert module.seen == pytest.approx([WARMUP[4]])
+    assert load(tmp_path / "cut.ckpt")["state_dict"]["weight"].item() == THETA[4]
 
 
 def test_files_before_the_first_update_are_raw(tmp_path):
@@ -439,6 +450,16 @@ def test_describe_says_what_a_file_holds(tmp_path):
     assert "EMA{'name': 'ema'}" in found["callbacks"]
     assert found["kind"] == "full"
     assert found["file_bytes"] == (tmp_path / "full.ckpt").stat().st_size
+    fit.callbacks.append(EMA(0.5, name="b", evaluate="raw", checkpoint="raw", after_fit="raw"))
+    fit.callbacks.append(PostHocEMA((0.1,), dirpath=tmp_path))
+    fit.fit_loop.max_epochs = 3
+    fit.fit(module, regression())
+    fit.save_checkpoint(tmp_path / "more.ckpt")
+    found = describe_checkpoint(tmp_path / "more.ckpt")
+    size = sum(p.nbytes for p in module.parameters())
+    assert list(found["beside"].values()) == [size] * 3
+    assert set(found["beside"]) >= {"raw weights", "average of EMA 'b'"}
+    assert found["other"] == ["hparams_name", "hyper_parameters"]
     fit.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     found = describe_checkpoint(tmp_path / "weights.ckpt")
     assert found["kind"] == "weights only"

@@ -147,7 +147,7 @@ def fsdp(directory):
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import ModelParallelStrategy
 
-    from lightning_plugins import EMA, PostHocEMA
+    from lightning_plugins import EMA, ConstantDecay, PostHocEMA
     from lightning_plugins._lightning import MisconfigurationException
     from tests.support.ema_runs import regression
 
@@ -161,7 +161,12 @@ def fsdp(directory):
     fit.save_checkpoint(Path(directory) / "end.ckpt")
     average, raw, seen = ema.average_state_dict(), ema.raw_state_dict(), module.seen
     empty = sum(p.to_local().numel() == 0 for p in module.parameters())
-    _, _, resumed = sharded_run(directory, 2, ckpt_path=full / "epoch=0.ckpt")
+    again_fit, again_module, resumed = sharded_run(
+        directory, 2, ema=EMA(ConstantDecay(0.8), after_fit="raw"), ckpt_path=full / "epoch=0.ckpt"
+    )
+    resumed_average, resumed_raw = resumed.average_state_dict(), resumed.raw_state_dict()
+    again_module.seen = None
+    again_fit.validate(again_module, regression(n=8, seed=9), verbose=False)  # on the average once more
 
     # half precision: the file keeps the float32 average beside its state_dict
     half = EMA(0.9)
@@ -184,7 +189,8 @@ def fsdp(directory):
         )
     save(
         "fsdp", directory, average=average, raw=raw, seen=seen, empty=empty,
-        resumed_average=resumed.average_state_dict(), resumed_raw=resumed.raw_state_dict(),
+        resumed_average=resumed_average, resumed_raw=resumed_raw, validated=again_module.seen,
+        validated_raw=resumed.raw_state_dict(),
         half_average=half_average, half_raw=half_raw, again_average=again.average_state_dict(),
         again_raw=again.raw_state_dict(), crashed_raw=crashed_raw, kept_raw=kept.raw_state_dict(),
         refused=str(refusal.value),
