@@ -537,6 +537,21 @@ def test_training_is_bit_for_bit_what_it_is_without_an_average():
     assert same(*runs)
 
 
+def test_a_learning_rate_search_before_the_run_leaves_no_trace(tmp_path):
+    from lightning.pytorch.callbacks import LearningRateFinder
+
+    def run(*callbacks):
+        torch.manual_seed(0)
+        module, ema = Net(), EMA(0.9)
+        trainer(*callbacks, ema, default_root_dir=tmp_path, enable_checkpointing=True).fit(module, regression())
+        return ema
+
+    plain, searched = run(), run(LearningRateFinder(num_training_steps=6, update_attr=False, early_stop_threshold=None))
+    assert searched.state_dict() == plain.state_dict()
+    assert same(searched.average_state_dict(), plain.average_state_dict())
+    assert same(searched.raw_state_dict(), plain.raw_state_dict())
+
+
 # -- several
 
 

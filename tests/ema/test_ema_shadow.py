@@ -174,19 +174,21 @@ def test_averaged_buffers_follow_also_when_assigned_anew():
         shadow.update(0.5)
 
 
-def test_weights_that_share_memory_survive_a_swap():
+@pytest.mark.parametrize("size", [6, 600_000])
+def test_weights_that_share_memory_survive_a_swap(size):
+    """Two parameters over the same memory, in one batch of the swap and in several."""
     module = nn.Module()
-    module.whole = nn.Parameter(torch.arange(6.0))
-    module.part = nn.Parameter(module.whole.data[2:4])
+    module.whole = nn.Parameter(torch.arange(float(size)))
+    module.part = nn.Parameter(module.whole.data[2 : size // 2 + 1])
     shadow = Shadow(module)
     module.whole.data.add_(10)
     shadow.update(0.5)
     raw = clone_state(module)
     shadow.swap_in()
-    assert module.whole.tolist() == [5, 6, 7, 8, 9, 10]
+    assert torch.equal(module.whole, torch.arange(float(size)) + 5)
     shadow.swap_out()
     assert same(clone_state(module), raw)
-    assert shadow.collect("average")["whole"].tolist() == [5, 6, 7, 8, 9, 10]
+    assert torch.equal(shadow.collect("average")["whole"], torch.arange(float(size)) + 5)
 
 
 class Interrupt:
