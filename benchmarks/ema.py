@@ -1,22 +1,19 @@
 """An average's update and swap beside other libraries and the physical floor: ``python -m benchmarks.ema``.
 
-All methods run in turn, round after round, in one process; a ratio is the median over the rounds of a method's time
-divided by the floor's in the same round. Peers that are not installed are left out. On a CUDA device the same table is
-made there, with the share of the bandwidth that a copy reaches.
+Peers that are not installed are left out. On a CUDA device the same tables are made there, with the share of the
+bandwidth that a copy reaches and a check that nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import interleaved, report, table
 from lightning_plugins.ema.shadow import Shadow
 
 CHUNK = 2**18  # elements of a mebibyte of float32
@@ -153,43 +150,8 @@ def lightning_swap(module: nn.Module) -> Methods:
     return {"Lightning EMAWeightAveraging": lambda: callback._swap_models(module)}
 
 
-@contextmanager
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def measure(title: str, methods: Methods, rounds: int) -> None:
-    """Print a table of times and of ratios to the first method.
-
-    Median milliseconds; median of the ratios and its quartiles; and the ratio of the best times, which is the one to
-    read on a machine that others use as well.
-    """
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    with no_gradients():
-        for count in range(rounds + 2):
-            for name, run in methods.items():
-                synchronize()
-                start = time.perf_counter()
-                run()
-                synchronize()
-                if count >= 2:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    floor = next(iter(times.values()))
-    print(f"\n{title}\n{'':44}{'ms':>9}{'ratio':>8}{'quartiles':>16}{'best':>8}")
-    for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, floor, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        spread = f"{low:.2f} - {high:.2f}"
-        best = min(values) / min(floor)
-        print(f"{name:44}{statistics.median(values):9.3f}{statistics.median(ratios):8.2f}{spread:>16}{best:8.2f}")
-    del methods
-    gc.collect()
-
-
-def extra_memory(module: nn.Module) -> None:
-    """Print what an update and two swaps allocate beyond the average itself."""
+def extra_memory(module: nn.Module) -> str:
+    """Return what an update and two swaps allocate beyond the average itself."""
     shadow = Shadow(perturbed(module))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -204,11 +166,12 @@ def extra_memory(module: nn.Module) -> None:
             shadow.swap_in()
             shadow.swap_out()
         extra = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
-    print(f"\nallocated by one update and two swaps, beyond the average: {extra / 1e6:.2f} MB")
+    return f"Allocated by one update and two swaps, beyond the average: {extra / 1e6:.2f} MB."
 
 
-def bandwidth(module: nn.Module) -> None:
-    """Print, for a GPU, which share of a copy's bandwidth an update reaches, and whether it ever waits."""
+def bandwidth(module: nn.Module) -> str:
+    """Return, for a GPU, which share of a copy's bandwidth an update reaches, and whether it ever waits."""
+    lines = []
     for dtype in (torch.float32, torch.bfloat16):
         module = module.to(dtype)
         shadow, source = Shadow(module), flat(module)
@@ -232,36 +195,55 @@ def bandwidth(module: nn.Module) -> None:
             end.record()
             end.synchronize()
             rates.append(20 * size / start.elapsed_time(end) / 1e6)
-        print(
-            f"{dtype}: update {rates[1]:.0f} GB/s, copy {rates[0]:.0f} GB/s, share {rates[1] / rates[0]:.0%}, no sync"
-        )
+        update, copy = rates[1], rates[0]
+        lines.append(f"{dtype}: update {update:.0f} GB/s, copy {copy:.0f} GB/s, share {update / copy:.0%}, no sync")
+    return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="Averages beside other libraries.")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="tables whose title contains this")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rounds = arguments.rounds
-    print(f"torch {torch.__version__}, {device}, {arguments.threads} threads, {rounds} rounds")
-    tables: list[tuple[str, Callable[[nn.Module], Methods], Callable[[], nn.Module], int]] = [
-        ("update, 101 M in 148 tensors, float32", update_methods, transformer, rounds),
-        ("update, 5 M in 1000 tensors, float32", update_methods, many_small, 3 * rounds),
-        ("update, 101 M in 148 tensors, bfloat16 into float32", half_methods, transformer, rounds),
-        ("swap, 101 M in 148 tensors, float32", swap_methods, transformer, rounds),
-        ("swap, 5 M in 1000 tensors, float32", swap_methods, many_small, 3 * rounds),
-    ]
-    for title, methods, module, count in tables:
-        if arguments.only in title:
-            measure(title, methods(module().to(device)), count)
-    extra_memory(transformer().to(device))
-    if device == "cuda":
-        bandwidth(large().to(device))
+TABLES: list[tuple[str, Callable[[nn.Module], Methods], Callable[[], nn.Module], int]] = [
+    ("update, 101 M in 148 tensors, float32", update_methods, transformer, 21),
+    ("update, 5 M in 1000 tensors, float32", update_methods, many_small, 61),
+    ("update, 101 M in 148 tensors, bfloat16 into float32", half_methods, transformer, 21),
+    ("swap, 101 M in 148 tensors, float32", swap_methods, transformer, 21),
+    ("swap, 5 M in 1000 tensors, float32", swap_methods, many_small, 61),
+]
+
+
+def main(threads: int = 1, only: str = "") -> None:
+    """Measure, print and keep; one thread unless told otherwise, by the processor's clock, which is steadier."""
+    torch.set_num_threads(threads)
+    on_gpu = torch.cuda.is_available()
+    clock = wall_clock if on_gpu or threads > 1 else time.process_time
+    tables, data = [], {}
+    for title, methods, module, rounds in TABLES:
+        if only not in title:
+            continue
+        candidates = methods(module().to("cuda" if on_gpu else "cpu"))
+        with torch.no_grad():
+            data[title] = interleaved(candidates, rounds=rounds, clock=clock)
+        head = f"{title}, {'GPU' if on_gpu else f'{threads} thread' + 's' * (threads > 1)}"
+        tables.append(table(head, data[title], base=next(iter(candidates)), unit="ms"))
+        tables.append("best times: " + best(data[title]))
+    tables.append(extra_memory(transformer().to("cuda" if on_gpu else "cpu")))
+    if on_gpu:
+        tables.append(bandwidth(large().to("cuda")))
+    report("ema", tables, data)
+
+
+def wall_clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def best(seconds: Mapping[str, list[float]]) -> str:
+    """Return the ratios of the shortest times, which load on the machine can only lengthen."""
+    floor = min(next(iter(seconds.values())))
+    return ", ".join(f"{name} {min(values) / floor:.2f}" for name, values in seconds.items())
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ema", description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="tables whose title contains this")
+    main(**vars(parser.parse_args()))
