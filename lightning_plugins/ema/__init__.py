@@ -20,6 +20,7 @@ from lightning_plugins.ema.decay import (
 
 if TYPE_CHECKING:
     from lightning_plugins.ema.callback import EMA
+    from lightning_plugins.ema.describe import describe_checkpoint
     from lightning_plugins.ema.files import extract_weights
     from lightning_plugins.ema.posthoc import synthesize_ema
     from lightning_plugins.ema.posthoc_callback import PostHocEMA
@@ -36,6 +37,7 @@ __all__ = [
     "PowerDecay",
     "Shadow",
     "WarmupDecay",
+    "describe_checkpoint",
     "extract_weights",
     "synthesize_ema",
 ]
@@ -46,6 +48,7 @@ __getattr__, __dir__ = lazy_exports(
         "EMA": f"{__name__}.callback",
         "PostHocEMA": f"{__name__}.posthoc_callback",
         "Shadow": f"{__name__}.shadow",
+        "describe_checkpoint": f"{__name__}.describe",
         "extract_weights": f"{__name__}.files",
         "synthesize_ema": f"{__name__}.posthoc",
     },

@@ -51,6 +51,7 @@ def test_ddp_ranks_agree_bit_for_bit(tmp_path):
     assert same(extract_weights(tmp_path / "end.ckpt", "raw"), first["raw"])
     assert same(extract_weights(tmp_path / "end.ckpt", name="slow"), first["slow"])
     assert same(extract_weights(first["file"]), first["average"])  # weights-only, scored last
+    assert same(first["samples"], first["steps"])  # 64 samples are 8 steps of 2 ranks with 4 each
 
 
 def test_sharded_average_equals_the_unsharded_one(sharded):

@@ -108,7 +108,7 @@ def ddp(directory):
     """Two ranks on different data, several EMAs, a file in mid-run and one after fit."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from lightning_plugins import EMA
+    from lightning_plugins import EMA, HalfLife
     from tests.support.ema_runs import Net, regression
 
     torch.manual_seed(0)
@@ -116,13 +116,16 @@ def ddp(directory):
     module = Net(width=5)
     fast = EMA(0.5)
     slow = EMA(0.9, name="slow", evaluate="raw", checkpoint="raw", after_fit="raw")
+    beside = {"evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
+    samples, steps = EMA(HalfLife(samples=64), name="samples", **beside), EMA(HalfLife(steps=8), name="steps", **beside)
     files = ModelCheckpoint(directory, filename="{step}", save_weights_only=True)
-    run = trainer("ddp", fast, slow, files, max_epochs=2)
+    run = trainer("ddp", fast, slow, samples, steps, files, max_epochs=2)
     run.fit(module, regression(seed=rank), regression(seed=9))
     run.save_checkpoint(Path(directory) / "end.ckpt")
     save(
         "ddp", directory,
         average=fast.average_state_dict(), slow=slow.average_state_dict(), raw=fast.raw_state_dict(),
+        samples=samples.average_state_dict(), steps=steps.average_state_dict(),
         module=dict(module.state_dict()), file=files.best_model_path,
     )  # fmt: skip
 
