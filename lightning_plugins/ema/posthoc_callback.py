@@ -81,8 +81,8 @@ class PostHocEMA(WeightFollower):
 
     @property
     def state_key(self) -> str:
-        """Where a checkpoint keeps the counters; one per choice of averages and directory."""
-        return self._generate_state_key(sigma_rels=self.sigma_rels, dirpath=str(self.dirpath))
+        """Where a checkpoint keeps the counters; one per choice of averages, wherever the snapshots lie."""
+        return self._generate_state_key(sigma_rels=self.sigma_rels)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; a second fit of the same module goes on, of another one begins anew."""

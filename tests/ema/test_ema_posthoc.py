@@ -204,6 +204,20 @@ def test_resume_with_a_file_that_does_not_fit_is_refused(tmp_path):
     trainer(plain).validate(Net(), regression(8), ckpt_path=tmp_path / "full.ckpt", verbose=False)
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is_told_to(tmp_path):
+    trainer(PostHocEMA(every_n_steps=5, dirpath=tmp_path / "old"), ModelCheckpoint(tmp_path, filename="full")).fit(
+        Scripted(), numbers(5)
+    )
+    again = PostHocEMA(every_n_steps=5, dirpath=tmp_path / "new")
+    trainer(again, max_epochs=2).fit(Scripted(), numbers(5), ckpt_path=tmp_path / "full.ckpt")
+    (found,) = list_snapshots(tmp_path / "new")
+    assert found.step == 10
+    assert found.read().averages[1]["weight"].item() == pytest.approx(power_average(0.1, THETA)[9], rel=1e-5)
+    unnamed = PostHocEMA(every_n_steps=5)
+    trainer(unnamed, max_epochs=2).fit(Scripted(), numbers(5), ckpt_path=tmp_path / "full.ckpt")
+    assert [snapshot.step for snapshot in list_snapshots(tmp_path / "old")] == [5, 10]  # where it began
+
+
 def test_wrong_files_and_numbers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`dirpath` must be a directory with snapshots of PostHocEMA, got"):
         synthesize_ema(tmp_path, 0.1)
