@@ -52,6 +52,8 @@ class Layout:
         batches: list[Batch] = []
         space = 0
         for a, b in zip(left, right, strict=True):
+            if not b.numel():
+                continue  # a shard may be empty
             flat = _flat_pair(a, b)
             if flat is None:  # overlapping or differently ordered memory: rare, one tensor at a time
                 batches.append(Batch([a], [b], [torch.empty_like(b, device=device)]))

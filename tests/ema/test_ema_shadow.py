@@ -346,6 +346,18 @@ def test_streaming_off_the_device_gives_the_same_numbers():
     assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_and_absent_weights_are_fine(dtype):
+    """A rank may hold nothing but empty shards, and a module nothing trainable."""
+    module = nn.ParameterList([torch.zeros(0, dtype=dtype), torch.zeros(0, 3, dtype=dtype)])
+    for each in (module, nn.Identity(), nn.Linear(1, 1).requires_grad_(False)):
+        shadow = Shadow(each)
+        shadow.update(0.5)
+        shadow.swap_in()
+        shadow.swap_out()
+        assert len(shadow.collect("average")) == len(shadow)
+
+
 def test_layout_packs_small_tensors_and_cuts_large_ones():
     left = [torch.zeros(n) for n in (10, 300, 3, 0, 2, 700)]
     layout = Layout(scratch_bytes=4 * 256)
