@@ -40,7 +40,7 @@ class Group:
         self._same_device = same_device
         self._swap_layout = Layout()
         on_gpu = shadows[0].is_cuda or not same_device
-        self._blend_layout = Layout(32 * 2**20 if on_gpu else None)  # half of an H200's cache, so casts stay inside it
+        self._blend_layout = Layout(32 * 2**20 if on_gpu else None)  # hides the launch of a kernel
 
     def blend(self, weight: float) -> None:
         """Move every shadow towards its weight by the share ``weight``."""

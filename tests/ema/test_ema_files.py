@@ -246,6 +246,7 @@ def test_files_before_the_first_update_are_raw(tmp_path):
             resumed, numbers(3), ckpt_path=tmp_path / "full.ckpt"
         )
         assert ema.raw_state_dict()["weight"].item() == THETA[5]
+        assert ema.state_dict()["applied_steps"] == 6
 
 
 def test_half_precision_average_is_saved_wide(tmp_path):
