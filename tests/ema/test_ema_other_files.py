@@ -1,0 +1,243 @@
+"""Files of others, files that do not fit, and reading files without a Trainer."""
+
+import lightning.pytorch as unified
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+
+from lightning_plugins import EMA, ConstantDecay, PostHocEMA, WarmupDecay, extract_weights
+from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins.ema.describe import describe_checkpoint
+from lightning_plugins.ema.files import RECORD_KEY
+from lightning_plugins.ema.seam import CheckpointSeam
+from tests.support.ema_runs import (
+    THETA,
+    Net,
+    Scripted,
+    clone_state,
+    follow,
+    numbers,
+    regression,
+    same,
+    trainer,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
+    pytest.mark.filterwarnings(r"ignore:`.fit\(ckpt_path=None\)` was called without a model"),
+    pytest.mark.filterwarnings(r"ignore:.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+]
+WARMUP = follow(THETA, [WarmupDecay(0.9)(n) for n in range(1, 11)])
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_files_of_lightnings_own_callback_are_resumed(tmp_path):
+    torch.manual_seed(0)
+    trainer(EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, filename="theirs")).fit(Net(), regression())
+    path = tmp_path / "theirs.ckpt"
+    theirs = load(path)
+    assert same(extract_weights(path, "raw"), dict(theirs["current_model_state"]))
+    assert same(extract_weights(path), dict(theirs["state_dict"]))
+    module, ema = Net(), EMA(ConstantDecay(0.9))
+    seen = {}
+
+    class Look(unified.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.update(raw=clone_state(pl_module), average=ema.average_state_dict(), state=ema.state_dict())
+
+    trainer(ema, Look(), max_epochs=2).fit(module, regression(), ckpt_path=path)
+    assert same(seen["raw"], dict(theirs["current_model_state"]))
+    for name, _ in module.named_parameters():
+        assert torch.equal(seen["average"][name], theirs["state_dict"][name])
+    assert seen["state"] == {"version": 1, "applied_steps": 8, "origin": 0, "last_update": 8}
+    assert ema.state_dict()["last_update"] == 16
+
+
+def test_an_average_added_to_a_resumed_run_begins_there(tmp_path, caplog):
+    trainer(ModelCheckpoint(tmp_path, filename="plain")).fit(Scripted(), numbers(5))
+    module, ema = Scripted(), EMA(0.9, start_step=3)
+    with caplog.at_level("INFO"):
+        trainer(ema, max_epochs=2).fit(module, numbers(5), ckpt_path=tmp_path / "plain.ckpt")
+    expected = follow(THETA[5:], [WarmupDecay(0.9)(n) for n in range(1, 6)], start=THETA[4])[-1]
+    assert module.weight.item() == pytest.approx(expected)
+    assert caplog.text.count("EMA{'name': 'ema'} joins at step 5: no average was restored") == 1
+
+
+def test_removing_the_average_trains_on_from_it_and_extract_goes_back(tmp_path):
+    trainer(EMA(0.9), ModelCheckpoint(tmp_path, filename="full")).fit(Scripted(), numbers(5))
+    module, start = Scripted(), []
+
+    class Look(unified.Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.append(pl_module.weight.item())
+
+    trainer(Look(), max_epochs=2).fit(module, numbers(5), ckpt_path=tmp_path / "full.ckpt")
+    assert start == pytest.approx([WARMUP[4]])
+    contents = load(tmp_path / "full.ckpt")
+    contents["state_dict"] = extract_weights(tmp_path / "full.ckpt", "raw")
+    torch.save(contents, tmp_path / "raw.ckpt")
+    trainer(Look(), max_epochs=2).fit(module, numbers(5), ckpt_path=tmp_path / "raw.ckpt")
+    assert start[1] == THETA[4]
+
+
+def other_net(**changes):
+    module = Net(**changes.pop("kwargs", {}))
+    for name, part in changes.items():
+        setattr(module, name, part)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[RECORD_KEY]["averages"]["ema"].pop("net.0.bias"), "average 'ema' must have .*missing: net.0.bias"),
+        (lambda c: c[RECORD_KEY]["averages"]["ema"].update(x=torch.ones(1)), "average 'ema' must have .*unexpected: x"),
+        (
+            lambda c: c[RECORD_KEY]["averages"]["ema"].update({"net.0.bias": torch.ones(3)}),
+            r"average 'ema' must have .*misshapen: net.0.bias \(3,\) for \(8,\)",
+        ),
+        (lambda c: c.update({RECORD_KEY: [1]}), f"`{RECORD_KEY}` must be a record of averaged weights, got list"),
+        (lambda c: c[RECORD_KEY].update(version=9), f"`{RECORD_KEY}` must be of version 1, got 9"),
+    ],
+)
+def test_an_average_that_does_not_fit_is_refused_and_nothing_is_loaded(tmp_path, change, message):
+    trainer(EMA(0.9, checkpoint="raw"), ModelCheckpoint(tmp_path, filename="full")).fit(Net(), regression())
+    contents = load(tmp_path / "full.ckpt")
+    change(contents)
+    torch.save(contents, tmp_path / "changed.ckpt")
+    module, ema = Net(), EMA(0.9, checkpoint="raw")
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(ema, max_epochs=2).fit(module, regression(), ckpt_path=tmp_path / "changed.ckpt")
+    with pytest.raises(RuntimeError, match="has no weights to give"):
+        ema.average_state_dict()
+    assert same(clone_state(module), dict(contents["state_dict"]))
+
+
+def test_raw_weights_that_do_not_fit_are_refused(tmp_path):
+    trainer(EMA(0.9), ModelCheckpoint(tmp_path, filename="full")).fit(Net(), regression())
+    contents = load(tmp_path / "full.ckpt")
+    contents[RECORD_KEY]["raw"] = {f"old.{name}": value for name, value in contents[RECORD_KEY]["raw"].items()}
+    torch.save(contents, tmp_path / "changed.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"unexpected: old\.net.0.weight"):
+        trainer(EMA(0.9), max_epochs=2).fit(Net(), regression(), ckpt_path=tmp_path / "changed.ckpt")
+
+
+def test_without_strict_loading_names_may_differ(tmp_path):
+    trainer(EMA(0.9, checkpoint="raw"), ModelCheckpoint(tmp_path, filename="full")).fit(Net(), regression())
+    contents = load(tmp_path / "full.ckpt")
+    contents[RECORD_KEY]["averages"]["ema"]["extra"] = torch.ones(1)
+    del contents[RECORD_KEY]["averages"]["ema"]["net.0.bias"]
+    torch.save(contents, tmp_path / "changed.ckpt")
+    module, ema = Net(), EMA(0.9, checkpoint="raw")
+    module.strict_loading = False
+    trainer(ema, max_epochs=1).fit(module, regression(), ckpt_path=tmp_path / "changed.ckpt")
+    assert torch.equal(ema.average_state_dict()["net.0.bias"], contents["state_dict"]["net.0.bias"])
+
+
+def test_counters_of_another_version_are_refused():
+    from lightning_plugins.ema.pace import Pace
+
+    with pytest.raises(ValueError, match="state of an average must be of version 1, got 3"):
+        Pace().load_state_dict({"version": 3})
+
+
+# -- extract and describe
+
+
+def test_extract_refuses_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="`checkpoint_path` must be a checkpoint file, got"):
+        extract_weights(tmp_path / "absent.ckpt")
+    (tmp_path / "text.ckpt").write_text("no")
+    with pytest.raises(ValueError, match="`checkpoint_path` must"):
+        extract_weights(tmp_path / "text.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match=r"must be a Lightning checkpoint, but .* has no `state_dict`"):
+        extract_weights(tmp_path / "list.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": nn.Linear(1, 1)}, tmp_path / "object.ckpt")
+    with pytest.raises(ValueError, match=r"must hold only tensors and plain values.*torch\.nn"):
+        extract_weights(tmp_path / "object.ckpt")
+    with pytest.raises(ValueError, match=r"`which` must be one of 'average', 'raw', got 'both'"):
+        extract_weights(tmp_path / "object.ckpt", "both")
+
+
+def test_describe_says_what_a_file_holds(tmp_path):
+    module, ema = Net(), EMA(0.9)
+    fit = trainer(ema, ModelCheckpoint(tmp_path, filename="full"), max_epochs=2)
+    fit.fit(module, regression())
+    found = describe_checkpoint(tmp_path / "full.ckpt")
+    assert found["epoch"] == 1
+    assert found["global_step"] == 16
+    assert found["state_dict"] == {
+        "weights": "average of EMA 'ema'",
+        "tensors": 9,
+        "elements": sum(value.numel() for value in module.state_dict().values()),
+        "bytes": sum(value.nbytes for value in module.state_dict().values()),
+        "types": ["float32", "int64"],
+    }
+    assert found["beside"] == {"raw weights": sum(p.nbytes for p in module.parameters())}
+    assert "EMA{'name': 'ema'}" in found["callbacks"]
+    assert found["kind"] == "full"
+    assert found["file_bytes"] == (tmp_path / "full.ckpt").stat().st_size
+    fit.callbacks.append(EMA(0.5, name="b", evaluate="raw", checkpoint="raw", after_fit="raw"))
+    fit.callbacks.append(PostHocEMA((0.1,), dirpath=tmp_path))
+    fit.fit_loop.max_epochs = 3
+    fit.fit(module, regression())
+    fit.save_checkpoint(tmp_path / "more.ckpt")
+    found = describe_checkpoint(tmp_path / "more.ckpt")
+    size = sum(p.nbytes for p in module.parameters())
+    assert list(found["beside"].values()) == [size] * 3
+    assert set(found["beside"]) >= {"raw weights", "average of EMA 'b'"}
+    assert found["other"] == ["hparams_name", "hyper_parameters"]
+    fit.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    found = describe_checkpoint(tmp_path / "weights.ckpt")
+    assert found["kind"] == "weights only"
+    assert found["state_dict"]["weights"] == "trained weights"
+    assert found["callbacks"] == []
+
+
+# -- the seam
+
+
+class Strategy:
+    """What the seam needs of one."""
+
+    def __init__(self):
+        self.saved = []
+        self.torn_down = False
+
+    def lightning_module_state_dict(self):
+        return {"w": 0}
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        self.saved.append((checkpoint, filepath))
+
+    def teardown(self):
+        self.torn_down = True
+
+
+def test_seam_respects_wrappers_below_and_above_it():
+    strategy = Strategy()
+    strategy.save_checkpoint = below = lambda checkpoint, path: strategy.saved.append(("below", checkpoint))
+    seam = CheckpointSeam(strategy, lambda s: s.update(w=1), lambda c: c.update(stamp=True))
+    inner = strategy.lightning_module_state_dict
+    strategy.lightning_module_state_dict = lambda: {**inner(), "above": True}
+    assert strategy.lightning_module_state_dict() == {"w": 1, "above": True}
+    checkpoint = {}
+    strategy.save_checkpoint(checkpoint, "p")
+    assert strategy.saved == [("below", {"stamp": True})]
+    assert seam.active
+    strategy.teardown()
+    assert strategy.torn_down
+    assert not seam.active
+    assert strategy.save_checkpoint is below
+    assert strategy.lightning_module_state_dict() == {"w": 0, "above": True}  # the one above stays, ours is inert
+    seam.remove()
+    other = {}
+    strategy.save_checkpoint(other, "p")
+    assert other == {}
