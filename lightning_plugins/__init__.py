@@ -13,6 +13,10 @@ from lightning_plugins._version import __version__
 
 if TYPE_CHECKING:
     # The redundant aliases tell type checkers that these names are exported.
+    from lightning_plugins.accumulation import (
+        GradientAccumulation as GradientAccumulation,
+        Tokens as Tokens,
+    )
     from lightning_plugins.schedules import (
         Constant as Constant,
         Cosine as Cosine,
@@ -44,6 +48,10 @@ if TYPE_CHECKING:
 
 # Technique -> its public names. The package of a technique knows which module defines a name.
 _TECHNIQUES = {
+    "accumulation": [
+        "GradientAccumulation",
+        "Tokens",
+    ],
     "schedules": [
         "Constant",
         "Cosine",
