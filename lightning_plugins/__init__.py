@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     # The redundant aliases tell type checkers that these names are exported.
     from lightning_plugins.accumulation import (
         GradientAccumulation as GradientAccumulation,
+        MicroBatching as MicroBatching,
         Tokens as Tokens,
     )
     from lightning_plugins.schedules import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _TECHNIQUES = {
     "accumulation": [
         "GradientAccumulation",
+        "MicroBatching",
         "Tokens",
     ],
     "schedules": [
