@@ -88,7 +88,7 @@ class GradientAccumulation(Callback):
         self._check = CountCheck()
         self._carried = CarriedWindows() if carry else None
         self._open = False
-        self._pending: Any = None
+        self._pending: Count | None = None
         self._weight: Count = 1
         self._plan: AccumulationPlan | None = None
         self._holds = False
@@ -148,18 +148,20 @@ class GradientAccumulation(Callback):
             trainer.accumulate_grad_batches = self._batches_now(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin a window where the last one ended."""
+        """Begin a window where the last one ended, and count the batch; all ranks are at the same point here."""
         if not self._open or (batch_idx == 0 and not self.carry):
             self._begin_window(trainer, pl_module, batch_idx)
         if self._carried is not None:
             self._carried.position += 1
-        self._pending = batch
+        self._pending = counter(self.count)(batch)
+        if self._window.reference is None:
+            self._window.reference = first_count(trainer, self._pending)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the backward by the batch's count; a batch that runs in pieces has several."""
-        if self._pending is not None:  # counted here, since a `training_step` that returned None must not count
-            self._weight = self._count_batch(trainer, self._pending)
-            self._pending = None
+        if self._pending is not None:  # added here, since a `training_step` that returned None must not count
+            self._check.add_batch(self._pending)
+            self._weight, self._pending = self._window.add(self._pending), None
         weigh_backward(loss, self._weight)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -210,13 +212,6 @@ class GradientAccumulation(Callback):
             self._carried.position = 0
         elif batch_idx % batches:  # Lightning zeroes gradients at multiples only; this window begins at a joint
             pl_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, trainer.optimizers[0])
-
-    def _count_batch(self, trainer: Trainer, batch: Any) -> Count:
-        count = counter(self.count)(batch)
-        if self._window.reference is None:
-            self._window.reference = first_count(trainer, count)
-        self._check.add_batch(count)
-        return self._window.add(count)
 
     def _batches_now(self, trainer: Trainer) -> int:
         return self.accumulation_plan(trainer).batches(epoch=0, step=trainer.global_step)

@@ -103,6 +103,17 @@ class Recorder(pl.Callback):
         self._handle.remove()
 
 
+class SaveAfterFirstEpoch(pl.Callback):
+    """Writes a checkpoint at the end of the first epoch, where Lightning's own checkpoints are written."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
 def _whole(pl_module, what):
     tensors = {}
     for name, parameter in pl_module.net.named_parameters():
@@ -139,7 +150,9 @@ def flat(gradient) -> torch.Tensor:
 
 
 def relative_error(gradient, truth) -> float:
-    return float((flat(gradient) - flat(truth)).norm() / flat(truth).norm())
+    """The norm of the difference by that of the truth; the difference alone where the truth is zero."""
+    size = float(flat(truth).norm())
+    return float((flat(gradient) - flat(truth)).norm()) / (size or 1.0)
 
 
 @dataclass
@@ -163,12 +176,12 @@ class Case:
         return GradientAccumulation(count=Tokens("labels") if self.tokens else "samples", **self.arguments)
 
 
-def fit(module, callbacks, data, *, package=pl, epochs=1, **arguments):
+def fit(module, callbacks, data, *, package=pl, epochs=1, fit_arguments=None, **arguments):
     """Train on the CPU without loggers, files or bars."""
     settings = {"max_epochs": epochs, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
     trainer = package.Trainer(callbacks=callbacks, **{**settings, **quiet, **arguments})
-    trainer.fit(module, data if isinstance(data, DataLoader) else loader(data))
+    trainer.fit(module, data if isinstance(data, DataLoader) else loader(data), **(fit_arguments or {}))
     return trainer
 
 

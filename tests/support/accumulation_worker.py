@@ -7,12 +7,16 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
-from tests.support.accumulation_cases import CASES
-from tests.support.accumulation_runs import Probe, run_case
+from tests.support.accumulation_cases import CASES, SHARDED
+from tests.support.accumulation_runs import Probe, Recorder, SaveAfterFirstEpoch, fit, run_case
+from tests.support.microbatch_cases import MICRO, run_micro
+
+FIRST = "uneven batches, short last window"
 
 
 class Sharded(Probe):
@@ -26,6 +30,62 @@ class Sharded(Probe):
         fully_shard(self.net, mesh=mesh)
 
 
+def run_stock(rank: int):
+    """Lightning's own accumulation of the first case."""
+    recorder = Recorder()
+    trainer = fit(
+        Probe(),
+        [recorder],
+        CASES[FIRST].data(rank),
+        accumulate_grad_batches=2,
+        **distributed(),
+    )
+    return recorder.steps, trainer.global_step
+
+
+def distributed():
+    return {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+
+
+def count_collectives(run):
+    """The sizes of what is reduced in a run, and how many objects are broadcast (the gradients go another way)."""
+    calls = {"all_reduce": [], "broadcast_object_list": 0}
+    all_reduce, broadcast = torch.distributed.all_reduce, torch.distributed.broadcast_object_list
+
+    def counted_reduce(tensor, *args, **kwargs):
+        calls["all_reduce"].append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    def counted_broadcast(*args, **kwargs):
+        calls["broadcast_object_list"] += 1
+        return broadcast(*args, **kwargs)
+
+    torch.distributed.all_reduce, torch.distributed.broadcast_object_list = counted_reduce, counted_broadcast
+    try:
+        result = run()
+    finally:
+        torch.distributed.all_reduce, torch.distributed.broadcast_object_list = all_reduce, broadcast
+    return result, calls
+
+
+def resume_carried(rank: int, folder: Path):
+    """Two epochs of five batches in windows of two: the first leaves a window open; then the second epoch again."""
+    case = dataclasses.replace(CASES["carry, tokens"], dtype=torch.float64)
+    whole, resumed = Recorder(), Recorder()
+    saver = SaveAfterFirstEpoch(folder / "carried.ckpt")
+    fit(Probe(case.dtype), [case.accumulation(), saver, whole], case.data(rank), epochs=2, **distributed())
+    trainer_arguments = {"ckpt_path": folder / "carried.ckpt"}
+    fit(
+        Probe(case.dtype, lr=0.5),
+        [case.accumulation(), resumed],
+        case.data(rank),
+        epochs=2,
+        fit_arguments=trainer_arguments,
+        **distributed(),
+    )
+    return whole.steps, resumed.steps
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -33,11 +93,23 @@ def main(folder: str) -> None:
     for name, case in CASES.items():
         for dtype in (torch.float32, torch.float64):
             results["ddp", name, dtype] = run_case(dataclasses.replace(case, dtype=dtype), rank=rank, ranks=2)
-        if not case.arguments.get("carry") and case.precision is None and case.clip is None:
+        if name in SHARDED:
             strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
             results["fsdp2", name, torch.float32] = run_case(
                 case, rank=rank, ranks=2, module=Sharded(), strategy=strategy
             )
+    for name, options in MICRO.items():
+        for accumulate in (1, 2):
+            results["micro", name, accumulate] = run_micro(**options, rank=rank, ranks=2, accumulate=accumulate)
+    for name in ("whole", "pieces of 3", "auto on rank 1"):
+        results["micro", name, "unused"] = run_micro(**MICRO[name], rank=rank, ranks=2, unused=True)
+    with pytest.raises(torch.OutOfMemoryError) as found:
+        run_micro(size="auto", fits_on_rank={1: 0}, rank=rank, ranks=2)
+    results["nothing fits"] = str(found.value)
+    results["stock"], stock_calls = count_collectives(lambda: run_stock(rank))
+    _, calls = count_collectives(lambda: run_case(CASES[FIRST], rank=rank, ranks=2))
+    results["collectives"] = stock_calls, calls
+    results["carried"] = resume_carried(rank, Path(folder))
     torch.save(results, Path(folder) / f"rank{rank}.pt")
 
 

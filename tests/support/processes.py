@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -29,27 +31,40 @@ def run_ranks(module: str, *arguments: str, ranks: int = 2, timeout: float = 180
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
-    processes = [
-        subprocess.Popen(  # our own interpreter and module
-            [sys.executable, "-m", module, *arguments],
-            cwd=ROOT,
-            env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
-    deadline = time.monotonic() + timeout
-    try:
-        outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        processes = [
+            subprocess.Popen(  # our own interpreter and module
+                [sys.executable, "-X", "faulthandler", "-m", module, *arguments],
+                cwd=ROOT,
+                env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        _wait(processes, timeout)
+        outputs = []
+        for log in logs:
+            log.seek(0)
+            outputs.append(log.read())
     for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
         if process.returncode:
-            raise RuntimeError(f"rank {rank} of {module} ended with {process.returncode}:\n{output[-4000:]}")
+            raise RuntimeError(f"rank {rank} of {module} ended with {process.returncode}:\n{output[-6000:]}")
     return outputs
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
+    """Wait until all have ended, or one has failed, or the time is over; what then still runs prints where it is."""
+    deadline = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes):
+        failed = any(process.returncode for process in processes)
+        if failed or time.monotonic() > deadline:
+            time.sleep(2 if failed else 0)
+            for end in (signal.SIGABRT, signal.SIGKILL):
+                for process in processes:
+                    if process.poll() is None:
+                        os.killpg(process.pid, end)
+                time.sleep(1)
+        time.sleep(0.05)
