@@ -121,7 +121,9 @@ class GradientAccumulation(Callback):
         if stage != "fit":
             return
         check_module(pl_module, "GradientAccumulation")
-        check_strategy(trainer, "GradientAccumulation", TESTED if not self.carry else TESTED_CARRY)
+        check_strategy(trainer, "GradientAccumulation", TESTED)
+        if self.carry:
+            check_strategy(trainer, "GradientAccumulation(carry=True)", TESTED_CARRY)
         self._refuse_another_master(trainer)
         self._plan, self._window, self._check = None, Window(), CountCheck()
         self._holds = True

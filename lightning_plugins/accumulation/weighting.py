@@ -50,6 +50,7 @@ class Window:
         """
         expected = batches * ranks * (self.reference or 1)
         if isinstance(total, Tensor):
+            total = wide(total, total.device)  # whole numbers would divide in single precision
             return torch.where(total > 0, expected / total, torch.ones_like(total))
         return expected / total if total not in (0, expected) else 1
 

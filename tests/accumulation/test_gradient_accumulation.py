@@ -1,19 +1,526 @@
-"""Every step's gradient is that of the mean over its whole window."""
+"""Every step's gradient is that of the mean over its whole window, and the run is otherwise Lightning's."""
 
+import contextlib
+import copy
 import dataclasses
+import io
+import pickle
 
+import lightning.pytorch as pl
 import pytest
+import pytorch_lightning
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from torch.nn.functional import cross_entropy
 
+from lightning_plugins import GradientAccumulation, Tokens
+from lightning_plugins._lightning import MisconfigurationException, run_length
+from lightning_plugins.accumulation import counting
 from tests.support.accumulation_cases import BOUND, CASES
-from tests.support.accumulation_runs import errors_of, run_case
+from tests.support.accumulation_runs import (
+    Probe,
+    Recorder,
+    SaveAfterFirstEpoch,
+    ScalerOnly,
+    batches,
+    errors_of,
+    fit,
+    loader,
+    make_batch,
+    module_class,
+    relative_error,
+    run_case,
+)
+
+FIRST = CASES["uneven batches, short last window"]
+
+
+@pytest.fixture(params=["on the host", "on the device"])
+def where_counts_are(request, monkeypatch):
+    """Counts that are tensors stay tensors on an accelerator; here the CPU plays one."""
+    if request.param == "on the device":
+        monkeypatch.setattr(counting, "as_count", lambda value: torch.as_tensor(value).detach().reshape(()))
+    return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", CASES)
-def test_gradient_is_that_of_the_whole_window(name, dtype):
+def test_gradient_is_that_of_the_whole_window(name, dtype, where_counts_are):
     case = dataclasses.replace(CASES[name], dtype=dtype)
     steps, global_step = run_case(case)
     assert global_step == len(case.windows)
     assert max(errors_of(case, steps, ranks=1)) <= BOUND[dtype]
     assert max(errors_of(case, steps, ranks=1, what="applied")) <= BOUND[dtype]
+
+
+def test_stock_lightning_is_far_off_in_the_same_run():
+    recorder = Recorder()
+    fit(Probe(), [recorder], FIRST.data(0), accumulate_grad_batches=2)
+    assert min(errors_of(FIRST, recorder.steps, ranks=1)) > 0.1
+
+
+def test_bfloat16_is_right_up_to_its_own_rounding():
+    case = dataclasses.replace(FIRST, precision="bf16-mixed")
+    steps, _ = run_case(case)
+    assert max(errors_of(case, steps, ranks=1)) < 0.02
+
+
+@pytest.mark.parametrize("count", ["samples", Tokens("labels")], ids=str)
+def test_equal_full_windows_are_bit_identical_to_stock(count, where_counts_are):
+    data = batches((5, 5, 5, 5, 5, 5), dtype=torch.float32, tokens=False)
+    stock, ours = Recorder(), Recorder()
+    fit(Probe(), [stock], data, accumulate_grad_batches=3)
+    fit(Probe(), [GradientAccumulation(3, count=count), ours], data)
+    for step, expected in zip(ours.steps, stock.steps, strict=True):
+        for name, gradient in expected["applied"].items():
+            assert torch.equal(step["applied"][name], gradient)
+
+
+def test_later_callbacks_and_the_clipper_see_the_corrected_gradient():
+    """The clipping bound is far below the stock gradient's norm and above nothing, so both norms differ."""
+    steps, _ = run_case(dataclasses.replace(FIRST, clip=0.05))
+    norms = [float(torch.cat([g.flatten() for g in step["applied"].values()]).norm()) for step in steps]
+    assert norms == pytest.approx([0.05] * 3, rel=1e-4)
+
+
+def test_a_step_that_returned_nothing_counts_nothing():
+    class Skips(Probe):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    recorder = Recorder()
+    fit(Skips(), [GradientAccumulation(2), recorder], FIRST.data(0))
+    case = dataclasses.replace(FIRST, windows=[[0], [2, 3], [4]])
+    assert max(errors_of(case, recorder.steps, ranks=1)) <= BOUND[torch.float32]
+
+
+def test_a_window_of_masked_batches_leaves_the_gradient_alone():
+    data = [make_batch(3, 4, seed, torch.float32, masked=1.0 if seed in (2, 3) else 0.2) for seed in range(6)]
+    recorder = Recorder()
+    fit(Probe(), [GradientAccumulation(2, count=Tokens("labels")), recorder], data)
+    assert [float(step["gradient"]["0.weight"].norm()) > 0 for step in recorder.steps] == [True, False, True]
+
+
+def test_sparse_gradients_are_scaled_too():
+    class Sparse(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Embedding(7, 5, sparse=True)
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self.net(batch), batch % 5)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = [torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([0, 6])]
+    module, seen = Sparse(), []
+
+    class See(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append((pl_module.net.weight.grad.to_dense().clone(), pl_module.net.weight.detach().clone()))
+
+    fit(module, [GradientAccumulation(2), See()], data)
+    for (gradient, weight), window in zip(seen, [torch.cat(data[:2]), data[2]], strict=True):
+        truth = weight.requires_grad_()
+        cross_entropy(torch.nn.functional.embedding(window, truth), window % 5).backward()
+        assert torch.allclose(gradient, truth.grad, atol=1e-7)
+
+
+class AsksForTheLength(pl.Callback):
+    """Asks in ``on_fit_start``, as a learning-rate schedule does."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.length = run_length(trainer)
+
+
+FORMS = {
+    "batches": {"batches": 3},
+    "more than an epoch": {"batches": 99},
+    "effective batch size": {"effective_batch_size": 12},
+    "schedule": {"schedule": {0: 1, 2: 4, 3: 3}},
+    "carry": {"batches": 3, "carry": True},
+    "carry more than an epoch": {"batches": 16, "carry": True},
+    "carry, schedule": {"schedule": {0: 4, 1: 3, 4: 5}, "carry": True},
+    "carry, effective batch size": {"effective_batch_size": 8, "carry": True},
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["asked before", "asked after"])
+@pytest.mark.parametrize("limits", [{"epochs": 1}, {"epochs": 3}, {"epochs": 3, "max_steps": 4}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_run_is_as_long_as_it_was_said_to_be(form, limits, first):
+    asks = AsksForTheLength()
+    accumulation = GradientAccumulation(**FORMS[form])
+    data = torch.utils.data.DataLoader(Dictionaries(37), batch_size=4)
+    trainer = fit(Probe(), [asks, accumulation] if first else [accumulation, asks], data, **limits)
+    assert asks.length.total_steps == trainer.global_step
+    assert "GradientAccumulation" in asks.length.source or asks.length.source.startswith("max_steps")
+
+
+class Dictionaries(torch.utils.data.Dataset):
+    def __init__(self, samples):
+        self.batch = make_batch(samples, 4, 0, torch.float32)
+
+    def __len__(self):
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index):
+        return {name: tensor[index] for name, tensor in self.batch.items()}
+
+
+def test_lightning_itself_knows_the_length_where_the_number_is_given():
+    """``estimated_stepping_batches`` is asked in ``configure_optimizers``, before any loader is known."""
+
+    class Asks(Probe):
+        def configure_optimizers(self):
+            self.length = self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    module = Asks()
+    trainer = fit(module, [GradientAccumulation(3)], FIRST.data(0), epochs=2)
+    assert module.length == trainer.global_step == 4
+
+
+@pytest.mark.parametrize("package", [pl, pytorch_lightning], ids=["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("carry", [False, True])
+def test_works_in_both_namespaces(package, carry):
+    recorder = Recorder()
+    case = CASES["carry" if carry else "uneven batches, short last window"]
+    fit(module_class(package)(), [case.accumulation(), recorder], case.data(0), package=package, epochs=case.epochs)
+    assert max(errors_of(case, recorder.steps, ranks=1)) <= BOUND[torch.float32]
+
+
+def test_an_iterable_dataset_of_unknown_length_may_carry():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from FIRST.data(0)
+
+    recorder = Recorder()
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    fit(Probe(), [GradientAccumulation(2, carry=True), recorder], stream, epochs=2)
+    assert max(errors_of(CASES["carry"], recorder.steps, ranks=1)) <= BOUND[torch.float32]
+
+
+def test_validation_in_the_middle_of_a_carried_window_takes_nothing_from_it():
+    class Validates(Probe):
+        def validation_step(self, batch, batch_idx):
+            self.net(batch["inputs"]).sum()
+
+        def val_dataloader(self):
+            return loader(FIRST.data(1))
+
+    recorder = Recorder()
+    fit(Validates(), [GradientAccumulation(2, carry=True), recorder], FIRST.data(0), epochs=2, val_check_interval=1)
+    assert max(errors_of(CASES["carry"], recorder.steps, ranks=1)) <= BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("precision", [None, "scaler"])
+def test_resuming_in_a_carried_window_is_bit_identical(tmp_path, precision):
+    """Two epochs of five batches in windows of two: the checkpoint after the first holds one batch's gradient."""
+    case = dataclasses.replace(CASES["carry, tokens"], precision=precision)
+    whole, resumed = Recorder(), Recorder()
+    path = tmp_path / "open.ckpt"
+    arguments = {"epochs": 2, **({"plugins": [ScalerOnly()]} if precision else {})}
+    fit(Probe(), [case.accumulation(), SaveAfterFirstEpoch(path), whole], case.data(0), **arguments)
+    arguments = {"epochs": 2, **({"plugins": [ScalerOnly()]} if precision else {})}
+    callbacks = [case.accumulation(), resumed]
+    trainer = fit(Probe(), callbacks, case.data(0), fit_arguments={"ckpt_path": path}, **arguments)
+    assert trainer.global_step == 5
+    for step, expected in zip(resumed.steps, whole.steps[2:], strict=True):
+        assert all(torch.equal(step["applied"][name], gradient) for name, gradient in expected["applied"].items())
+    state = torch.load(path, weights_only=True)["callbacks"][callbacks[0].state_key]
+    assert state["version"] == 1
+    assert state["carried"]["position"] == 1
+
+
+def test_resuming_between_windows_is_bit_identical(tmp_path):
+    whole, resumed = Recorder(), Recorder()
+    path = tmp_path / "closed.ckpt"
+    fit(Probe(), [GradientAccumulation(2), SaveAfterFirstEpoch(path), whole], FIRST.data(0), epochs=2)
+    fit(Probe(), [GradientAccumulation(2), resumed], FIRST.data(0), epochs=2, fit_arguments={"ckpt_path": path})
+    for step, expected in zip(resumed.steps, whole.steps[3:], strict=True):
+        assert all(torch.equal(step["applied"][name], gradient) for name, gradient in expected["applied"].items())
+
+
+@pytest.mark.parametrize("order", [("ours", "stock"), ("stock", "ours")], ids=["removed", "added"])
+def test_may_be_added_to_and_removed_from_a_resumed_run(tmp_path, order):
+    accumulation = {"ours": [GradientAccumulation(2)], "stock": []}
+    path = tmp_path / "last.ckpt"
+    fit(Probe(), [*accumulation[order[0]], SaveAfterFirstEpoch(path)], FIRST.data(0))
+    removed = order[0] == "ours"
+    with pytest.warns(UserWarning, match="callbacks used to create") if removed else contextlib.nullcontext():
+        trainer = fit(Probe(), accumulation[order[1]], FIRST.data(0), epochs=2, fit_arguments={"ckpt_path": path})
+    assert trainer.global_step == 3 + 5
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("carry", [False, True])
+def test_nothing_of_ours_remains_on_the_trainer(error, carry):
+    class Fails(Probe):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    trainers = []
+
+    class Keep(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainers.append(trainer)
+
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit(Fails(), [GradientAccumulation(2, carry=carry), Keep()], FIRST.data(0))
+    _assert_untouched(trainers[0])
+    _assert_untouched(fit(Probe(), [GradientAccumulation(2, carry=carry)], FIRST.data(0)))
+
+
+def _assert_untouched(trainer):
+    assert trainer.accumulate_grad_batches == 1
+    assert "_should_accumulate" not in vars(trainer.fit_loop.epoch_loop)
+    assert "_make_zero_grad_fn" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
+
+
+def test_a_second_fit_starts_anew():
+    accumulation, recorder = GradientAccumulation(2, carry=True), Recorder()
+    for _ in range(2):
+        recorder = Recorder()
+        fit(Probe(), [accumulation, recorder], FIRST.data(0))
+        case = dataclasses.replace(FIRST)  # the run's last window is short here too
+        assert max(errors_of(case, recorder.steps, ranks=1)) <= BOUND[torch.float32]
+
+
+def test_stochastic_weight_averaging_keeps_its_own_last_epoch():
+    """Its last epoch runs without backward and sets the accumulation itself; no step may be taken there."""
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, device=None)
+
+    class Normed(Probe):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(6)
+
+        def training_step(self, batch, batch_idx):
+            self.norm(batch["inputs"].flatten(0, 1))
+            return super().training_step(batch, batch_idx)
+
+    recorder = Recorder()
+    fit(Normed(), [GradientAccumulation(2), averaging, recorder], FIRST.data(0), epochs=2)
+    assert sum(bool(float(step["gradient"]["0.weight"].norm())) for step in recorder.steps[:6]) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"effective_batch_size": 8}, "2 batches of 4 samples per optimizer step (effective batch size 8)."),
+        (
+            {"schedule": {0: 1, 5: 4}},
+            (
+                "from step 0 on 1 batch of 4 samples per optimizer step (effective batch size 4); "
+                "from step 5 on 4 batches of 4 samples per optimizer step (effective batch size 16)."
+            ),
+        ),
+    ],
+    ids=["effective batch size", "schedule"],
+)
+def test_says_once_what_a_step_is_made_of(arguments, line, caplog):
+    with caplog.at_level("INFO"):
+        data = torch.utils.data.DataLoader(Dictionaries(12), batch_size=4)
+        fit(Probe(), [GradientAccumulation(**arguments)], data, epochs=2)
+    assert [record.getMessage() for record in caplog.records if "GradientAccumulation" in record.getMessage()] == [
+        f"GradientAccumulation: {line}"
+    ]
+
+
+def test_survives_pickling_and_copying_before_fit():
+    accumulation = GradientAccumulation(schedule={0: 1, 3: 2}, count=Tokens("labels"), carry=True)
+    for twin in (pickle.loads(pickle.dumps(accumulation)), copy.deepcopy(accumulation)):
+        assert twin.state_key == accumulation.state_key
+        assert repr(twin.count) == "Tokens('labels', ignore_index=-100)"
+    keys = {GradientAccumulation(2).state_key, GradientAccumulation(3).state_key, accumulation.state_key}
+    assert len(keys) == 3
+
+
+def test_the_callers_schedule_is_not_touched():
+    schedule = {0: 1, 2: 3}
+    fit(Probe(), [GradientAccumulation(schedule=schedule)], FIRST.data(0))
+    assert schedule == {0: 1, 2: 3}
+
+
+def test_state_is_small_and_plain():
+    accumulation = GradientAccumulation(2)
+    fit(Probe(), [accumulation], FIRST.data(0))
+    buffer = io.BytesIO()
+    torch.save(accumulation.state_dict(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == {"version": 1, "reference": 4.0}
+
+
+BAD_RUNS = {
+    "the Trainer sets it too": (
+        {},
+        {"accumulate_grad_batches": 2},
+        [],
+        r"GradientAccumulation sets the accumulation, and so does Trainer\(accumulate_grad_batches=2\)\. Remove it",
+    ),
+    "another callback sets it too": (
+        {},
+        {},
+        [GradientAccumulationScheduler({0: 2})],
+        r"GradientAccumulation sets the accumulation, and so does GradientAccumulationScheduler\. Keep one\.",
+    ),
+    "two of them": (
+        {},
+        {},
+        [GradientAccumulation(5)],
+        r"GradientAccumulation sets the accumulation, and so does GradientAccumulation\. Keep one\.",
+    ),
+    "not divisible": (
+        {"batches": None, "effective_batch_size": 10},
+        {},
+        [],
+        r"`effective_batch_size` must be a multiple of 4, for batches of 4 samples, got 10\. Take 8 or 12, or another",
+    ),
+    "below one batch": (
+        {"batches": None, "effective_batch_size": 3},
+        {},
+        [],
+        r"`effective_batch_size` must be a multiple of 4, for batches of 4 samples, got 3\. Take 4, or another batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_refuses_at_setup(name):
+    arguments, settings, others, message = BAD_RUNS[name]
+    data = torch.utils.data.DataLoader(Dictionaries(12), batch_size=4)
+    accumulation = GradientAccumulation(**{"batches": 2, **arguments})
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Probe(), [accumulation, *copy.deepcopy(others)], data, **settings)
+
+
+def test_refuses_a_loader_that_does_not_tell_its_batch_size():
+    message = "`effective_batch_size` needs a training loader with a `batch_size`, and DataLoader has none. Give `ba"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Probe(), [GradientAccumulation(effective_batch_size=8)], FIRST.data(0))
+
+
+class Manual(Probe):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Draws(Probe):
+    def training_step(self, dataloader_iter):
+        raise NotImplementedError
+
+
+class Curvature(Probe):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Manual, "needs automatic optimisation, but `Manual.automatic_optimization` is False"),
+        (Draws, "must see the batches, but `Draws.training_step` draws them from `dataloader_iter`"),
+        (Curvature, "does not work with LBFGS, which runs the last batch of a window several times in one step"),
+    ],
+)
+def test_refuses_a_module_that_it_cannot_serve(module, message):
+    with pytest.raises(MisconfigurationException, match=f"GradientAccumulation {message}"):
+        fit(module(), [GradientAccumulation(2)], FIRST.data(0))
+
+
+def test_refuses_strategies_by_name():
+    class DeepSpeedLike(pl.strategies.SingleDeviceStrategy):
+        handles_gradient_accumulation = True
+
+    class Novel(pl.strategies.Strategy):
+        for name in pl.strategies.Strategy.__abstractmethods__:
+            locals()[name] = None
+
+    trainer = pl.Trainer(accelerator="cpu", strategy=DeepSpeedLike(torch.device("cpu")), logger=False)
+    accumulation = GradientAccumulation(2)
+    with pytest.raises(MisconfigurationException, match="under DeepSpeedLike, which accumulates gradients by itself"):
+        accumulation.setup(trainer, Probe(), "fit")
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    trainer._accelerator_connector.strategy = Novel.__new__(Novel)
+    with pytest.raises(MisconfigurationException, match="was not tested under Novel; it works under DDPStrategy, Mod"):
+        accumulation.setup(trainer, Probe(), "fit")
+
+
+def test_refuses_tensor_parallelism_and_carrying_over_shards():
+    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+
+    class Dimension:
+        def size(self):
+            return 2
+
+    strategy._device_mesh = {"tensor_parallel": Dimension()}
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    trainer._accelerator_connector.strategy = strategy
+    with pytest.raises(MisconfigurationException, match="does not work with tensor parallelism, where several"):
+        GradientAccumulation(2).setup(trainer, Probe(), "fit")
+    strategy._device_mesh = None
+    with pytest.raises(MisconfigurationException, match=r"GradientAccumulation\(carry=True\) was not tested under Mod"):
+        GradientAccumulation(2, carry=True).setup(trainer, Probe(), "fit")
+
+
+BAD_COUNTS = {
+    "negative": (lambda batch: -1, ValueError, r"`count` must return a finite number of at least 0, got -1"),
+    "no number": (
+        lambda batch: float("nan"),
+        ValueError,
+        r"`count` must return a finite number of at least 0, got nan",
+    ),
+    "text": (lambda batch: "3", TypeError, r"`count` must return one number, got '3'\."),
+    "several": (
+        lambda batch: torch.ones(2),
+        TypeError,
+        r"`count` must return one number, got a tensor of shape \(2,\)",
+    ),
+    "all zero": (
+        lambda batch: 0,
+        ValueError,
+        r"`count` must not be 0 for every batch, got only zeros in 3 optimizer steps: nothing would be learned\.",
+    ),
+    "missing key": (
+        Tokens("label"),
+        ValueError,
+        r"`key` must be a field of the batch, got 'label'\. This dict has: 'inputs', 'labels'\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COUNTS)
+def test_refuses_counts_that_cannot_be_right(name, tmp_path):
+    count, error, message = BAD_COUNTS[name]
+    kept = tmp_path / "kept.txt"
+    kept.write_text("what the run wrote before")
+    with pytest.raises(error, match=message):
+        fit(Probe(), [GradientAccumulation(2, count=count)], FIRST.data(0), default_root_dir=tmp_path)
+    assert kept.read_text() == "what the run wrote before"
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_bad_count_on_the_device_is_found_at_the_end_of_the_epoch(value, monkeypatch):
+    """Looking at every count would wait for the device at every batch; the first one is looked at."""
+    monkeypatch.setattr(counting, "as_count", lambda value: torch.as_tensor(value, dtype=torch.float64))
+    counts = iter([4.0, 7.0, value, 5.0, 3.0])
+    with pytest.raises(ValueError, match=f"`count` must return a finite number of at least 0, got {value:g}"):
+        fit(Probe(), [GradientAccumulation(2, count=lambda batch: next(counts))], FIRST.data(0))
+
+
+def test_a_batch_whose_samples_cannot_be_told_needs_a_count():
+    batch = {"inputs": torch.zeros(4, 3), "weights": torch.zeros(3)}
+    message = r"`count` must not be \"samples\" here: the fields of the batch disagree .*`batch\['weights'\]` has 3\. C"
+    with pytest.raises(ValueError, match=message):
+        fit(Probe(), [GradientAccumulation(2)], [batch])
+
+
+def test_the_measure_of_error_notices():
+    assert relative_error({"a": torch.ones(3)}, {"a": torch.full((3,), 2.0)}) == pytest.approx(0.5)
