@@ -83,6 +83,7 @@ def test_later_callbacks_and_the_clipper_see_the_corrected_gradient():
     assert norms == pytest.approx([0.05] * 3, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_step_that_returned_nothing_counts_nothing():
     class Skips(Probe):
         def training_step(self, batch, batch_idx):

@@ -1,0 +1,408 @@
+"""Batches that run in pieces leave what whole batches leave."""
+
+import copy
+import math
+import pickle
+import random
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import pytorch_lightning
+import torch
+import torchmetrics
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
+
+from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
+from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.accumulation.searching import SizeSearch
+from tests.support.accumulation_runs import Probe, Recorder, batches, fit, make_batch, module_class, relative_error
+from tests.support.microbatch_cases import MICRO, SIZES, Fitting, run_micro
+
+PIECES = [name for name in MICRO if name not in ("whole", "auto on rank 1")]
+
+
+def close(found, expected):
+    """Equal up to rounding, where a mean of nothing is no number in both."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
+    if isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=1e-12) or (math.isnan(found) and math.isnan(expected))
+    return found == expected
+
+
+@pytest.mark.parametrize("precision", [None, "scaler"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", PIECES)
+def test_gradients_outputs_logs_and_counters_are_the_whole_batchs(name, accumulate, precision):
+    whole = run_micro(accumulate=accumulate, precision=precision)
+    pieces = run_micro(**MICRO[name], accumulate=accumulate, precision=precision)
+    assert pieces["global_step"] == whole["global_step"]
+    assert pieces["zeroed"] == whole["zeroed"]
+    for step, expected in zip(pieces["steps"], whole["steps"], strict=True):
+        assert relative_error(step["gradient"], expected["gradient"]) <= 1e-14
+    for batch, expected in zip(pieces["batches"], whole["batches"], strict=True):
+        assert close(batch["outputs"], expected["outputs"])
+        assert close(batch["logged"], expected["logged"])
+        assert batch["seen"] == expected["seen"]
+
+
+def test_single_precision_too():
+    data = [make_batch(size, 4, seed, torch.float32) for seed, size in enumerate(SIZES[0])]
+    whole, pieces = Recorder(), Recorder()
+    fit(Probe(), [whole], data)
+    fit(Probe(), [MicroBatching(3), pieces], data)
+    for step, expected in zip(pieces.steps, whole.steps, strict=True):
+        assert relative_error(step["gradient"], expected["gradient"]) <= 5e-7
+
+
+def test_a_batch_that_fits_runs_as_without_the_callback():
+    data = batches((4, 6), dtype=torch.float32, tokens=False)
+    whole, pieces = Recorder(), Recorder()
+    fit(Probe(), [whole], data)
+    fit(Probe(), [MicroBatching(6), pieces], data)
+    for step, expected in zip(pieces.steps, whole.steps, strict=True):
+        assert all(torch.equal(step["gradient"][name], tensor) for name, tensor in expected["gradient"].items())
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_counts_may_stay_on_the_device(on_device, monkeypatch):
+    from lightning_plugins.accumulation import counting
+
+    if on_device:
+        monkeypatch.setattr(counting, "as_count", lambda value: torch.as_tensor(value).reshape(()))
+    pieces, whole = run_micro(size=2), run_micro()
+    for step, expected in zip(pieces["steps"], whole["steps"], strict=True):
+        assert relative_error(step["gradient"], expected["gradient"]) <= 1e-14
+
+
+class Measured(Probe):
+    """Logs torchmetrics objects in every way that users do."""
+
+    def __init__(self, fits=None):
+        super().__init__(torch.float64)
+        self.fits = fits
+        self.accuracy = MulticlassAccuracy(5, average="micro")
+        self.loss = torchmetrics.MeanMetric()
+        self.worst = torchmetrics.MaxMetric()
+        self.rows = torchmetrics.CatMetric()
+        self.both = torchmetrics.MetricCollection([MulticlassPrecision(5), MulticlassAccuracy(5)])
+        self.validation = MulticlassAccuracy(5)
+
+    def training_step(self, batch, batch_idx):
+        samples = len(batch["inputs"])
+        loss = super().training_step(batch, batch_idx)
+        preds, target = self.net(batch["inputs"]).argmax(-1).flatten(), batch["labels"].flatten()
+        self.accuracy(preds, target)
+        self.loss(loss.detach(), samples)
+        self.worst.update(loss.detach())
+        self.rows.update(target)
+        self.both(preds, target)
+        if self.fits and samples > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated).")
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("mean", self.loss, on_step=True, on_epoch=True)
+        self.log_dict(self.both, on_step=True, on_epoch=True)
+        return loss
+
+
+class Reads(pl.Callback):
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.counts = pl_module.rows.compute().numel()
+        self.total = float(pl_module.accuracy.compute())
+        self.untouched = pl_module.validation.update_count
+
+
+@pytest.mark.parametrize(("size", "fits"), [(3, None), (1, None), ("auto", 2)])
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_metrics_are_those_of_the_whole_batch(size, fits):
+    data = [make_batch(size, 4, seed, torch.float64) for seed, size in enumerate((8, 7, 2, 5))]
+    whole, pieces = Reads(), Reads()
+    expected = fit(Measured(), [whole], data, epochs=2).callback_metrics
+    found = fit(Measured(fits), [MicroBatching(size), pieces], data, epochs=2).callback_metrics
+    for row, expected_row in zip(pieces.rows, whole.rows, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-6)
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}, rel=1e-6
+    )
+    assert pieces.counts == whole.counts
+    assert pieces.total == pytest.approx(whole.total)
+    assert pieces.untouched == 0
+
+
+class Random(Fitting):
+    """Draws from every generator, before the memory runs out."""
+
+    def training_step(self, batch, batch_idx):
+        noise = torch.rand(()).item() + random.random() + np.random.rand()  # noqa: NPY002  # the global one
+        return {"loss": super().training_step(batch, batch_idx)["loss"] * (1 + noise)}
+
+
+def test_a_batch_that_runs_again_draws_the_same_random_numbers():
+    """From the same seed, searching for the size 2 leaves the very gradients of always having had it."""
+    runs = []
+    for size, fits in (("auto", 2), (2, None)):
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002  # the global one
+        recorder = Recorder()
+        module = Random(fits=fits)
+        fit(module, [MicroBatching(size), recorder], batches((8, 7, 6), dtype=torch.float64, tokens=False))
+        runs.append(recorder.steps)
+    for step, expected in zip(*runs, strict=True):
+        assert all(torch.equal(step["gradient"][name], tensor) for name, tensor in expected["gradient"].items())
+
+
+def test_dropout_has_the_same_distribution():
+    """The mean gradient over 400 draws, in pieces and whole, agrees within its standard error."""
+
+    class Drops(Probe):
+        def __init__(self):
+            super().__init__(torch.float64, lr=0.0)
+            self.drop = torch.nn.Dropout(0.5)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step({**batch, "inputs": self.drop(batch["inputs"])}, batch_idx)
+
+    data = [make_batch(6, 4, 0, torch.float64)] * 400
+    means, errors = [], []
+    for callbacks in ([], [MicroBatching(2)]):
+        recorder = Recorder()
+        fit(Drops(), [*callbacks, recorder], data)
+        seen = torch.stack([step["gradient"]["2.bias"] for step in recorder.steps])
+        means.append(seen.mean(0))
+        errors.append(seen.std(0) / math.sqrt(len(seen)))
+    assert ((means[0] - means[1]).abs() <= 4 * (errors[0] ** 2 + errors[1] ** 2).sqrt()).all()
+
+
+def test_an_average_of_the_weights_ticks_once_a_step():
+    averages = []
+    for callbacks in ([], [MicroBatching(2)]):
+        module = Probe(torch.float64)
+        fit(module, [*callbacks, EMAWeightAveraging(decay=0.5)], batches(SIZES[0], dtype=torch.float64, tokens=False))
+        averages.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.allclose(*averages, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("package", [pl, pytorch_lightning], ids=["lightning.pytorch", "pytorch_lightning"])
+def test_works_in_both_namespaces(package):
+    data = batches((5, 7), dtype=torch.float32, tokens=False)
+    whole, pieces = Recorder(), Recorder()
+    fit(module_class(package)(), [whole], data, package=package)
+    fit(module_class(package)(), [pieces, MicroBatching()], data, package=package)
+    fit(module_class(package)(), [pieces, MicroBatching(2), GradientAccumulation(2)], data, package=package)
+    assert relative_error(pieces.steps[0]["gradient"], whole.steps[0]["gradient"]) <= 5e-7
+
+
+def test_an_optimizer_that_runs_the_batch_several_times_gets_the_same_each_time():
+    class Curvature(Probe):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    data = batches((6, 5), dtype=torch.float64, tokens=False)
+    weights = []
+    for callbacks in ([], [MicroBatching(2)]):
+        module = Curvature(torch.float64)
+        fit(module, callbacks, data)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.allclose(*weights, rtol=1e-10)
+
+
+def test_the_size_found_is_remembered_logged_and_saved(caplog, tmp_path):
+    callback = MicroBatching()
+    data = batches(SIZES[0], dtype=torch.float64, tokens=False)
+    with caplog.at_level("INFO"):
+        module = Fitting(fits=2)
+        trainer = fit(module, [callback], data)
+    lines = [record.getMessage() for record in caplog.records if "MicroBatching" in record.getMessage()]
+    assert lines == [
+        "MicroBatching: batches run whole, and in smaller pieces if memory runs out.",
+        "MicroBatching: out of memory with 8 samples at once; going on with 4.",
+        "MicroBatching: out of memory with 4 samples at once; going on with 2.",
+    ]
+    assert callback.size_found == 2
+    trainer.save_checkpoint(tmp_path / "found.ckpt")
+    state = torch.load(tmp_path / "found.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert state == {"version": 1, "size_found": 2}
+    resumed, again = MicroBatching(), Fitting(fits=2)
+    fit(again, [resumed], data, epochs=2, fit_arguments={"ckpt_path": tmp_path / "found.ckpt"})
+    assert again.calls == sum(-(-size // 2) for size in SIZES[0])  # no attempt failed
+
+
+def test_fixed_sizes_are_said_once(caplog):
+    with caplog.at_level("INFO"):
+        fit(Probe(), [MicroBatching(3)], batches((4,), dtype=torch.float32, tokens=False))
+    assert "MicroBatching: batches run in pieces of at most 3 samples." in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("size", "fits", "hint"),
+    [
+        ("auto", 0, "MicroBatching found no size that fits. Shorten the samples, or free memory in another way."),
+        (4, 3, 'MicroBatching ran pieces of at most 4 samples. Take a smaller `size`, or "auto".'),
+        (100, 3, 'MicroBatching ran pieces of at most 100 samples. Take a smaller `size`, or "auto".'),
+    ],
+)
+def test_memory_that_runs_out_for_good_is_the_original_error_with_a_hint(size, fits, hint):
+    with pytest.raises(torch.OutOfMemoryError) as found:
+        fit(Fitting(fits=fits), [MicroBatching(size)], batches((8,), dtype=torch.float64, tokens=False))
+    assert str(found.value) == f"CUDA out of memory (simulated).\n{hint}"
+
+
+def test_memory_that_runs_out_in_the_backward_undoes_what_it_left():
+    """The second piece's backward fails, in the second batch of a window: both earlier gradients are there."""
+
+    class Heavy(Probe):
+        backwards = 0
+
+        def backward(self, loss):
+            super().backward(loss)
+            self.backwards += 1
+            if self.backwards == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory (simulated).")
+
+    data = batches((4, 6, 5), dtype=torch.float64, tokens=False)
+    whole, pieces = Recorder(), Recorder()
+    fit(Probe(torch.float64), [GradientAccumulation(2), whole], data)
+    found = MicroBatching()
+    fit(Heavy(torch.float64), [found, GradientAccumulation(2), pieces], data)
+    assert found.size_found == 3
+    for step, expected in zip(pieces.steps, whole.steps, strict=True):
+        assert relative_error(step["gradient"], expected["gradient"]) <= 1e-14
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")])
+@pytest.mark.parametrize("size", [2, "auto"])
+def test_nothing_of_ours_remains_on_the_trainer(error, size):
+    class Fails(Probe):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    trainers = []
+
+    class Keep(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainers.append(trainer)
+
+    data = batches((5, 5, 5), dtype=torch.float32, tokens=False)
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit(Fails(), [MicroBatching(size), Keep()], data)
+    for trainer in (trainers[0], fit(Probe(), [MicroBatching(size)], data)):
+        loop = trainer.fit_loop.epoch_loop
+        assert "_make_closure" not in vars(loop.automatic_optimization)
+        assert "update_metrics" not in vars(loop._results)
+
+
+def test_a_step_may_return_nothing_for_a_batch_but_not_for_a_piece():
+    class Skips(Probe):
+        def training_step(self, batch, batch_idx):
+            self.calls = getattr(self, "calls", 0) + 1
+            return None if batch_idx == 0 or self.calls == 5 else super().training_step(batch, batch_idx)
+
+    data = batches((4, 2, 4), dtype=torch.float32, tokens=False)
+    message = "`training_step` must return a loss for every piece of a batch or for none, but returned None for 1 of 2"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Skips(), [MicroBatching(2)], data)
+
+
+def test_warns_of_batch_normalisation():
+    class Normed(Probe):
+        def __init__(self):
+            super().__init__()
+            self.norms = torch.nn.ModuleList([torch.nn.BatchNorm1d(6), torch.nn.BatchNorm1d(6)])
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step({**batch, "inputs": self.norms[0](batch["inputs"].mT).mT}, batch_idx)
+
+    with pytest.warns(LightningPluginsWarning, match=r"batch normalisation \(norms.0 and 1 more\) then takes its stat"):
+        fit(Normed(), [MicroBatching(2)], batches((4,), dtype=torch.float32, tokens=False))
+
+
+class Manual(Probe):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Synchronised(Probe):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.SyncBatchNorm(6)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Manual, "MicroBatching needs automatic optimisation, but `Manual.automatic_optimization` is False"),
+        (Synchronised, "MicroBatching does not work with synchronised batch normalisation, whose ranks would have to"),
+    ],
+)
+def test_refuses_a_module_that_it_cannot_serve(module, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module(), [MicroBatching(2)], batches((4,), dtype=torch.float32, tokens=False))
+
+
+def test_refuses_what_the_strategy_shows():
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    trainer._accelerator_connector.strategy = pl.strategies.ModelParallelStrategy()
+    with pytest.raises(MisconfigurationException, match="MicroBatching was not tested under ModelParallelStrategy; it"):
+        MicroBatching(2).setup(trainer, Probe(), "fit")
+    trainer = pl.Trainer(accelerator="cpu", logger=False)
+    trainer.strategy.optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])] * 2
+    with pytest.raises(MisconfigurationException, match="MicroBatching works with one optimizer, and the module has"):
+        MicroBatching(2).on_fit_start(trainer, Probe())
+    trainer.strategy.optimizers = []
+    trainer.strategy._model = torch.nn.Linear(1, 1)
+    trainer.strategy._model.static_graph = True
+    with pytest.raises(
+        MisconfigurationException, match=r"does not work with DDPStrategy\(static_graph=True\), which e"
+    ):
+        MicroBatching(2).on_fit_start(trainer, Probe())
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ({"inputs": torch.zeros(4, 3, 6), "labels": object()}, TypeError, "must have 4 rows in every field to run in"),
+        ({"inputs": torch.zeros(4, 6), "labels": torch.zeros(3)}, ValueError, "MicroBatching cannot tell the size of"),
+    ],
+)
+def test_a_batch_that_cannot_be_split(batch, error, message):
+    with pytest.raises(error, match=message):
+        fit(Probe(), [MicroBatching(2)], [batch])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"size": 0}, ValueError, r"`size` must be at least 1 samples, got 0\."),
+        ({"size": -3}, ValueError, r"`size` must be at least 1 samples, got -3\."),
+        ({"size": 2.0}, TypeError, r"`size` must be a whole number of samples, got 2\.0\."),
+        ({"size": "automatic"}, ValueError, r'`size` must be a number of samples or "auto", got \'automatic\'\.'),
+        ({"count": "tokens"}, ValueError, r"`count` must be one of 'samples', got 'tokens'\."),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MicroBatching(**arguments)
+
+
+def test_survives_pickling_and_copying_before_fit():
+    callback = MicroBatching(3, count=Tokens("labels"))
+    for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert twin.state_key == callback.state_key
+    assert callback.state_key != MicroBatching().state_key
+
+
+def test_ranks_of_ddp_settle():
+    assert len(SIZES[0]) > SizeSearch.SETTLED  # so that the distributed tests see both ways
