@@ -178,6 +178,13 @@ class GradientAccumulation(Callback):
         """Look at the counts that were left on the device."""
         self._check.verify()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run was stopped in a carried window, whose gradients no step will use."""
+        if self._carried is not None and self._open:
+            rank_zero_info(
+                f"GradientAccumulation: the run ended {self._carried.position} batches into a window, without a step."
+            )
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save a carried window that is open; every rank takes part."""
         if self._carried is not None and self._open:

@@ -305,9 +305,15 @@ def test_stochastic_weight_averaging_keeps_its_own_last_epoch():
             self.norm(batch["inputs"].flatten(0, 1))
             return super().training_step(batch, batch_idx)
 
-    recorder = Recorder()
-    fit(Normed(), [GradientAccumulation(2), averaging, recorder], FIRST.data(0), epochs=2)
-    assert sum(bool(float(step["gradient"]["0.weight"].norm())) for step in recorder.steps[:6]) == 6
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(trainer.accumulate_grad_batches)
+
+    trainer = fit(Normed(), [GradientAccumulation(2), averaging, Watch()], FIRST.data(0), epochs=2)
+    assert seen == [2] * 10 + [6] * 5  # SWA sets one more than there are batches, so that none is stepped on
+    assert trainer.accumulate_grad_batches == 1
 
 
 @pytest.mark.parametrize(
@@ -331,6 +337,17 @@ def test_says_once_what_a_step_is_made_of(arguments, line, caplog):
     assert [record.getMessage() for record in caplog.records if "GradientAccumulation" in record.getMessage()] == [
         f"GradientAccumulation: {line}"
     ]
+
+
+def test_says_so_when_a_run_is_stopped_in_a_carried_window(caplog):
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 2
+
+    with caplog.at_level("INFO"):
+        trainer = fit(Probe(), [GradientAccumulation(2, carry=True), Stops()], FIRST.data(0), epochs=2)
+    assert trainer.global_step == 1
+    assert "GradientAccumulation: the run ended 1 batches into a window, without a step." in caplog.messages
 
 
 def test_survives_pickling_and_copying_before_fit():
