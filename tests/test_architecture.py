@@ -13,16 +13,18 @@ import pytest
 import pytorch_lightning
 
 import lightning_plugins
-from lightning_plugins import LearningRateScheduler, WarmupCosine
+from lightning_plugins import GradientAccumulation, LearningRateScheduler, MicroBatching, WarmupCosine
 from lightning_plugins._lightning import Callback, MisconfigurationException
 
 PACKAGE = Path(lightning_plugins.__file__).parent
 # A row for every callback: how to make two that may stand side by side. A missing row fails.
 CALLBACKS = {
+    "GradientAccumulation": [lambda: GradientAccumulation(4), lambda: GradientAccumulation(effective_batch_size=256)],
     "LearningRateScheduler": [
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=0),
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=1),
     ],
+    "MicroBatching": [MicroBatching, lambda: MicroBatching(16)],
 }
 
 

@@ -7,15 +7,16 @@ import torch
 
 from tests.support.accumulation_cases import BOUND, CASES, SHARDED
 from tests.support.accumulation_runs import errors_of, relative_error
+from tests.support.accumulation_worker import every_case
 from tests.support.microbatch_cases import MICRO
-from tests.support.processes import run_ranks
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both ranks saw, from one pair of processes for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks("tests.support.accumulation_worker", str(folder))
+    run_ranks(every_case, str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

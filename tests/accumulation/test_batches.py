@@ -7,8 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_plugins.accumulation.batches import batch_length, even_sizes, look_up, split_batch

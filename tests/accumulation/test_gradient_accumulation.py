@@ -130,9 +130,9 @@ def test_sparse_gradients_are_scaled_too():
 
 
 class AsksForTheLength(pl.Callback):
-    """Asks in ``on_fit_start``, as a learning-rate schedule does."""
+    """Asks in ``on_train_start``, as a learning-rate schedule does."""
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_train_start(self, trainer, pl_module):
         self.length = run_length(trainer)
 
 
@@ -158,6 +158,18 @@ def test_the_run_is_as_long_as_it_was_said_to_be(form, limits, first):
     trainer = fit(Probe(), [asks, accumulation] if first else [accumulation, asks], data, **limits)
     assert asks.length.total_steps == trainer.global_step
     assert "GradientAccumulation" in asks.length.source or asks.length.source.startswith("max_steps")
+
+
+@pytest.mark.parametrize("planned", [1, 3], ids=["extended", "interrupted"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_resumed_run_is_as_long_as_it_was_said_to_be(form, planned, tmp_path):
+    """The checkpoint is that of the first epoch's end, where a carried window is open unless the run was to end."""
+    path, data = tmp_path / "first.ckpt", torch.utils.data.DataLoader(Dictionaries(37), batch_size=4)
+    fit(Probe(), [GradientAccumulation(**FORMS[form]), SaveAfterFirstEpoch(path)], data, epochs=planned)
+    asks = AsksForTheLength()
+    callbacks = [asks, GradientAccumulation(**FORMS[form])]
+    trainer = fit(Probe(), callbacks, data, epochs=3, fit_arguments={"ckpt_path": path})
+    assert asks.length.total_steps == trainer.global_step
 
 
 class Dictionaries(torch.utils.data.Dataset):

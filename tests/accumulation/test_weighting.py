@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from lightning_plugins import GradientAccumulation, Tokens
 from lightning_plugins.accumulation.counting import CountCheck, as_count, counter, wide

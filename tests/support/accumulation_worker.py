@@ -1,10 +1,9 @@
-"""One rank of the distributed tests: runs every case and writes the gradients of its steps."""
+"""What one rank of the distributed tests runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,9 +85,9 @@ def resume_carried(rank: int, folder: Path):
     return whole.steps, resumed.steps
 
 
-def main(folder: str) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+def every_case(folder: str) -> None:
+    """Run every case on this rank and write the gradients of its steps."""
+    rank = int(os.environ["LOCAL_RANK"])
     results = {}
     for name, case in CASES.items():
         for dtype in (torch.float32, torch.float64):
@@ -111,7 +110,3 @@ def main(folder: str) -> None:
     results["collectives"] = stock_calls, calls
     results["carried"] = resume_carried(rank, Path(folder))
     torch.save(results, Path(folder) / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
