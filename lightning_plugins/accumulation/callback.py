@@ -18,7 +18,7 @@ from lightning_plugins._lightning import (
 )
 from lightning_plugins._run import AccumulationPlan
 from lightning_plugins.accumulation.carrying import CarriedWindows
-from lightning_plugins.accumulation.counting import Count, CountCheck, counter
+from lightning_plugins.accumulation.counting import Count, CountCheck, as_count, counter
 from lightning_plugins.accumulation.trainers import (
     check_module,
     check_strategy,
@@ -29,7 +29,7 @@ from lightning_plugins.accumulation.trainers import (
 from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
 from lightning_plugins.accumulation.windows import batches_for, plan_changes
 
-TESTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+TESTED = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
 TESTED_CARRY = ("SingleDeviceStrategy", "DDPStrategy")  # the gradients of an open window are not saved sharded
 
 
@@ -78,7 +78,7 @@ class GradientAccumulation(Callback):
         carry: bool = False,
     ) -> None:
         self._changes = plan_changes(batches, effective_batch_size, schedule)
-        counter(count)
+        counter(count)  # refuses what it cannot use; the function itself need not be picklable and is made in the fit
         self.batches = batches
         self.effective_batch_size = effective_batch_size
         self.schedule = dict(schedule) if schedule is not None else None
@@ -88,6 +88,7 @@ class GradientAccumulation(Callback):
         self._check = CountCheck()
         self._carried = CarriedWindows() if carry else None
         self._open = False
+        self._counter: Callable[[Any], Count] = as_count
         self._pending: Count | None = None
         self._weight: Count = 1
         self._plan: AccumulationPlan | None = None
@@ -143,6 +144,7 @@ class GradientAccumulation(Callback):
         """Say once what a step is made of, and go on with a carried window."""
         self._open = False
         self._window.total = 0
+        self._counter = counter(self.count)
         rank_zero_info(f"GradientAccumulation: {self._describe(trainer)}.")
         if self._carried is not None:
             self._carried.install(trainer)
@@ -155,7 +157,7 @@ class GradientAccumulation(Callback):
             self._begin_window(trainer, pl_module, batch_idx)
         if self._carried is not None:
             self._carried.position += 1
-        self._pending = counter(self.count)(batch)
+        self._pending = self._counter(batch)
         if self._window.reference is None:
             self._window.reference = first_count(trainer, self._pending)
 
@@ -268,6 +270,7 @@ class GradientAccumulation(Callback):
     def _release(self, trainer: Trainer) -> None:
         if self._carried is not None:
             self._carried.remove(trainer)
+        self._counter = as_count
         if self._holds:
             trainer.accumulate_grad_batches = 1
             self._holds = False

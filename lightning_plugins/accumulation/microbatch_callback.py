@@ -135,7 +135,7 @@ class MicroBatching(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was; say what helps when memory ran out."""
-        if is_out_of_memory(exception):
+        if is_out_of_memory(exception) and trainer.training:
             add_hint(exception, self._hint())
         self._release(trainer)
 
@@ -180,6 +180,11 @@ class MicroBatching(Callback):
             raise ValueError(f"MicroBatching cannot tell the size of the batch: {error}") from None
 
     def _hint(self) -> str:
+        if self._search is not None and self._search.settled:
+            return (
+                f"MicroBatching had settled on a size under DDP, where one rank cannot ask the others to go back. Give "
+                f"a number of samples below {self._search.largest} as `size`."
+            )
         if self.size == "auto":
             return "MicroBatching found no size that fits. Shorten the samples, or free memory in another way."
         return f'MicroBatching ran pieces of at most {self.size} samples. Take a smaller `size`, or "auto".'

@@ -27,22 +27,31 @@ class SizeSearch:
         trainer: The Trainer, in a fit.
         metrics: The module's metrics.
         size: A size found before, ``None`` to begin with whole batches.
+
+    Attributes:
+        largest: The largest piece of the current batch.
     """
 
     SETTLED = 10  # batches at one size after which DDP runs unguarded
 
     def __init__(self, trainer: Trainer, metrics: BatchMetrics, size: int | None) -> None:
         self.size = size
+        self.largest = 0
         self._trainer = trainer
         self._metrics = metrics
         self._ranks = Ranks(trainer) if trainer.world_size > 1 else None
         self._passed = 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether batches run unguarded: memory that runs out now ends the run."""
+        return self._passed >= self.SETTLED
+
     def run(self, batch: BatchInPieces, length: int) -> Any:
         """Run ``batch`` of ``length`` samples and return Lightning's result of it."""
         if self._ranks is None:
             return self._guarded(batch, length, lambda wanted: wanted)
-        if self._passed >= self.SETTLED:
+        if self.settled:
             return batch.run(self._sizes(length))
         with self._ranks.unsynchronised():
             result = self._guarded(batch, length, self._ranks.agree)
@@ -77,7 +86,9 @@ class SizeSearch:
             self.size, self._passed = wanted, 0
 
     def _sizes(self, length: int) -> list[int]:
-        return even_sizes(length, self.size or max(1, length))
+        sizes = even_sizes(length, self.size or max(1, length))
+        self.largest = sizes[0]
+        return sizes
 
 
 class Ranks:

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import random
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,7 +19,16 @@ from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
 from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins._validation import LightningPluginsWarning
 from lightning_plugins.accumulation.searching import SizeSearch
-from tests.support.accumulation_runs import Probe, Recorder, batches, fit, make_batch, module_class, relative_error
+from tests.support.accumulation_runs import (
+    Probe,
+    Recorder,
+    batches,
+    fit,
+    loader,
+    make_batch,
+    module_class,
+    relative_error,
+)
 from tests.support.microbatch_cases import MICRO, SIZES, Fitting, run_micro
 
 PIECES = [name for name in MICRO if name not in ("whole", "auto on rank 1")]
@@ -255,6 +265,30 @@ def test_memory_that_runs_out_for_good_is_the_original_error_with_a_hint(size, f
     with pytest.raises(torch.OutOfMemoryError) as found:
         fit(Fitting(fits=fits), [MicroBatching(size)], batches((8,), dtype=torch.float64, tokens=False))
     assert str(found.value) == f"CUDA out of memory (simulated).\n{hint}"
+
+
+def test_memory_that_runs_out_after_ddp_has_settled_names_a_number():
+    callback = MicroBatching()
+    callback._search = SimpleNamespace(settled=True, largest=8)
+    trainer, error = SimpleNamespace(training=True, **vars(pl.Trainer(accelerator="cpu", logger=False))), _oom()
+    callback.on_exception(trainer, Probe(), error)
+    assert str(error).endswith("ask the others to go back. Give a number of samples below 8 as `size`.")
+
+
+def test_memory_that_runs_out_in_validation_is_not_ours():
+    class Validates(Probe):
+        def validation_step(self, batch, batch_idx):
+            raise _oom()
+
+        def val_dataloader(self):
+            return loader(batches((2,), dtype=torch.float32, tokens=False))
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory \(simulated\)\.$"):
+        fit(Validates(), [MicroBatching()], batches((2,), dtype=torch.float32, tokens=False))
+
+
+def _oom():
+    return torch.OutOfMemoryError("CUDA out of memory (simulated).")
 
 
 def test_memory_that_runs_out_in_the_backward_undoes_what_it_left():

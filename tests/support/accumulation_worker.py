@@ -6,10 +6,11 @@ import dataclasses
 import os
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from tests.support.accumulation_cases import CASES, SHARDED
 from tests.support.accumulation_runs import Probe, Recorder, SaveAfterFirstEpoch, fit, run_case
@@ -27,6 +28,35 @@ class Sharded(Probe):
             if list(layer.parameters()):
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
+
+
+class FlatShardsOnCPU(FSDPStrategy):
+    """Lightning's FSDP1 strategy, which refuses CPUs by its exact type."""
+
+    def _setup_model(self, model):
+        cpu = torch.device("cpu")
+        model.net = FullyShardedDataParallel(model.net, use_orig_params=True, device_id=cpu)
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+
+
+class WholeRecorder(pl.Callback):
+    """Gathers the flat shards of FSDP1 before it looks at them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        with FullyShardedDataParallel.summon_full_params(trainer.strategy.model, with_grads=True):
+            named = [(name.split("module.")[-1], p) for name, p in pl_module.net.named_parameters()]
+            weights = {name: parameter.detach().clone() for name, parameter in named}
+            self.steps.append({"weights": weights, "gradient": {name: p.grad.clone() for name, p in named}})
+
+
+def run_flat_shards(name: str, rank: int):
+    case, recorder = CASES[name], WholeRecorder()
+    settings = {**distributed(), "strategy": FlatShardsOnCPU()}
+    trainer = fit(Probe(), [case.accumulation(), recorder], case.data(rank), epochs=case.epochs, **settings)
+    return recorder.steps, trainer.global_step
 
 
 def run_stock(rank: int):
@@ -97,6 +127,8 @@ def every_case(folder: str) -> None:
             results["fsdp2", name, torch.float32] = run_case(
                 case, rank=rank, ranks=2, module=Sharded(), strategy=strategy
             )
+            if case.clip is None:
+                results["fsdp1", name, torch.float32] = run_flat_shards(name, rank)
     for name, options in MICRO.items():
         for accumulate in (1, 2):
             results["micro", name, accumulate] = run_micro(**options, rank=rank, ranks=2, accumulate=accumulate)
