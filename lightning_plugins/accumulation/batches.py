@@ -33,6 +33,9 @@ def batch_length(batch: Any) -> int:
         >>> batch_length({"image": torch.zeros(4, 3, 8, 8), "label": torch.zeros(4), "weight": 0.5})
         4
     """
+    length = _length_of_tensors(batch)
+    if length is not None:
+        return length
     fields = list(_walk(batch, "batch", depth=0))
     plain = {path: len(value) for path, value, listed in fields if _has_rows(value) and not listed}
     nested = {path: len(value) for path, value, listed in fields if _has_rows(value) and listed}
@@ -44,6 +47,25 @@ def batch_length(batch: Any) -> int:
         found = ", ".join(f"`{path}` has {rows}" for path, rows in lengths.items())
         raise ValueError(f"the fields of the batch disagree on the number of samples: {found}.")
     return next(iter(lengths.values()))
+
+
+def _length_of_tensors(batch: Any) -> int | None:
+    """Return the rows of a batch that is a tensor, or a plain container of tensors that agree; ``None`` for others.
+
+    Nearly every batch is one of these, and is asked at every step.
+    """
+    values = batch.values() if type(batch) is dict else batch if type(batch) in (tuple, list) else (batch,)
+    length = None
+    for value in values:
+        if type(value) is not torch.Tensor:
+            return None
+        shape = value.shape
+        if shape:
+            if length is None:
+                length = shape[0]
+            elif length != shape[0]:
+                return None
+    return length
 
 
 def split_batch(batch: Any, sizes: Sequence[int]) -> list[Any]:

@@ -84,6 +84,9 @@ class GradientAccumulation(Callback):
         self.schedule = dict(schedule) if schedule is not None else None
         self.count = count
         self.carry = carry
+        self._state_key = self._generate_state_key(  # once: Lightning's profiler asks for it at every hook
+            batches=batches, effective_batch_size=effective_batch_size, schedule=self.schedule, carry=carry
+        )
         self._window = Window()
         self._check = CountCheck()
         self._carried = CarriedWindows() if carry else None
@@ -97,12 +100,7 @@ class GradientAccumulation(Callback):
     @property
     def state_key(self) -> str:
         """What tells this callback's state from another's in a checkpoint."""
-        return self._generate_state_key(
-            batches=self.batches,
-            effective_batch_size=self.effective_batch_size,
-            schedule=self.schedule,
-            carry=self.carry,
-        )
+        return self._state_key
 
     def accumulation_plan(self, trainer: Trainer) -> AccumulationPlan:
         """Return the run's windows; from ``on_fit_start`` on, since an effective batch size needs the loader.
@@ -225,7 +223,8 @@ class GradientAccumulation(Callback):
             pl_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, trainer.optimizers[0])
 
     def _batches_now(self, trainer: Trainer) -> int:
-        return self.accumulation_plan(trainer).batches(epoch=0, step=trainer.global_step)
+        plan = self.accumulation_plan(trainer)
+        return plan.changes[0][1] if len(plan.changes) == 1 else plan.batches(epoch=0, step=trainer.global_step)
 
     def _batches_of_loader(self, trainer: Trainer) -> int:
         batch_size = loader_batch_size(trainer)

@@ -69,6 +69,7 @@ class MicroBatching(Callback):
         counter(count)
         self.size = size
         self.count = count
+        self._state_key = self._generate_state_key(size=size)  # once: Lightning's profiler asks for it at every hook
         self._found: int | None = None
         self._search: SizeSearch | None = None
         self._metrics: BatchMetrics | None = None
@@ -76,7 +77,7 @@ class MicroBatching(Callback):
     @property
     def state_key(self) -> str:
         """What tells this callback's state from another's in a checkpoint."""
-        return self._generate_state_key(size=self.size)
+        return self._state_key
 
     @property
     def size_found(self) -> int | None:

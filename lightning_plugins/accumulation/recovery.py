@@ -42,38 +42,61 @@ def add_hint(error: BaseException, hint: str) -> None:
         error.args = (f"{message}\n{hint}", *error.args[1:])
 
 
-class Snapshot:
-    """The state that a training step changes besides the gradients: random numbers, buffers, metrics.
+class StepState:
+    """What a training step changes besides the weights, found once, to be kept before every batch.
 
     Args:
-        module: Its buffers are copied: running statistics are updated by a forward.
-        metrics: Metrics whose states are copied (torchmetrics' own are no buffers).
+        module: Its buffers (a forward updates running statistics) and gradients are kept.
+        metrics: Metrics whose states are kept (torchmetrics' own are no buffers).
         device: Its random numbers are kept besides the host's.
     """
 
     def __init__(self, module: nn.Module, metrics: Iterable[Any], device: torch.device) -> None:
-        self._random = RandomState(device)
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-        self._metrics = [(metric, MetricState(metric)) for metric in metrics]
-        self._gradients: list[tuple[nn.Parameter, Tensor | None]] | None = None
+        self.parameters = list(module.parameters())
+        self.buffers = [child._buffers for child in module.modules() if child._buffers]
+        self.metrics = list(metrics)
+        self.device = device
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of everything but the gradients."""
+        return Snapshot(self)
+
+
+class Snapshot:
+    """A copy of the state before a batch.
+
+    Args:
+        state: Where the state is.
+    """
+
+    def __init__(self, state: StepState) -> None:
+        self._parameters = state.parameters
+        self._random = RandomState(state.device)
+        self._buffers = [
+            (buffers, name, buffer, buffer.detach().clone())
+            for buffers in state.buffers
+            for name, buffer in buffers.items()
+            if buffer is not None
+        ]
+        self._metrics = [(metric, MetricState(metric)) for metric in state.metrics]
+        self._gradients: list[Tensor | None] | None = None
 
     @torch.no_grad()
-    def keep_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def keep_gradients(self) -> None:
         """Copy the gradients that are there before the first backward of the batch; later calls do nothing."""
         if self._gradients is None:
-            self._gradients = [
-                (parameter, None if parameter.grad is None else parameter.grad.clone()) for parameter in parameters
-            ]
+            gradients = [parameter.grad for parameter in self._parameters]
+            self._gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back; may be called again after another attempt."""
         self._random.restore()
-        for buffer, value in self._buffers:
-            buffer.copy_(value)
+        for buffers, name, buffer, value in self._buffers:
+            buffers[name] = buffer.copy_(value)  # a forward may have replaced it
         for metric, state in self._metrics:
             state.restore(metric)
-        for parameter, gradient in self._gradients or ():
+        for parameter, gradient in zip(self._parameters, self._gradients or (), strict=False):
             parameter.grad = None if gradient is None else gradient.clone()
 
 

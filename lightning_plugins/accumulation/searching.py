@@ -13,7 +13,7 @@ from lightning_plugins._lightning import Trainer, rank_zero_info
 from lightning_plugins.accumulation.batches import even_sizes
 from lightning_plugins.accumulation.piecelogs import BatchMetrics
 from lightning_plugins.accumulation.pieces import BatchInPieces
-from lightning_plugins.accumulation.recovery import Snapshot, halved, is_out_of_memory
+from lightning_plugins.accumulation.recovery import StepState, halved, is_out_of_memory
 
 
 class SizeSearch:
@@ -37,10 +37,9 @@ class SizeSearch:
     def __init__(self, trainer: Trainer, metrics: BatchMetrics, size: int | None) -> None:
         self.size = size
         self.largest = 0
-        self._trainer = trainer
-        self._metrics = metrics
         self._ranks = Ranks(trainer) if trainer.world_size > 1 else None
         self._passed = 0
+        self._state = StepState(trainer.lightning_module, metrics.metrics, trainer.strategy.root_device)
 
     @property
     def settled(self) -> bool:
@@ -59,9 +58,8 @@ class SizeSearch:
         return result
 
     def _guarded(self, batch: BatchInPieces, length: int, agree: Callable[[int | None], int | None]) -> Any:
-        module: Any = self._trainer.lightning_module
-        before = Snapshot(module, self._metrics.metrics, self._trainer.strategy.root_device)
-        batch.on_first_backward = lambda: before.keep_gradients(module.parameters())
+        before = self._state.snapshot()
+        batch.on_first_backward = before.keep_gradients
         while True:
             sizes = self._sizes(length)
             result, wanted = None, None

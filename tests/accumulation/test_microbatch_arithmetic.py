@@ -9,7 +9,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from lightning_plugins.accumulation.microbatch import combine_logged, merge, shares, weighted_sum
-from lightning_plugins.accumulation.recovery import Snapshot, add_hint, halved, is_out_of_memory
+from lightning_plugins.accumulation.recovery import StepState, add_hint, halved, is_out_of_memory
 
 NAN = float("nan")
 
@@ -139,17 +139,18 @@ def test_a_hint_is_given_once():
 
 def test_a_snapshot_puts_everything_back_as_often_as_one_likes():
     module = torch.nn.BatchNorm1d(2)
+    module.register_buffer("absent", None)
     metric = MeanMetric()
     metric.update(3.0)
     module.weight.grad = torch.ones(2)
-    before = Snapshot(module, [metric], torch.device("cpu"))
-    before.keep_gradients(module.parameters())
+    before = StepState(module, [metric], torch.device("cpu")).snapshot()
+    before.keep_gradients()
     drawn = []
     for _ in range(2):
         drawn.append((torch.rand(2).tolist(), random.random(), np.random.rand()))  # noqa: NPY002  # the global one
         module(torch.randn(4, 2)).sum().backward()
         metric.update(7.0)
-        before.keep_gradients(module.parameters())  # later calls do not replace what was kept
+        before.keep_gradients()  # later calls do not replace what was kept
         before.restore()
         assert metric.compute().item() == 3.0
         assert metric.update_count == 1
