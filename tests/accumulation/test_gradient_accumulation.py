@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from torch.nn.functional import cross_entropy
 
-from lightning_plugins import GradientAccumulation, Tokens
+from lightning_plugins import GradientAccumulation, LearningRateScheduler, Linear, MicroBatching, Tokens
 from lightning_plugins._lightning import MisconfigurationException, run_length
 from lightning_plugins.accumulation import counting
 from tests.support.accumulation_cases import BOUND, CASES
@@ -59,10 +59,11 @@ def test_stock_lightning_is_far_off_in_the_same_run():
     assert min(errors_of(FIRST, recorder.steps, ranks=1)) > 0.1
 
 
-def test_bfloat16_is_right_up_to_its_own_rounding():
-    case = dataclasses.replace(FIRST, precision="bf16-mixed")
+@pytest.mark.parametrize(("precision", "rounding"), [("bf16-mixed", 0.02), ("fp16", 0.002)])
+def test_half_precision_is_right_up_to_its_own_rounding(precision, rounding):
+    case = dataclasses.replace(FIRST, precision=precision)
     steps, _ = run_case(case)
-    assert max(errors_of(case, steps, ranks=1)) < 0.02
+    assert max(errors_of(case, steps, ranks=1)) < rounding
 
 
 @pytest.mark.parametrize("count", ["samples", Tokens("labels")], ids=str)
@@ -170,6 +171,24 @@ def test_a_resumed_run_is_as_long_as_it_was_said_to_be(form, planned, tmp_path):
     callbacks = [asks, GradientAccumulation(**FORMS[form])]
     trainer = fit(Probe(), callbacks, data, epochs=3, fit_arguments={"ckpt_path": path})
     assert asks.length.total_steps == trainer.global_step
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["schedule first", "accumulation first"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_learning_rate_schedule_ends_with_the_run(form, first):
+    """A linear decay over the whole run: step t of N has the rate 0.5 (1 - t / N)."""
+    schedule = LearningRateScheduler(Linear("100%", 1.0, 0.0), record=True)
+    accumulation = GradientAccumulation(**FORMS[form])
+    data = torch.utils.data.DataLoader(Dictionaries(37), batch_size=4)
+    trainer = fit(Probe(), [schedule, accumulation] if first else [accumulation, schedule], data, epochs=3)
+    steps = trainer.global_step
+    assert schedule.lrs == pytest.approx([0.5 * (1 - step / steps) for step in range(steps)])
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_quick_trial_runs(carry):
+    trainer = fit(Probe(), [GradientAccumulation(4, carry=carry), MicroBatching()], FIRST.data(0), fast_dev_run=2)
+    assert trainer.global_step == 1
 
 
 class Dictionaries(torch.utils.data.Dataset):

@@ -68,6 +68,16 @@ def test_single_precision_too():
         assert relative_error(step["gradient"], expected["gradient"]) <= 5e-7
 
 
+def test_composes_with_lightnings_own_accumulation_and_half_precision():
+    data = batches(SIZES[0], dtype=torch.float32, tokens=False)
+    for settings, bound in [({"accumulate_grad_batches": 3}, 5e-7), ({"precision": "bf16-mixed"}, 0.02)]:
+        whole, pieces = Recorder(), Recorder()
+        fit(Probe(lr=0.0), [whole], data, **settings)
+        fit(Probe(lr=0.0), [MicroBatching(3), pieces], data, **settings)
+        for step, expected in zip(pieces.steps, whole.steps, strict=True):
+            assert relative_error(step["gradient"], expected["gradient"]) <= bound
+
+
 def test_a_batch_that_fits_runs_as_without_the_callback():
     data = batches((4, 6), dtype=torch.float32, tokens=False)
     whole, pieces = Recorder(), Recorder()

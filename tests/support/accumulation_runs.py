@@ -188,6 +188,9 @@ def fit(module, callbacks, data, *, package=pl, epochs=1, fit_arguments=None, **
 def precision_arguments(precision):
     if precision == "scaler":
         return {"plugins": [ScalerOnly()]}
+    if precision == "fp16":  # by name Lightning refuses it on a CPU
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
     return {"precision": precision} if precision else {}
 
 

@@ -129,6 +129,7 @@ def every_case(folder: str) -> None:
             )
             if case.clip is None:
                 results["fsdp1", name, torch.float32] = run_flat_shards(name, rank)
+    results["bf16"] = run_case(dataclasses.replace(CASES[FIRST], precision="bf16-mixed"), rank=rank, ranks=2)
     for name, options in MICRO.items():
         for accumulate in (1, 2):
             results["micro", name, accumulate] = run_micro(**options, rank=rank, ranks=2, accumulate=accumulate)
