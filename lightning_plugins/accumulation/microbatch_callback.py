@@ -155,9 +155,12 @@ class MicroBatching(Callback):
     # what the hooks are made of
 
     def _closure(self, trainer: Trainer, whole: Any, kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
-        """Return what runs the batch: Lightning's own closure if it need not be split nor guarded."""
+        """Return what runs the batch: Lightning's own closure if it need not be split nor guarded.
+
+        Several ranks log in one order, after the backward, also where one has a single piece: logging may synchronise.
+        """
         length = self._length(kwargs["batch"])
-        if isinstance(self.size, int) and length <= self.size:
+        if isinstance(self.size, int) and length <= self.size and trainer.world_size == 1:
             return whole(kwargs, optimizer, batch_idx)
         count = None if self.count == "samples" else counter(self.count)
         metrics = self._metrics or BatchMetrics(nn.Module())

@@ -71,6 +71,9 @@ class BatchInPieces:
         self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
         self._backward = self._loop._make_backward_fn(optimizer)
         self._zeroed = False
+        self._weights: Sequence[Count] = ()
+        self._sizes: Sequence[int] = ()
+        self._results: list[Any] = []
         self.on_first_backward: Callable[[], None] = lambda: None
 
     def begin(self) -> BatchInPieces:
@@ -79,30 +82,39 @@ class BatchInPieces:
         return self
 
     def run(self, sizes: Sequence[int]) -> Any:
-        """Run the batch in pieces of the given sizes and return Lightning's result of the whole.
+        """Run the batch in pieces of the given sizes and return Lightning's result of the whole."""
+        self.attempt(sizes)
+        return self.finish()
+
+    def attempt(self, sizes: Sequence[int]) -> None:
+        """Run the batch in pieces of the given sizes; nothing is logged yet.
 
         May be called again after an attempt that failed; what was zeroed is not zeroed again.
         """
         pieces = split_batch(self._kwargs["batch"], sizes) if len(sizes) > 1 else [self._kwargs["batch"]]
-        weights = shares(pieces, sizes, self._count) if len(sizes) > 1 else [1.0]
+        self._weights = shares(pieces, sizes, self._count) if len(sizes) > 1 else [1.0]
+        self._sizes = sizes
         metrics = self._metrics.one_batch() if len(sizes) > 1 else nullcontext()
         with metrics, self._logs.collecting():
-            results = [self._run_piece(index, piece, weights) for index, piece in enumerate(pieces)]
-        self._logs.log(weights)
-        return self._merged(results, weights, sizes)
+            self._results = [self._run_piece(index, piece) for index, piece in enumerate(pieces)]
 
-    def _run_piece(self, index: int, piece: Any, weights: Sequence[Count]) -> Any:
+    def finish(self) -> Any:
+        """Log what the attempt has logged, which may synchronise the ranks, and return Lightning's result."""
+        self._logs.log(self._weights)
+        return self._merged(self._results)
+
+    def _run_piece(self, index: int, piece: Any) -> Any:
         """Forward and backward of one piece; only the last one's backward synchronises the ranks."""
         self._logs.begin(index, piece)
-        last = index + 1 == len(weights)
+        pieces = len(self._weights)
         with ExitStack() as stack:
-            if not last and hasattr(self._trainer.strategy, "block_backward_sync"):
+            if index + 1 < pieces and hasattr(self._trainer.strategy, "block_backward_sync"):
                 stack.enter_context(self._trainer.strategy.block_backward_sync())
             result = self._loop._training_step({**self._kwargs, "batch": piece})
             self._zero_once()
             loss, result.closure_loss = result.closure_loss, None
             if loss is not None and self._backward is not None:
-                self._backward(loss if len(weights) == 1 else weighted(loss, weights[index]))
+                self._backward(loss if pieces == 1 else weighted(loss, self._weights[index]))
         return result
 
     def _zero_once(self) -> None:
@@ -112,7 +124,7 @@ class BatchInPieces:
         self._zeroed = True
         self.on_first_backward()
 
-    def _merged(self, results: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int]) -> Any:
+    def _merged(self, results: Sequence[Any]) -> Any:
         if len(results) == 1:
             return results[0]
         without = sum(result.loss is None for result in results)
@@ -123,6 +135,6 @@ class BatchInPieces:
             )
         merged = self._loop.output_result_cls(None)
         if not without:
-            merged.loss = weighted_sum([result.loss for result in results], weights)
-            merged.extra = merge([result.extra for result in results], weights, sizes)
+            merged.loss = weighted_sum([result.loss for result in results], self._weights)
+            merged.extra = merge([result.extra for result in results], self._weights, self._sizes)
         return merged

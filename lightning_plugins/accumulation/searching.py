@@ -49,22 +49,24 @@ class SizeSearch:
     def run(self, batch: BatchInPieces, length: int) -> Any:
         """Run ``batch`` of ``length`` samples and return Lightning's result of it."""
         if self._ranks is None:
-            return self._guarded(batch, length, lambda wanted: wanted)
+            self._guarded(batch, length, lambda wanted: wanted)
+            return batch.finish()
         if self.settled:
             return batch.run(self._sizes(length))
         with self._ranks.unsynchronised():
-            result = self._guarded(batch, length, self._ranks.agree)
+            self._guarded(batch, length, self._ranks.agree)
         self._passed += 1
-        return result
+        return batch.finish()
 
-    def _guarded(self, batch: BatchInPieces, length: int, agree: Callable[[int | None], int | None]) -> Any:
+    def _guarded(self, batch: BatchInPieces, length: int, agree: Callable[[int | None], int | None]) -> None:
+        """Run the batch until an attempt succeeds; what it logs waits, since logging may synchronise the ranks."""
         before = self._state.snapshot()
         batch.on_first_backward = before.keep_gradients
         while True:
             sizes = self._sizes(length)
-            result, wanted = None, None
+            wanted = None
             try:
-                result = batch.run(sizes)
+                batch.attempt(sizes)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -74,10 +76,9 @@ class SizeSearch:
                     raise
             wanted = agree(wanted)  # outside of `except`, whose error holds the memory of the attempt
             if wanted is None:
-                return result
+                return
             if wanted == 0:
                 raise torch.OutOfMemoryError("Another rank ran out of memory with a single sample.")
-            del result
             before.restore()
             torch.cuda.empty_cache()
             rank_zero_info(f"MicroBatching: out of memory with {sizes[0]} samples at once; going on with {wanted}.")

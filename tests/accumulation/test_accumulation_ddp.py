@@ -8,7 +8,7 @@ import torch
 from tests.support.accumulation_cases import BOUND, CASES, SHARDED
 from tests.support.accumulation_runs import errors_of, relative_error
 from tests.support.accumulation_worker import every_case
-from tests.support.microbatch_cases import MICRO
+from tests.support.microbatch_cases import MICRO, close
 from tests.support.ranks import run_ranks
 
 PIECES = [(name, accumulate) for name in MICRO for accumulate in (1, 2) if name != "whole"]
@@ -78,6 +78,9 @@ def test_pieces_have_the_gradient_of_the_whole_batch(ranks, name, accumulate, ra
     assert pieces["unused"] == whole["unused"]
     for step, expected in zip(pieces["steps"], whole["steps"], strict=True):
         assert relative_error(step["gradient"], expected["gradient"]) <= 1e-14
+    for batch, expected in zip(pieces["batches"], whole["batches"], strict=True):
+        assert close(batch["logged"], expected["logged"])
+        assert close(batch["outputs"], expected["outputs"])
 
 
 @pytest.mark.parametrize(("name", "found"), [("auto", 2), ("auto on rank 1", 3), ("auto that fits", None)])

@@ -29,18 +29,9 @@ from tests.support.accumulation_runs import (
     module_class,
     relative_error,
 )
-from tests.support.microbatch_cases import MICRO, SIZES, Fitting, run_micro
+from tests.support.microbatch_cases import MICRO, SIZES, Fitting, close, run_micro
 
 PIECES = [name for name in MICRO if name not in ("whole", "auto on rank 1")]
-
-
-def close(found, expected):
-    """Equal up to rounding, where a mean of nothing is no number in both."""
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
-    if isinstance(expected, float):
-        return math.isclose(found, expected, rel_tol=1e-12) or (math.isnan(found) and math.isnan(expected))
-    return found == expected
 
 
 @pytest.mark.parametrize("precision", [None, "scaler"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -30,7 +32,8 @@ class Fitting(Probe):
             raise torch.OutOfMemoryError("CUDA out of memory (simulated).")
         loss = super().training_step(batch, batch_idx)
         hits = (self.net(batch["inputs"]).argmax(-1) == batch["labels"]).sum()
-        self.log("loss", loss, on_step=True, on_epoch=True)
+        synchronise = torch.distributed.is_initialized()
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=synchronise)
         self.log("hits", hits.double(), on_step=True, on_epoch=True, reduce_fx="sum")
         return {"loss": loss, "hits": hits, "rows": batch["labels"][:, 0], "samples": batch_length(batch)}
 
@@ -80,3 +83,12 @@ def run_micro(*, size=None, fits=None, fits_on_rank=None, rank=0, ranks=1, accum
         "found": callbacks[0].size_found if size is not None else None,
         "unused": None if not unused else [parameter.grad for parameter in module.unused.parameters()],
     }
+
+
+def close(found, expected):
+    """Equal up to rounding, where a mean of nothing is no number in both."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
+    if isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=1e-12) or (math.isnan(found) and math.isnan(expected))
+    return found == expected
