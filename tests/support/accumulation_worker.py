@@ -115,29 +115,40 @@ def resume_carried(rank: int, folder: Path):
     return whole.steps, resumed.steps
 
 
-def every_case(folder: str) -> None:
-    """Run every case on this rank and write the gradients of its steps."""
-    rank = int(os.environ["LOCAL_RANK"])
+def run_accumulation(rank: int):
+    """Every case under every strategy that takes it."""
     results = {}
     for name, case in CASES.items():
         for dtype in (torch.float32, torch.float64):
             results["ddp", name, dtype] = run_case(dataclasses.replace(case, dtype=dtype), rank=rank, ranks=2)
-        if name in SHARDED:
-            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-            results["fsdp2", name, torch.float32] = run_case(
-                case, rank=rank, ranks=2, module=Sharded(), strategy=strategy
-            )
-            if case.clip is None:
-                results["fsdp1", name, torch.float32] = run_flat_shards(name, rank)
-    results["bf16"] = run_case(dataclasses.replace(CASES[FIRST], precision="bf16-mixed"), rank=rank, ranks=2)
+    for name in SHARDED:
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        arguments = {"module": Sharded(), "strategy": strategy}
+        results["fsdp2", name, torch.float32] = run_case(CASES[name], rank=rank, ranks=2, **arguments)
+        if CASES[name].clip is None:
+            results["fsdp1", name, torch.float32] = run_flat_shards(name, rank)
+    return results
+
+
+def run_pieces(rank: int):
+    """Every case of micro-batching."""
+    results = {}
     for name, options in MICRO.items():
         for accumulate in (1, 2):
             results["micro", name, accumulate] = run_micro(**options, rank=rank, ranks=2, accumulate=accumulate)
     for name in ("whole", "pieces of 3", "auto on rank 1"):
-        results["micro", name, "unused"] = run_micro(**MICRO[name], rank=rank, ranks=2, unused=True)
+        for unused in ("everywhere", "but on rank 1"):
+            results["micro", name, unused] = run_micro(**MICRO[name], rank=rank, ranks=2, unused=unused)
     with pytest.raises(torch.OutOfMemoryError) as found:
         run_micro(size="auto", fits_on_rank={1: 0}, rank=rank, ranks=2)
-    results["nothing fits"] = str(found.value)
+    return {**results, "nothing fits": str(found.value)}
+
+
+def every_case(folder: str) -> None:
+    """Run every case on this rank and write the gradients of its steps."""
+    rank = int(os.environ["LOCAL_RANK"])
+    results = run_accumulation(rank) | run_pieces(rank)
+    results["bf16"] = run_case(dataclasses.replace(CASES[FIRST], precision="bf16-mixed"), rank=rank, ranks=2)
     results["stock"], stock_calls = count_collectives(lambda: run_stock(rank))
     _, calls = count_collectives(lambda: run_case(CASES[FIRST], rank=rank, ranks=2))
     results["collectives"] = stock_calls, calls

@@ -17,11 +17,11 @@ SIZES = ((8, 7, 2, 5, 3, 6, 1, 4, 9, 2, 3, 5, 7, 4), (6, 1, 8, 2, 9, 3, 5, 4, 1,
 class Fitting(Probe):
     """A module that runs out of (simulated) memory above ``fits`` samples, and logs and returns a few things."""
 
-    def __init__(self, dtype=torch.float64, fits=None, half_way=False, unused=False):
+    def __init__(self, dtype=torch.float64, fits=None, unused=False):
         super().__init__(dtype)
         self.fits = fits
-        self.half_way = half_way  # the memory runs out in the forward of the second piece, not of the first
-        self.unused = torch.nn.Linear(3, 1) if unused else None
+        self.unused = torch.nn.Linear(3, 1).double() if unused else None
+        self.uses_it = False  # on one rank only
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
         self.calls = 0
 
@@ -31,6 +31,8 @@ class Fitting(Probe):
         if self.fits is not None and batch_length(batch) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory (simulated).")
         loss = super().training_step(batch, batch_idx)
+        if self.uses_it:
+            loss = loss + self.unused(torch.ones(3, dtype=torch.float64)).sum()
         hits = (self.net(batch["inputs"]).argmax(-1) == batch["labels"]).sum()
         synchronise = torch.distributed.is_initialized()
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=synchronise)
@@ -68,10 +70,11 @@ def run_micro(*, size=None, fits=None, fits_on_rank=None, rank=0, ranks=1, accum
     callbacks += [GradientAccumulation(accumulate, count=tokens)] if accumulate > 1 else []
     fits = (fits_on_rank or {}).get(rank, fits)
     module = Fitting(fits=fits, unused=unused)
+    module.uses_it = unused == "but on rank 1" and rank == 1
     recorder = Outputs()
     arguments = precision_arguments(options.get("precision"))
     if ranks > 1:
-        strategy = DDPStrategy(find_unused_parameters=unused)
+        strategy = DDPStrategy(find_unused_parameters=bool(unused))
         arguments |= {"devices": ranks, "strategy": strategy, "use_distributed_sampler": False}
     data = batches(SIZES[rank], dtype=torch.float64, tokens=True, rank=rank)
     trainer = fit(module, [*callbacks, recorder], data, **arguments)
@@ -81,8 +84,12 @@ def run_micro(*, size=None, fits=None, fits_on_rank=None, rank=0, ranks=1, accum
         "global_step": trainer.global_step,
         "zeroed": trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad.total.ready,
         "found": callbacks[0].size_found if size is not None else None,
-        "unused": None if not unused else [parameter.grad for parameter in module.unused.parameters()],
+        "unused": None if not unused else [_listed(parameter.grad) for parameter in module.unused.parameters()],
     }
+
+
+def _listed(gradient):
+    return None if gradient is None else gradient.flatten().tolist()
 
 
 def close(found, expected):
@@ -91,4 +98,6 @@ def close(found, expected):
         return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
     if isinstance(expected, float):
         return math.isclose(found, expected, rel_tol=1e-12) or (math.isnan(found) and math.isnan(expected))
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected))
     return found == expected
