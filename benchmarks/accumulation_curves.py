@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
 
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "accumulation_curves.png"
+PICTURE = Path(__file__).parents[1] / "lightning_plugins" / "accumulation" / "pictures" / "loss_curves.png"
 VOCABULARY, SEQUENCES, STEP, EPOCHS = 16, 256, 32, 6
 
 

@@ -165,16 +165,15 @@ class MicroBatching(Callback):
         count = None if self.count == "samples" else counter(self.count)
         metrics = self._metrics or BatchMetrics(nn.Module())
         batch = BatchInPieces(trainer, kwargs, optimizer, batch_idx, count=count, metrics=metrics)
-        if self._search is None:
+        search = self._search
+        if search is None:
             sizes = even_sizes(length, int(self.size))
             return PiecewiseClosure(lambda: batch.begin().run(sizes))
-        return PiecewiseClosure(lambda: self._searched(batch, length))
+        return PiecewiseClosure(lambda: self._searched(search, batch, length))
 
-    def _searched(self, batch: BatchInPieces, length: int) -> Any:
-        if self._search is None:
-            raise RuntimeError("MicroBatching is not in a fit.")
-        result = self._search.run(batch.begin(), length)
-        self._found = self._search.size
+    def _searched(self, search: SizeSearch, batch: BatchInPieces, length: int) -> Any:
+        result = search.run(batch.begin(), length)
+        self._found = search.size
         return result
 
     def _length(self, batch: Any) -> int:

@@ -89,6 +89,11 @@ def test_ranks_agree_on_the_size(ranks, name, found):
     assert [results["micro", name, 1]["found"] for results in ranks] == [found, found]
 
 
+def test_ranks_settle_on_a_size_and_then_take_ddps_own_way(ranks):
+    """14 batches; the size is found at the first, and the last one runs unguarded."""
+    assert [results["micro", "auto on rank 1", 1]["settled"] for results in ranks] == [True, True]
+
+
 def test_no_rank_waits_for_one_that_nothing_fits_on(ranks):
     assert ranks[0]["nothing fits"].startswith("Another rank ran out of memory with a single sample.")
     assert ranks[1]["nothing fits"].startswith(

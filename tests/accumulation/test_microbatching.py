@@ -18,7 +18,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
 from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.accumulation.searching import SizeSearch
 from tests.support.accumulation_runs import (
     Probe,
     Recorder,
@@ -131,6 +130,7 @@ class Reads(pl.Callback):
         self.counts = pl_module.rows.compute().numel()
         self.total = float(pl_module.accuracy.compute())
         self.updates = pl_module.accuracy.update_count
+        self.synchronises = pl_module.accuracy._to_sync  # over the ranks, when the epoch's value is asked for
         self.untouched = pl_module.validation.update_count
 
 
@@ -150,6 +150,7 @@ def test_metrics_are_those_of_the_whole_batch(size, fits):
     assert pieces.updates == whole.updates
     assert pieces.total == pytest.approx(whole.total)
     assert pieces.untouched == 0
+    assert pieces.synchronises
 
 
 class Random(Fitting):
@@ -442,5 +443,15 @@ def test_survives_pickling_and_copying_before_fit():
     assert callback.state_key != MicroBatching().state_key
 
 
-def test_ranks_of_ddp_settle():
-    assert len(SIZES[0]) > SizeSearch.SETTLED  # so that the distributed tests see both ways
+def test_evaluation_is_not_touched():
+    class Evaluates(Probe):
+        def validation_step(self, batch, batch_idx):
+            self.log("loss", self.training_step(batch, batch_idx))
+
+    arguments = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(callbacks=[MicroBatching(2), GradientAccumulation(2)], **arguments)
+    data = loader(batches((5, 4), dtype=torch.float32, tokens=False))
+    found = trainer.validate(Evaluates(), data, verbose=False)
+    expected = pl.Trainer(**arguments).validate(Evaluates(), data, verbose=False)
+    assert found == expected
+    assert trainer.accumulate_grad_batches == 1

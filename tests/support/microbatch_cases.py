@@ -43,14 +43,17 @@ class Fitting(Probe):
 class Outputs(Recorder):
     """Also keeps what the end of every batch shows."""
 
-    def __init__(self):
+    def __init__(self, micro_batching=None):
         super().__init__()
         self.batches = []
+        self.micro_batching = micro_batching
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         plain = {key: value.tolist() if torch.is_tensor(value) else value for key, value in outputs.items()}
         self.batches.append({"outputs": plain, "logged": logged, "seen": float(pl_module.seen)})
+        search = getattr(self.micro_batching, "_search", None)
+        self.settled = search is not None and search.settled
 
 
 MICRO = {
@@ -71,7 +74,7 @@ def run_micro(*, size=None, fits=None, fits_on_rank=None, rank=0, ranks=1, accum
     fits = (fits_on_rank or {}).get(rank, fits)
     module = Fitting(fits=fits, unused=unused)
     module.uses_it = unused == "but on rank 1" and rank == 1
-    recorder = Outputs()
+    recorder = Outputs(callbacks[0] if size is not None else None)
     arguments = precision_arguments(options.get("precision"))
     if ranks > 1:
         strategy = DDPStrategy(find_unused_parameters=bool(unused))
@@ -83,6 +86,7 @@ def run_micro(*, size=None, fits=None, fits_on_rank=None, rank=0, ranks=1, accum
         "batches": recorder.batches,
         "global_step": trainer.global_step,
         "zeroed": trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad.total.ready,
+        "settled": recorder.settled,
         "found": callbacks[0].size_found if size is not None else None,
         "unused": None if not unused else [_listed(parameter.grad) for parameter in module.unused.parameters()],
     }
