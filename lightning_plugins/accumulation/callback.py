@@ -23,8 +23,10 @@ from lightning_plugins.accumulation.trainers import (
     check_module,
     check_strategy,
     first_count,
+    forget_data,
     loader_batch_size,
     sum_over_ranks,
+    when_data_is_loaded,
 )
 from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
 from lightning_plugins.accumulation.windows import batches_for, plan_changes
@@ -126,8 +128,11 @@ class GradientAccumulation(Callback):
         self._refuse_another_master(trainer)
         self._plan, self._window, self._check = None, Window(), CountCheck()
         self._holds = True
-        if self._changes is not None:  # so that `trainer.estimated_stepping_batches` is right in configure_optimizers
+        # so that `trainer.estimated_stepping_batches`, which loads the data, is right in `configure_optimizers`
+        if self._changes is not None:
             trainer.accumulate_grad_batches = self._changes[0][1]
+        else:
+            when_data_is_loaded(trainer, self._set_first_window)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the windows; the loader is known now."""
@@ -136,7 +141,7 @@ class GradientAccumulation(Callback):
                 "GradientAccumulation does not work with LBFGS, which runs the last batch of a window several times "
                 "in one step. Take another optimizer, or accumulate in `training_step`."
             )
-        trainer.accumulate_grad_batches = self.accumulation_plan(trainer).batches(epoch=0, step=0)
+        self._set_first_window(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once what a step is made of, and go on with a carried window."""
@@ -211,6 +216,9 @@ class GradientAccumulation(Callback):
 
     # what the hooks are made of
 
+    def _set_first_window(self, trainer: Trainer) -> None:
+        trainer.accumulate_grad_batches = self.accumulation_plan(trainer).changes[0][1]
+
     def _begin_window(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         if trainer.fit_loop._skip_backward:  # the epoch in which stochastic weight averaging refreshes statistics
             return
@@ -267,6 +275,7 @@ class GradientAccumulation(Callback):
         return "; ".join(parts)
 
     def _release(self, trainer: Trainer) -> None:
+        forget_data(trainer)
         if self._carried is not None:
             self._carried.remove(trainer)
         self._counter = as_count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -62,6 +62,23 @@ def loader_batch_size(trainer: Trainer) -> int | None:
     loader: Any = trainer.train_dataloader
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size if isinstance(size, int) else None
+
+
+def when_data_is_loaded(trainer: Trainer, act: Callable[[Trainer], None]) -> None:
+    """Call ``act(trainer)`` once, right after the training data is loaded; :func:`forget_data` calls it off."""
+    load = trainer.fit_loop.setup_data
+
+    def load_and_act() -> None:
+        forget_data(trainer)
+        load()
+        act(trainer)
+
+    trainer.fit_loop.setup_data = load_and_act  # type: ignore[method-assign]
+
+
+def forget_data(trainer: Trainer) -> None:
+    """Take back what :func:`when_data_is_loaded` did; harmless when it has acted already, or was not called."""
+    trainer.fit_loop.__dict__.pop("setup_data", None)
 
 
 def sum_over_ranks(trainer: Trainer, count: Count) -> Count:

@@ -202,8 +202,9 @@ class Dictionaries(torch.utils.data.Dataset):
         return {name: tensor[index] for name, tensor in self.batch.items()}
 
 
-def test_lightning_itself_knows_the_length_where_the_number_is_given():
-    """``estimated_stepping_batches`` is asked in ``configure_optimizers``, before any loader is known."""
+@pytest.mark.parametrize("arguments", [{"batches": 3}, {"effective_batch_size": 12}], ids=str)
+def test_lightning_itself_knows_the_length_in_configure_optimizers(arguments):
+    """There modules ask for ``estimated_stepping_batches``, before any callback can know the loader."""
 
     class Asks(Probe):
         def configure_optimizers(self):
@@ -211,8 +212,10 @@ def test_lightning_itself_knows_the_length_where_the_number_is_given():
             return super().configure_optimizers()
 
     module = Asks()
-    trainer = fit(module, [GradientAccumulation(3)], FIRST.data(0), epochs=2)
-    assert module.length == trainer.global_step == 4
+    data = torch.utils.data.DataLoader(Dictionaries(37), batch_size=4)
+    trainer = fit(module, [GradientAccumulation(**arguments)], data, epochs=2)
+    assert module.length == trainer.global_step == 8
+    assert "setup_data" not in vars(trainer.fit_loop)
 
 
 @pytest.mark.parametrize("package", [pl, pytorch_lightning], ids=["lightning.pytorch", "pytorch_lightning"])
@@ -310,6 +313,7 @@ def test_nothing_of_ours_remains_on_the_trainer(error, carry):
 
 def _assert_untouched(trainer):
     assert trainer.accumulate_grad_batches == 1
+    assert "setup_data" not in vars(trainer.fit_loop)
     assert "_should_accumulate" not in vars(trainer.fit_loop.epoch_loop)
     assert "_make_zero_grad_fn" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
 
