@@ -57,6 +57,19 @@ class Listed(torch.utils.data.Dataset):
         return self.items[index]
 
 
+class Dictionaries(torch.utils.data.Dataset):
+    """Samples for a loader that makes batches of its own size."""
+
+    def __init__(self, samples):
+        self.batch = make_batch(samples, 4, 0, torch.float32)
+
+    def __len__(self):
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index):
+        return {name: tensor[index] for name, tensor in self.batch.items()}
+
+
 def loader(items) -> DataLoader:
     """A loader that yields the given batches as they are, on every rank its own."""
     return DataLoader(Listed(items), batch_size=None, shuffle=False)
