@@ -228,6 +228,39 @@ def test_an_optimizer_that_runs_the_batch_several_times_gets_the_same_each_time(
     assert torch.allclose(*weights, rtol=1e-10)
 
 
+class Kept:
+    """What autograd keeps for a backward, and how many bytes of it are alive at once."""
+
+    alive = peak = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Kept.alive += tensor.nbytes
+        Kept.peak = max(Kept.peak, Kept.alive)
+
+    def __del__(self):
+        Kept.alive -= self.tensor.nbytes
+
+
+class Wide(Probe):
+    """Returns its logits too, which must not keep a piece's graph alive."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = batch["inputs"].repeat(1, 1, 500).tanh().exp()
+        loss = super().training_step(batch, batch_idx) + (hidden * self.net[0].bias.sum()).mean()
+        return {"loss": loss, "logits": hidden.mean(-1) * self.net[0].bias.sum()}
+
+
+def test_only_one_piece_is_in_memory_at_once():
+    peaks = []
+    for callbacks in ([], [MicroBatching(2)]):
+        Kept.alive = Kept.peak = 0
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            fit(Wide(), callbacks, [make_batch(16, 4, 0, torch.float32)] * 2)
+        peaks.append(Kept.peak)
+    assert peaks[1] < peaks[0] / 7  # 8 pieces, and a little that does not depend on the samples
+
+
 def test_the_size_found_is_remembered_logged_and_saved(caplog, tmp_path):
     callback = MicroBatching()
     data = batches(SIZES[0], dtype=torch.float64, tokens=False)
