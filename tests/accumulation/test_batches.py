@@ -119,7 +119,7 @@ def test_a_length_that_cannot_be_told(batch, message):
 
 
 @given(length=st.integers(1, 500), at_most=st.integers(1, 500))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_even_sizes_are_the_fewest_and_differ_by_one(length, at_most):
     sizes = even_sizes(length, at_most)
     assert sum(sizes) == length

@@ -16,7 +16,7 @@ from lightning_plugins.accumulation.windows import batches_for, plan_changes
     missing=st.integers(0, 2),
     on_device=st.booleans(),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_both_ends_make_the_mean_over_all_items(counts, missing, on_device):
     """For every rank a list of three counts, of which the last ones may be missing (a short window)."""
     counts = np.array(counts)[:, : 3 - missing]
