@@ -13,6 +13,11 @@ from lightning_plugins._version import __version__
 
 if TYPE_CHECKING:
     # The redundant aliases tell type checkers that these names are exported.
+    from lightning_plugins.accumulation import (
+        GradientAccumulation as GradientAccumulation,
+        MicroBatching as MicroBatching,
+        Tokens as Tokens,
+    )
     from lightning_plugins.ema import (
         EMA as EMA,
         ConstantDecay as ConstantDecay,
@@ -57,6 +62,11 @@ if TYPE_CHECKING:
 
 # Technique -> its public names. The package of a technique knows which module defines a name.
 _TECHNIQUES = {
+    "accumulation": [
+        "GradientAccumulation",
+        "MicroBatching",
+        "Tokens",
+    ],
     "ema": [
         "ConstantDecay",
         "DebiasedDecay",

@@ -49,7 +49,7 @@ def count_steps(
     """Return the number of optimizer steps that a run has taken when it ends.
 
     Windows are aligned to the batch index inside an epoch, as Lightning aligns them, so a change in mid-epoch leaves
-    one shorter window at the joint; with ``plan.carry`` the run is one long epoch.
+    one shorter window at the joint; with ``plan.carry`` every window is whole but the run's last.
 
     Args:
         plan: The accumulation over the run.
@@ -62,12 +62,18 @@ def count_steps(
     Example:
         >>> count_steps(AccumulationPlan(((0, 3),)), batches_per_epoch=10, epochs=2)
         8
+        >>> count_steps(AccumulationPlan(((0, 3),), carry=True), batches_per_epoch=10, epochs=2)
+        7
         >>> count_steps(AccumulationPlan(((0, 1), (1, 5))), batches_per_epoch=10, epochs=2)
         12
     """
     if plan.carry:
-        batch += batches_per_epoch * epoch
-        batches_per_epoch, epochs, epoch = batches_per_epoch * epochs, min(epochs, 1), 0
+        done, total = batches_per_epoch * epoch + batch, batches_per_epoch * epochs
+        taken, begin = _whole_windows(plan, batches_per_epoch, range(done), 0)
+        # a run that always had this plan stands in the window that began there; another one begins a window now
+        begin = begin if taken == step else done
+        step, begin = _whole_windows(plan, batches_per_epoch, range(begin, max(done, total)), step)
+        return step + (begin < total)
     for current in range(epoch, epochs):
         while batch < batches_per_epoch:
             size = plan.batches(current, step)
@@ -78,6 +84,23 @@ def count_steps(
             step += taken
         batch = 0
     return step
+
+
+def _whole_windows(plan: AccumulationPlan, batches_per_epoch: int, batches: range, step: int) -> tuple[int, int]:
+    """Return the steps taken after ``batches`` of a run that carries windows, and where the open window began."""
+    begin = batches.start
+    while begin < batches.stop:
+        epoch = begin // batches_per_epoch
+        size = plan.batches(epoch, step)
+        whole = (batches.stop - begin) // size
+        if plan.unit == "epoch":
+            whole = min(whole, -(-((epoch + 1) * batches_per_epoch - begin) // size))
+        change = plan._steps_to_next_change(step)
+        taken = whole if change is None else min(whole, change)
+        if not taken:
+            break
+        begin, step = begin + taken * size, step + taken
+    return step, begin
 
 
 @dataclass(frozen=True)

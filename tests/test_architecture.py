@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning
 
 import lightning_plugins
-from lightning_plugins import EMA, LearningRateScheduler, PostHocEMA, WarmupCosine
+from lightning_plugins import EMA, GradientAccumulation, LearningRateScheduler, MicroBatching, PostHocEMA, WarmupCosine
 from lightning_plugins._lightning import Callback, MisconfigurationException
 
 PACKAGE = Path(lightning_plugins.__file__).parent
@@ -21,10 +21,12 @@ PACKAGE = Path(lightning_plugins.__file__).parent
 CALLBACKS = {
     "EMA": [EMA, lambda: EMA(name="slow")],
     "PostHocEMA": [PostHocEMA, lambda: PostHocEMA((0.07, 0.12))],
+    "GradientAccumulation": [lambda: GradientAccumulation(4), lambda: GradientAccumulation(effective_batch_size=256)],
     "LearningRateScheduler": [
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=0),
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=1),
     ],
+    "MicroBatching": [MicroBatching, lambda: MicroBatching(16)],
 }
 
 

@@ -1,0 +1,284 @@
+"""The callback that accumulates gradients exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_plugins._lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    torch_optimizers,
+)
+from lightning_plugins._run import AccumulationPlan
+from lightning_plugins.accumulation.carrying import CarriedWindows
+from lightning_plugins.accumulation.counting import Count, CountCheck, as_count, counter
+from lightning_plugins.accumulation.trainers import (
+    check_module,
+    check_strategy,
+    first_count,
+    forget_data,
+    loader_batch_size,
+    sum_over_ranks,
+    when_data_is_loaded,
+)
+from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
+from lightning_plugins.accumulation.windows import batches_for, plan_changes
+
+TESTED = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
+TESTED_CARRY = ("SingleDeviceStrategy", "DDPStrategy")  # the gradients of an open window are not saved sharded
+
+
+class GradientAccumulation(Callback):
+    """Accumulates gradients so that each step has the gradient of the mean over its whole window, on all ranks.
+
+    Lightning divides every loss by the number of batches and averages ranks, which is right only if all batches of
+    all ranks hold equally many items and the window is full. Here every item counts the same: with batches of unequal
+    size, a short window at an epoch's end, unequal token counts, fully masked batches, and ranks that differ. The
+    optimizer, gradient clipping and every hook after ``on_before_optimizer_step`` of this callback see that gradient.
+    The formula is in :mod:`lightning_plugins.accumulation.weighting`. Equal, full windows are bit-identical to
+    ``Trainer(accumulate_grad_batches=...)``.
+
+    The loss that ``training_step`` returns must be a mean over what ``count`` counts. Logged losses and
+    ``outputs["loss"]`` stay what Lightning makes of them (the latter divided by the number of batches).
+
+    Args:
+        batches: Batches of one optimizer step. Exactly one of the first three arguments is given.
+        effective_batch_size: Samples of one optimizer step: a multiple of the loader's batch size times the ranks.
+        schedule: ``{step: batches}``: from that optimizer step on so many batches. It begins at step 0. Lightning
+            aligns windows to the batch index, so a change may leave one shorter window at the joint.
+        count: What the loss is a mean over: ``"samples"`` (the rows of the batch's tensors), ``Tokens("labels")``, or
+            a function of the batch that returns a number or, to spare a wait for the device, a tensor on it.
+        carry: Take a window that an epoch's end leaves incomplete into the next epoch instead of stepping on it. The
+            run's last window may still be short. Checkpoints cut in such a window contain its gradients.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or not exactly one of the three is given.
+        ValueError: If a number is below 1, ``schedule`` lacks step 0 or ``count`` is another string; during the run if
+            ``count`` returns a negative number, only zeros, or cannot read the batch.
+        MisconfigurationException: At setup: manual optimisation, ``Trainer(accumulate_grad_batches=...)`` or another
+            callback that sets it, LBFGS, an untested strategy, or an effective batch size that no window has.
+
+    Example:
+        >>> GradientAccumulation(effective_batch_size=256).effective_batch_size
+        256
+    """
+
+    def __init__(
+        self,
+        batches: int | None = None,
+        *,
+        effective_batch_size: int | None = None,
+        schedule: dict[int, int] | None = None,
+        count: str | Callable[[Any], Any] = "samples",
+        carry: bool = False,
+    ) -> None:
+        self._changes = plan_changes(batches, effective_batch_size, schedule)
+        counter(count)  # refuses what it cannot use; the function itself need not be picklable and is made in the fit
+        self.batches = batches
+        self.effective_batch_size = effective_batch_size
+        self.schedule = dict(schedule) if schedule is not None else None
+        self.count = count
+        self.carry = carry
+        self._state_key = self._generate_state_key(  # once: Lightning's profiler asks for it at every hook
+            batches=batches, effective_batch_size=effective_batch_size, schedule=self.schedule, carry=carry
+        )
+        self._window = Window()
+        self._check = CountCheck()
+        self._carried = CarriedWindows() if carry else None
+        self._open = False
+        self._counter: Callable[[Any], Count] = as_count
+        self._pending: Count | None = None
+        self._weight: Count = 1
+        self._plan: AccumulationPlan | None = None
+        self._holds = False
+
+    @property
+    def state_key(self) -> str:
+        """What tells this callback's state from another's in a checkpoint."""
+        return self._state_key
+
+    def accumulation_plan(self, trainer: Trainer) -> AccumulationPlan:
+        """Return the run's windows; from ``on_fit_start`` on, since an effective batch size needs the loader.
+
+        Raises:
+            MisconfigurationException: If the effective batch size is not a multiple of the loader's.
+        """
+        if self._plan is None:
+            changes = self._changes or ((0, self._batches_of_loader(trainer)),)
+            self._plan = AccumulationPlan(changes, unit="step", carry=self.carry)
+        return self._plan
+
+    # hooks, in the order in which they fire
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        if stage != "fit":
+            return
+        check_module(pl_module, "GradientAccumulation")
+        check_strategy(trainer, "GradientAccumulation", TESTED)
+        if self.carry:
+            check_strategy(trainer, "GradientAccumulation(carry=True)", TESTED_CARRY)
+        self._refuse_another_master(trainer)
+        self._plan, self._window, self._check = None, Window(), CountCheck()
+        self._holds = True
+        # so that `trainer.estimated_stepping_batches`, which loads the data, is right in `configure_optimizers`
+        if self._changes is not None:
+            trainer.accumulate_grad_batches = self._changes[0][1]
+        else:
+            when_data_is_loaded(trainer, self._set_first_window)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fix the windows; the loader is known now."""
+        if any(isinstance(optimizer, LBFGS) for optimizer in torch_optimizers(trainer)):
+            raise MisconfigurationException(
+                "GradientAccumulation does not work with LBFGS, which runs the last batch of a window several times "
+                "in one step. Take another optimizer, or accumulate in `training_step`."
+            )
+        self._set_first_window(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once what a step is made of, and go on with a carried window."""
+        self._open = False
+        self._window.total = 0
+        self._counter = counter(self.count)
+        rank_zero_info(f"GradientAccumulation: {self._describe(trainer)}.")
+        if self._carried is not None:
+            self._carried.install(trainer)
+            self._open, self._window.total = self._carried.resume(trainer, pl_module)
+            trainer.accumulate_grad_batches = self._batches_now(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin a window where the last one ended, and count the batch; all ranks are at the same point here."""
+        if not self._open or (batch_idx == 0 and not self.carry):
+            self._begin_window(trainer, pl_module, batch_idx)
+        if self._carried is not None:
+            self._carried.position += 1
+        self._pending = self._counter(batch)
+        if self._window.reference is None:
+            self._window.reference = first_count(trainer, self._pending)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Weigh the backward by the batch's count; a batch that runs in pieces has several."""
+        if self._pending is not None:  # added here, since a `training_step` that returned None must not count
+            self._check.add_batch(self._pending)
+            self._weight, self._pending = self._window.add(self._pending), None
+        weigh_backward(loss, self._weight)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Turn the window's gradient into that of the mean over all its items."""
+        total = sum_over_ranks(trainer, self._window.total)
+        factor = self._window.factor(total, batches=trainer.accumulate_grad_batches, ranks=trainer.world_size)
+        scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
+        self._check.add_window(total)
+        self._open = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the counts that were left on the device."""
+        self._check.verify()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run was stopped in a carried window, whose gradients no step will use."""
+        if self._carried is not None and self._open:
+            rank_zero_info(
+                f"GradientAccumulation: the run ended {self._carried.position} batches into a window, without a step."
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save a carried window that is open; every rank takes part."""
+        if self._carried is not None and self._open:
+            state = checkpoint["callbacks"][self.state_key]
+            state["carried"] = self._carried.state(trainer, pl_module, self._window.total)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer as it was."""
+        self._release(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        self._release(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count that weighs 1; an open carried window is added by ``on_save_checkpoint``."""
+        return {"version": 1, "reference": self._window.reference}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        self._window.reference = state_dict["reference"]
+        if self._carried is not None:
+            self._carried.load(state_dict.get("carried"))
+
+    # what the hooks are made of
+
+    def _set_first_window(self, trainer: Trainer) -> None:
+        trainer.accumulate_grad_batches = self.accumulation_plan(trainer).changes[0][1]
+
+    def _begin_window(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        if trainer.fit_loop._skip_backward:  # the epoch in which stochastic weight averaging refreshes statistics
+            return
+        self._open = True
+        self._window.total = 0
+        batches = trainer.accumulate_grad_batches = self._batches_now(trainer)
+        if self._carried is not None:
+            self._carried.position = 0
+        elif batch_idx % batches:  # Lightning zeroes gradients at multiples only; this window begins at a joint
+            pl_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, trainer.optimizers[0])
+
+    def _batches_now(self, trainer: Trainer) -> int:
+        plan = self.accumulation_plan(trainer)
+        return plan.changes[0][1] if len(plan.changes) == 1 else plan.batches(epoch=0, step=trainer.global_step)
+
+    def _batches_of_loader(self, trainer: Trainer) -> int:
+        batch_size = loader_batch_size(trainer)
+        if batch_size is None:
+            raise MisconfigurationException(
+                f"`effective_batch_size` needs a training loader with a `batch_size`, and "
+                f"{type(trainer.train_dataloader).__name__} has none. Give `batches` instead."
+            )
+        wanted = self.effective_batch_size or 0
+        try:
+            return batches_for(wanted, batch_size=batch_size, ranks=trainer.world_size)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+
+    def _refuse_another_master(self, trainer: Trainer) -> None:
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"GradientAccumulation sets the accumulation, and so does Trainer(accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches}). Remove it from the Trainer."
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+            if callback is not self and (
+                hasattr(callback, "accumulation_plan") or hasattr(callback, "get_accumulate_grad_batches")
+            ):
+                raise MisconfigurationException(
+                    f"GradientAccumulation sets the accumulation, and so does {type(callback).__name__}. Keep one."
+                )
+
+    def _describe(self, trainer: Trainer) -> str:
+        changes = self.accumulation_plan(trainer).changes
+        size, ranks = loader_batch_size(trainer), trainer.world_size
+        samples = f" of {size} samples" if size else ""
+        if ranks > 1:
+            samples += f" on each of {ranks} processes"
+        parts = []
+        for start, batches in changes:
+            part = f"{batches} {'batches' if batches > 1 else 'batch'}{samples} per optimizer step"
+            part += f" (effective batch size {batches * size * ranks})" if size else ""
+            parts.append(f"from step {start} on {part}" if len(changes) > 1 else part)
+        return "; ".join(parts)
+
+    def _release(self, trainer: Trainer) -> None:
+        forget_data(trainer)
+        if self._carried is not None:
+            self._carried.remove(trainer)
+        self._counter = as_count
+        if self._holds:
+            trainer.accumulate_grad_batches = 1
+            self._holds = False

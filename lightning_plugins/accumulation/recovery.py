@@ -1,0 +1,147 @@
+"""What it takes to run a batch again after the device ran out of memory: nothing of the failed attempt remains."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether ``error`` says that memory ran out: CUDA's, another accelerator's or the host's.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")), is_out_of_memory(KeyError())
+        (True, False)
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+def halved(size: int) -> int:
+    """Return the next size to try, 0 when there is none.
+
+    Example:
+        >>> halved(64), halved(5), halved(1)
+        (32, 3, 0)
+    """
+    return -(-size // 2) if size > 1 else 0
+
+
+def add_hint(error: BaseException, hint: str) -> None:
+    """Append ``hint`` to the message of ``error``, once."""
+    message = str(error)
+    if hint not in message:
+        error.args = (f"{message}\n{hint}", *error.args[1:])
+
+
+class StepState:
+    """What a training step changes besides the weights, found once, to be kept before every batch.
+
+    Args:
+        module: Its buffers (a forward updates running statistics) and gradients are kept.
+        metrics: Metrics whose states are kept (torchmetrics' own are no buffers).
+        device: Its random numbers are kept besides the host's.
+    """
+
+    def __init__(self, module: nn.Module, metrics: Iterable[Any], device: torch.device) -> None:
+        self.parameters = list(module.parameters())
+        self.buffers = [child._buffers for child in module.modules() if child._buffers]
+        self.metrics = list(metrics)
+        self.device = device
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of everything but the gradients."""
+        return Snapshot(self)
+
+
+class Snapshot:
+    """A copy of the state before a batch.
+
+    Args:
+        state: Where the state is.
+    """
+
+    def __init__(self, state: StepState) -> None:
+        self._parameters = state.parameters
+        self._random = RandomState(state.device)
+        self._buffers = [
+            (buffers, name, buffer, buffer.detach().clone())
+            for buffers in state.buffers
+            for name, buffer in buffers.items()
+            if buffer is not None
+        ]
+        self._metrics = [(metric, MetricState(metric)) for metric in state.metrics]
+        self._gradients: list[Tensor | None] | None = None
+
+    @torch.no_grad()
+    def keep_gradients(self) -> None:
+        """Copy the gradients that are there before the first backward of the batch; later calls do nothing."""
+        if self._gradients is None:
+            gradients = [parameter.grad for parameter in self._parameters]
+            self._gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back; may be called again after another attempt."""
+        self._random.restore()
+        for buffers, name, buffer, value in self._buffers:
+            buffers[name] = buffer.copy_(value)  # a forward may have replaced it
+        for metric, state in self._metrics:
+            state.restore(metric)
+        for parameter, gradient in zip(self._parameters, self._gradients or (), strict=False):
+            parameter.grad = None if gradient is None else gradient.clone()
+
+
+class RandomState:
+    """The state of every generator that a training step draws from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._device = device
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self._host)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+class MetricState:
+    """A copy of what a torchmetrics metric has accumulated."""
+
+    _ALSO = ("_update_count", "_computed", "_forward_cache")
+
+    def __init__(self, metric: Any) -> None:
+        self.values = {name: _copied(value) for name, value in metric.metric_state.items()}
+        self._also = {name: getattr(metric, name) for name in self._ALSO}
+
+    @property
+    def updates(self) -> int:
+        """How many updates it holds."""
+        count: int = self._also["_update_count"]
+        return count
+
+    def restore(self, metric: Any) -> None:
+        """Put it back into ``metric``, as a further copy."""
+        for name, value in self.values.items():
+            setattr(metric, name, _copied(value))
+        for name, value in self._also.items():
+            setattr(metric, name, value)
+
+
+def _copied(value: Tensor | Sequence[Tensor]) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else list(value)

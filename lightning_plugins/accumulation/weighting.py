@@ -1,0 +1,91 @@
+r"""The gradient of the mean over a whole window, out of gradients of the means over its batches.
+
+Batch :math:`i` on rank :math:`r` has :math:`n_{ri}` items and the loss :math:`\ell_{ri}`, the mean over them. With
+:math:`R` ranks and :math:`K` batches a window, Lightning leaves :math:`\frac{1}{RK}\sum_{ri}\nabla\ell_{ri}` in the
+gradients, also where the last window has fewer batches. The mean over all :math:`N=\sum n_{ri}` items has the gradient
+:math:`\frac1N\sum_{ri}n_{ri}\nabla\ell_{ri}`. :math:`N` is not known before the window ends, so both ends are scaled:
+every backward by :math:`n_{ri}/n_0`, with a constant :math:`n_0` that all ranks share, and the window's gradient by
+:math:`RKn_0/N`. In equal, full windows both are exactly 1.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.accumulation.counting import Count, wide
+
+
+class Window:
+    """The counts of one window on one rank.
+
+    Attributes:
+        reference: The count that weighs 1, the same on all ranks. Any will do; the usual count keeps weights near 1.
+        total: Items so far on this rank.
+    """
+
+    def __init__(self) -> None:
+        self.reference: float | None = None
+        self.total: Count = 0
+
+    def add(self, count: Count) -> Count:
+        """Count a batch and return its weight: 1, a number, or a tensor if the count is one."""
+        if self.reference is None:
+            raise RuntimeError("Window.reference must be set before the first batch is counted.")
+        self.total = self.total + count
+        if isinstance(count, Tensor):
+            return wide(count, count.device) / self.reference
+        return 1 if count == self.reference else count / self.reference
+
+    def factor(self, total: Count, *, batches: int, ranks: int) -> Count:
+        """Return what to multiply the window's gradient by: 1, a number, or a tensor if ``total`` is one.
+
+        Args:
+            total: Items of the window on all ranks; with none the gradient is left alone.
+            batches: What Lightning divided the losses by.
+            ranks: What the strategy divided the gradients by.
+        """
+        expected = batches * ranks * (self.reference or 1)
+        if isinstance(total, Tensor):
+            total = wide(total, total.device)  # whole numbers would divide in single precision
+            return torch.where(total > 0, expected / total, torch.ones_like(total))
+        return expected / total if total not in (0, expected) else 1
+
+
+def weigh_backward(loss: Tensor, weight: Count) -> None:
+    """Make the coming backward of ``loss`` count ``weight`` times; the value of the loss stays."""
+    if isinstance(weight, Tensor):
+        weight = weight.to(loss.dtype)
+    elif weight == 1:
+        return
+    if loss.requires_grad:  # else the backward fails by itself, and says why
+        loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]  # torch's own
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: Count) -> None:
+    """Multiply the gradients of ``parameters`` in place: a few kernels in all, no wait for the device."""
+    if not isinstance(factor, Tensor) and factor == 1:
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        gradient = local_part(parameter.grad)
+        if gradient.layout is torch.strided:
+            groups[gradient.device, gradient.dtype].append(gradient)
+        else:
+            gradient.mul_(factor)
+    for (device, dtype), gradients in groups.items():
+        if isinstance(factor, Tensor):
+            torch._foreach_mul_(gradients, factor.to(device=device, dtype=dtype))
+        else:
+            torch._foreach_mul_(gradients, factor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, or ``tensor`` itself; writing to it writes to the tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
