@@ -133,6 +133,9 @@ class Holder:
         self.labels = ROWS
         self._hidden = 1
 
+    def __repr__(self):  # test names must be the same in every worker
+        return "Holder"
+
 
 @pytest.mark.parametrize(
     ("batch", "key"),
