@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
+from lightning_plugins.cli.commands import Commands
 from lightning_plugins.schedules import parse_schedule, plot_schedules, sketch
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _EPILOG = """\
 examples:

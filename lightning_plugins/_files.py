@@ -1,0 +1,102 @@
+"""Files that are written completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; when the block ends well, sync it and rename it to ``path``.
+
+    Whenever the process dies, ``path`` is the old file, or the whole new one, or does not exist. After ``kill -9`` a
+    hidden ``.<name>.*.tmp`` can stay behind; on any exception it is removed.
+
+    Args:
+        path: The file to write.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileNotFoundError: If its directory does not exist.
+        FileExistsError: If it exists and may not be replaced.
+    """
+    check_output(path, overwrite=overwrite)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it the owner's alone
+        check_output(path, overwrite=overwrite)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise if ``path`` cannot become a new file: see :func:`replacing`."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The directory of `output`, {path.parent}, does not exist.")
+    if path.is_dir():
+        raise FileExistsError(f"`output` is a directory: {path}.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite on the command line) to replace it.")
+
+
+def write_state_dict(state_dict: Mapping[str, Tensor], output: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a plain state dict: ``.safetensors`` by safetensors, any other suffix by ``torch.save``.
+
+    Args:
+        state_dict: Name -> tensor. Names that share one tensor, as tied weights do, share it in the file too; safetensors
+            has no such thing and gets a copy for each.
+        output: The file.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        The path written.
+
+    Raises:
+        FileNotFoundError: If its directory does not exist.
+        FileExistsError: If it exists and may not be replaced.
+        ImportError: If safetensors is asked for and not installed.
+    """
+    path = Path(output)
+    with replacing(path, overwrite=overwrite) as file:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save  # noqa: PLC0415  # optional
+
+            file.write(save({name: tensor.contiguous().clone() for name, tensor in state_dict.items()}))
+        else:
+            import torch  # noqa: PLC0415  # what only lists files needs no torch
+
+            torch.save(dict(state_dict), file)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):  # not every system can open or sync a directory; the rename itself is done
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,29 @@
+"""``lightning-plugins extract``: one set of weights out of a checkpoint of a run with EMA."""
+
+from __future__ import annotations
+
+import argparse
+
+from lightning_plugins import ema
+from lightning_plugins._files import write_state_dict
+from lightning_plugins.cli.commands import Commands, add_output
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "extract",
+        help="take the raw or the averaged weights out of a checkpoint",
+        description="Write one set of weights of a checkpoint as a plain state dict.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint")
+    parser.add_argument("--weights", required=True, choices=("raw", "average"), help="which set")
+    parser.add_argument("--name", default="ema", help="the EMA's name, for its average (%(default)s)")
+    add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, choose, write."""
+    weights = ema.extract_weights(arguments.checkpoint, arguments.weights, arguments.name)
+    print(write_state_dict(weights, arguments.output, overwrite=arguments.overwrite))  # noqa: T201
