@@ -61,8 +61,8 @@ def write_state_dict(state_dict: Mapping[str, Tensor], output: str | Path, *, ov
     """Write a plain state dict: ``.safetensors`` by safetensors, any other suffix by ``torch.save``.
 
     Args:
-        state_dict: Name -> tensor. Names that share one tensor, as tied weights do, share it in the file too; safetensors
-            has no such thing and gets a copy for each.
+        state_dict: Name -> tensor. Names that share one tensor, as tied weights do, share it in the file too;
+            safetensors has no such thing and gets a copy for each.
         output: The file.
         overwrite: Whether an existing file may be replaced.
 
