@@ -1,0 +1,1 @@
+"""Running statistics and where they go: CSV files, TensorBoard, the progress bar, a classification report."""

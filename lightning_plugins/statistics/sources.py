@@ -1,0 +1,133 @@
+"""Where the predictions and the targets of a batch come from.
+
+Serves the recorder and the classification report, knows modules and batches but no Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Source = str | Callable[[Any, Any], Any]
+"""A key of what the step returns, the dotted name of a submodule, or ``f(outputs, batch)``."""
+
+_PREDICTION_KEYS = ("logits", "preds")
+_TARGET_KEY = "target"
+
+
+class StepSources:
+    """Finds the predictions and targets of a batch.
+
+    Predictions: ``outputs["logits"]`` or ``outputs["preds"]``, else what the module's ``forward`` returned last.
+    Targets: ``outputs["target"]``, else ``batch[1]``.
+
+    Args:
+        predictions: A key of what the step returns, the name of a submodule whose last output is meant, or a function
+            of the step's output and the batch; ``None`` for the rule above.
+        targets: A key of what the step returns, or a function of the step's output and the batch; ``None`` for the
+            rule above.
+        owner: Who asks, for messages.
+
+    Raises:
+        TypeError: If an argument is none of these.
+    """
+
+    def __init__(self, predictions: Source | None, targets: Source | None, owner: str) -> None:
+        for name, value in (("predictions", predictions), ("targets", targets)):
+            if not (value is None or isinstance(value, str) or callable(value)):
+                raise TypeError(f"`{name}` must be a key, a function of (outputs, batch) or None, got {value!r}.")
+        self._predictions = predictions
+        self._targets = targets
+        self._owner = owner
+        self._handle: Any = None
+        self._captured: Any = None
+
+    def listen(self, module: nn.Module) -> None:
+        """Remember from now on what ``module``, or the submodule that was named, returns from ``forward``."""
+        self.close()
+        watched = module if self._predictions is None else None
+        if isinstance(self._predictions, str):
+            watched = dict(module.named_modules()).get(self._predictions) if self._predictions else None
+        if watched is not None:
+            self._handle = watched.register_forward_hook(self._capture)
+
+    def close(self) -> None:
+        """Take the hook off again."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._captured = None
+
+    def predictions(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the batch's predictions.
+
+        Raises:
+            ValueError: If there are none; the message says where they were looked for.
+        """
+        captured, self._captured = self._captured, None  # a batch later it would be another batch's
+        if callable(self._predictions):
+            return _tensor("predictions", self._predictions(outputs, batch))
+        wanted = (self._predictions,) if self._predictions is not None else _PREDICTION_KEYS
+        for key in wanted:
+            if isinstance(outputs, Mapping) and key in outputs:
+                return _tensor("predictions", outputs[key])
+        found = _prediction_like(captured)
+        if found is None:
+            raise ValueError(self._nothing_found("predictions", wanted, outputs))
+        return found
+
+    def targets(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the batch's targets.
+
+        Raises:
+            ValueError: If there are none; the message says where they were looked for.
+        """
+        if callable(self._targets):
+            return _tensor("targets", self._targets(outputs, batch))
+        key = _TARGET_KEY if self._targets is None else self._targets
+        if isinstance(outputs, Mapping) and key in outputs:
+            return _tensor("targets", outputs[key])
+        if self._targets is None and isinstance(batch, (tuple, list)) and len(batch) > 1:
+            return _tensor("targets", batch[1])
+        raise ValueError(self._nothing_found("targets", (key,), outputs, batch))
+
+    def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Under DistributedDataParallel the step itself runs as the module's forward, so its result comes here last.
+        if _prediction_like(output) is not None:
+            self._captured = output
+
+    def _nothing_found(self, what: str, keys: tuple[str, ...], outputs: Any, batch: Any = None) -> str:
+        if isinstance(outputs, Mapping):
+            returned = f"a dict with the keys {', '.join(map(repr, outputs)) or '(none)'}"
+        else:
+            returned = f"{type(outputs).__name__}"
+        places = f"the step returned {returned} (looked for {' or '.join(map(repr, keys))})"
+        if what == "predictions":
+            if self._predictions is None:
+                places += " and the module's `forward` was not called or returned no scores"
+            else:
+                places += " and no submodule of that name returned scores"
+        elif self._targets is None:
+            places += f" and the batch, a {type(batch).__name__}, has no second item"
+        return (
+            f"`{self._owner}` found no {what}: {places}. Return them from the step, or name them: "
+            f"{self._owner}({what}='key of the returned dict') or "
+            f"{self._owner}({what}=lambda outputs, batch: ...)."
+        )
+
+
+def _prediction_like(output: Any) -> Tensor | None:
+    """Return the scores in a module's output: a tensor with at least one dimension, or one under a familiar key."""
+    if isinstance(output, Tensor):
+        return output.detach() if output.dim() else None
+    if isinstance(output, Mapping):
+        return next((_prediction_like(output[key]) for key in _PREDICTION_KEYS if key in output), None)
+    logits = getattr(output, "logits", None)
+    return logits.detach() if isinstance(logits, Tensor) else None
+
+
+def _tensor(what: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"The {what} must be a tensor, got {type(value).__name__}.")
+    return value.detach()
