@@ -86,6 +86,7 @@ class CSVStatisticsLogger(StatisticsReader):
         self.every = one_of("every", every, ("batch", "epoch"))
         self.layout = one_of("layout", layout, tuple(LAYOUTS))
         self.flush_seconds = real_number("flush_seconds", flush_seconds, at_least=0)
+        self._key = f"{type(self).__qualname__}{{path={self.path!r}}}"  # asked for at every hook
         self._file: CSVFile | None = None
         self._remote: RemoteFile | None = None
         self._train: Row | None = None
@@ -95,7 +96,7 @@ class CSVStatisticsLogger(StatisticsReader):
     @property
     def state_key(self) -> str:
         """Tells loggers apart by their file."""
-        return f"{type(self).__qualname__}{{path={self.path!r}}}"
+        return self._key
 
     # hooks, in the order in which they fire
 

@@ -5,6 +5,7 @@ Counting stays on the device; nothing here waits for it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 IGNORED = -100
@@ -63,12 +64,12 @@ class LabelledBatch:
     def label_count(self) -> Tensor:
         """Return the number of labels that count."""
         if self._label_count is None:
-            self._label_count = (self.targets != IGNORED).sum()
+            self._label_count = torch.count_nonzero(self.targets != IGNORED)
         return self._label_count
 
     def correct(self) -> Tensor:
         """Return the number of labels that equal the predicted class."""
-        return (self.classes == self.targets).sum()
+        return torch.count_nonzero(self.classes == self.targets)
 
     def correct_of(self, k: int) -> Tensor:
         """Return the number of labels with fewer than ``k`` scores strictly above their own: ties count as correct.
@@ -79,7 +80,7 @@ class LabelledBatch:
         count = scores.shape[1]
         own = scores.gather(1, targets.long().clamp(0, count - 1)[:, None])
         right = ((scores > own).sum(1) < k) & scores.isfinite().all(1)
-        return (right & (targets >= 0) & (targets < count)).sum()
+        return torch.count_nonzero(right & (targets >= 0) & (targets < count))
 
     def binary_counts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return how many labels are 1 and predicted 1, predicted 1, and 1."""
@@ -92,7 +93,11 @@ class LabelledBatch:
                 )
             predicted = (self.classes == 1) & (self.targets != IGNORED)
             actual = self.targets == 1
-            self._binary = (predicted & actual).sum(), predicted.sum(), actual.sum()
+            self._binary = (
+                torch.count_nonzero(predicted & actual),
+                torch.count_nonzero(predicted),
+                torch.count_nonzero(actual),
+            )
         return self._binary
 
 

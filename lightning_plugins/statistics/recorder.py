@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_plugins._lightning import (
     Callback,
@@ -80,7 +80,7 @@ class StatisticsRecorder(Callback):
 
     def __init__(
         self,
-        metrics: Sequence[str | Metric] | Mapping[str, Metric] = (),
+        metrics: Sequence[str | Metric | MetricCollection] | Mapping[str, Metric] | MetricCollection = (),
         *,
         predictions: str | Callable[[Any, Any], Any] | None = None,
         targets: str | Callable[[Any, Any], Any] | None = None,
@@ -88,10 +88,13 @@ class StatisticsRecorder(Callback):
         log: bool = False,
     ) -> None:
         self.every = one_of("every", every, ("batch", "epoch"))
-        self.log = log
+        self._logs = log  # not `log`: Lightning hangs the module's function of that name on every callback
         self._statistics = statistic_set(metrics)
         self._sources = StepSources(predictions, targets, type(self).__name__)
         self._sums = {phase: PhaseSums(self._statistics) for phase in (TRAIN, VALIDATION)}
+        self._key = (
+            f"{type(self).__qualname__}{{names={list(self.names)!r}, every={self.every!r}}}"  # asked for at every hook
+        )
         self._ledger = Ledger(self._statistics)
         self._latest: dict[str, Row] = {}
         self._published: dict[str, Any] | None = None
@@ -116,7 +119,7 @@ class StatisticsRecorder(Callback):
     @property
     def state_key(self) -> str:
         """Tells recorders apart by what they record."""
-        return f"{type(self).__qualname__}{{names={list(self.names)!r}, every={self.every!r}}}"
+        return self._key
 
     def subscribe(self, reader: Reader) -> None:
         """Hand every row to ``reader`` from now on."""
@@ -351,7 +354,7 @@ class StatisticsRecorder(Callback):
             evaluate(self._statistics, [seen])
             _show(trainer, "train", seen.values or {})
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
-        if self.log and row.step % every == 0 and row.step != self._logged_step:
+        if self._logs and row.step % every == 0 and row.step != self._logged_step:
             self._logged_step = row.step
             evaluate(self._statistics, [row], self._ledger.reduce)
             _log(trainer, "train", row)
@@ -363,7 +366,7 @@ class StatisticsRecorder(Callback):
         tensors = {f"{prefix}_{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
         trainer.callback_metrics.update(tensors)
         _show(trainer, prefix, values)
-        if self.log:
+        if self._logs:
             _log(trainer, prefix, row)
 
     def _redraws(self, trainer: Trainer, row: Row) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ class StatisticSet:
         return {statistic.name: statistic.formula(sums) for statistic in self.statistics}
 
 
-def statistic_set(metrics: Sequence[Any] | Mapping[str, Metric]) -> StatisticSet:
+def statistic_set(metrics: Any) -> StatisticSet:
     """Return the statistics that the user asked for.
 
     Args:
@@ -136,9 +136,9 @@ def statistic_set(metrics: Sequence[Any] | Mapping[str, Metric]) -> StatisticSet
         ValueError: `metrics` must name one of 'accuracy', 'top5_accuracy', 'matthews_correlation_coefficient',
         'perplexity' or be torchmetrics objects, got 'acuracy'; did you mean 'accuracy'?
     """
-    if isinstance(metrics, (str, Metric)):
+    if isinstance(metrics, (str, Metric, MetricCollection)):
         metrics = [metrics]
-    entries = metrics.items() if isinstance(metrics, (Mapping, MetricCollection)) else _named(metrics)
+    entries = metrics.items() if isinstance(metrics, Mapping) else _named(metrics)
     names, statistics, objects = ["loss"], [LOSS], {}
     for name, entry in entries:
         if name in names:

@@ -71,6 +71,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
             raise ValueError(f"`root` must be a local directory, got {str(root)!r}.")
         self.root = str(root)
         self.axis = one_of("axis", axis, ("step", "epoch", "samples", "time"))
+        self._key = f"{type(self).__qualname__}{{root={self.root!r}, axis={self.axis!r}}}"  # asked for at every hook
         self._stamp = ""
         self._files: dict[str, EventFile] = {}
         self._last = {TRAIN: -1, VALIDATION: -1}  # places on the x axis
@@ -79,7 +80,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
     @property
     def state_key(self) -> str:
         """Tells loggers apart by their directory."""
-        return f"{type(self).__qualname__}{{root={self.root!r}, axis={self.axis!r}}}"
+        return self._key
 
     @property
     def run_directory(self) -> Path | None:
