@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from lightning_plugins.statistics.rows import TRAIN, Row
 from lightning_plugins.statistics.running import S4TF_NAMES
@@ -83,24 +83,8 @@ def shortest_float32(value: float) -> str:
         >>> [shortest_float32(value) for value in (0.1, 1.0, 1e-5, float("nan"), float("-inf"), 1e300)]
         ['0.1', '1.0', '1e-05', 'nan', '-inf', 'inf']
     """
-    if not math.isfinite(value):
-        return repr(value)
-    single = _float32(value)
-    if not math.isfinite(single):
-        return repr(single)
-    for digits in range(6, 10):  # six digits always survive float32, nine always suffice
-        short = float(f"{single:.{digits}g}")
-        if _float32(short) == single:
-            break
-    return repr(short)
-
-
-def _float32(value: float) -> float:
-    try:
-        (single,) = struct.unpack("f", struct.pack("f", value))
-    except OverflowError:
-        return math.copysign(math.inf, value)
-    return float(single)
+    with np.errstate(over="ignore"):
+        return str(np.float32(value))
 
 
 def _of(number: int, total: int | None) -> str:

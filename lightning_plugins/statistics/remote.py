@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
 
 import fsspec
@@ -28,8 +30,9 @@ class RemoteFile:
 
     def __init__(self, url: str) -> None:
         self._system, self._path = fsspec.core.url_to_fs(url)
-        self._folder = tempfile.TemporaryDirectory(prefix="lightning_plugins-")
-        self.local = Path(self._folder.name) / Path(self._path).name
+        folder = tempfile.mkdtemp(prefix="lightning_plugins-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.local = Path(folder) / Path(self._path).name
         self._complained = False
 
     def begin(self) -> str | None:

@@ -60,6 +60,34 @@ def loaders(count=40, batch_size=16, **options):
     )
 
 
+class ResumableLoader:
+    """A loader that goes on where a checkpoint in mid-epoch left it, as Lightning asks of one."""
+
+    def __init__(self, loader):
+        self.batches = list(loader)
+        self.position = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        start, self.position = self.position % len(self.batches), 0
+        for index in range(start, len(self.batches)):
+            self.position = index + 1  # Lightning asks no further when it knows the length
+            yield self.batches[index]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict):
+        self.position = state_dict["position"]
+
+
+def resumable(count=40, batch_size=16):
+    train, validation = loaders(count, batch_size)
+    return ResumableLoader(train), validation
+
+
 def trainer_of(package, callbacks, **options):
     settings = {
         "max_epochs": 2,
