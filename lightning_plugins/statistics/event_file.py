@@ -124,18 +124,18 @@ class EventFile:
 
 
 def hyperparameter_summaries(hyperparameters: Mapping[str, Any], tags: Sequence[str], run: str) -> list[Any]:
-    """Return what the HPARAMS page needs to show a run, to be written into its directory ``train``.
+    """Return what the HPARAMS page needs to show a run, to be written above its directories of phases.
 
     Args:
         hyperparameters: Name -> value; what is no number, text or truth value is shown as text.
-        tags: The scalars to show beside them, those of training and of validation.
+        tags: The scalars to show beside them, of both phases.
         run: The run's name.
     """
     plain = {str(k): v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hyperparameters.items()}
     metrics = [
-        hparams.Metric(tag, group=group, display_name=f"{tag} ({shown})")
+        hparams.Metric(tag, group=phase, display_name=f"{tag} ({phase})")
         for tag in tags
-        for group, shown in (("", "train"), ("../validation", "validation"))
+        for phase in ("train", "validation")
     ]
     config = hparams.hparams_config_pb([hparams.HParam(name) for name in plain], metrics)
     return [config, hparams.hparams_pb(plain, trial_id=run)]

@@ -184,7 +184,7 @@ class StatisticsRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch, and end the phase with the epoch's last one."""
-        if outputs and not self._was_cancelled():
+        if self._counts(outputs, pl_module) and not self._was_cancelled():
             self._samples += _batch_size(batch)
             self._add(self._sums[TRAIN], outputs, batch, self._undivide)
             self._note(trainer, TRAIN, batch_idx + 1, _whole(trainer.num_training_batches))
@@ -207,7 +207,7 @@ class StatisticsRecorder(Callback):
         self._batch += 1
         if _loss_of(outputs) is None:
             self._tell_once("StatisticsRecorder: the step returns no loss, so validation has none either.")
-        if self._was_cancelled() or (_loss_of(outputs) is None and not self._statistics.needs_predictions):
+        if self._was_cancelled() or not self._can_use(outputs):
             return
         self._add(self._sums[VALIDATION], outputs, batch, 1)
         loaders = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
@@ -275,6 +275,14 @@ class StatisticsRecorder(Callback):
         self._seconds_before = state["seconds"]
 
     # one batch
+
+    def _counts(self, outputs: Any, pl_module: LightningModule) -> bool:
+        """Whether a training batch took place: only in manual optimisation a step that returned nothing has."""
+        return bool(outputs) or (not pl_module.automatic_optimization and self._can_use(outputs))
+
+    def _can_use(self, outputs: Any) -> bool:
+        """Whether there is anything to compute from what a step returned."""
+        return self._statistics.needs_predictions or _loss_of(outputs) is not None
 
     def _was_cancelled(self) -> bool:
         """Ask the callbacks that can cancel a batch; such a batch counts nowhere."""
@@ -385,6 +393,9 @@ class StatisticsRecorder(Callback):
 
 class LoggedMetricsRecorder(StatisticsRecorder):
     """Stands in where a Trainer has loggers of ours and no recorder: the loss, and whatever the module logs."""
+
+    def _can_use(self, outputs: Any) -> bool:
+        return True
 
     def _note(self, trainer: Trainer, phase: str, batch: int, batches: int | None) -> None:
         super()._note(trainer, phase, batch, batches)

@@ -24,7 +24,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
     same tags: ``epoch_<statistic>`` in both at the end of each phase, and in ``train`` ``batch_<statistic>`` and
     ``batch_lr`` for each optimizer step. Statistics are those of the :class:`StatisticsRecorder` in the same Trainer;
     without one, ``loss`` and whatever the module logs, less the prefixes ``train_`` and ``val_``. The module's
-    ``hparams``, if it saved any, are on the HPARAMS page beside both lines' values.
+    ``hparams``, if it saved any, are on the HPARAMS page beside both phases' values (in ``<root>/<time stamp>``).
 
     When: every five seconds, at phase ends, when a checkpoint is cut and on exceptions.
 
@@ -114,7 +114,9 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         hyperparameters = dict(getattr(pl_module, "hparams", {}))
         if hyperparameters and resumed is None and self._recorder is not None:
             tags = [f"epoch_{name}" for name in self._recorder.names]
-            self._files[TRAIN].add_summary(*hyperparameter_summaries(hyperparameters, tags, self._stamp))
+            above = EventFile(folder)
+            above.add_summary(*hyperparameter_summaries(hyperparameters, tags, self._stamp))
+            above.close()
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write the batches that made an optimizer step."""
