@@ -58,8 +58,11 @@ def read_curves(path: str | Path) -> Curves:
         raise ValueError(f"'{path}' must have the columns 'epoch' and 'batch' that CSVStatisticsLogger writes.")
     per_epoch = not any(name not in _NOT_CURVES and not name.startswith(("train_", "val_")) for name in rows[0])
     curves = Curves("epoch" if per_epoch else "optimizer step" if rows[0].get("step") else "training batch")
-    for x, phase, row in _epochs(rows) if per_epoch else _batches(rows):
-        _add_row(curves, x, phase, row)
+    try:
+        for x, phase, row in _epochs(rows) if per_epoch else _batches(rows):
+            _add_row(curves, x, phase, row)
+    except ValueError as error:
+        raise ValueError(f"'{path}' has a cell that is no number: {error}.") from error
     if not curves.lines:
         raise ValueError(f"'{path}' has no statistics to plot.")
     return curves
