@@ -49,8 +49,8 @@ class CSVStatisticsLogger(StatisticsReader):
         every: ``"batch"``, or ``"epoch"`` for one row with ``train_<name>`` and ``val_<name>`` per epoch.
         layout: ``"numbers"`` as above; ``"s4tf"`` is Swift for TensorFlow's: ``epoch, batch`` as ``1/12, 3/468``,
             then its names for the statistics, a comma and a space between cells, float32 at its shortest.
-        flush_seconds: How old rows may become before they are written, 0 for at once. Without a synchronisation in
-            between a kill loses at most this stretch, and a resume writes it again.
+        flush_seconds: How old rows may become before they are written; with 0 each is written when the next one
+            comes. A kill loses at most this stretch, and a resume writes it again. Writing is what reads the device.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -24,7 +24,7 @@ from lightning_plugins._lightning import (
 from lightning_plugins._validation import one_of
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Ledger, Reader, Row, evaluate
 from lightning_plugins.statistics.running import PhaseSums, statistic_set
-from lightning_plugins.statistics.sources import StepSources
+from lightning_plugins.statistics.sources import StepSources, batch_size
 
 _VERSION = 1
 
@@ -146,7 +146,7 @@ class StatisticsRecorder(Callback):
             )
         self._ledger.reduce = sum_over_ranks(trainer)
         self._ledger.chief = trainer.is_global_zero
-        if self._statistics.needs_predictions:
+        if self._statistics.needs_predictions and stage != "predict":
             self._sources.listen(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,7 +185,7 @@ class StatisticsRecorder(Callback):
     ) -> None:
         """Add the batch, and end the phase with the epoch's last one."""
         if self._counts(outputs, pl_module) and not self._was_cancelled():
-            self._samples += _batch_size(batch)
+            self._samples += batch_size(batch)
             self._add(self._sums[TRAIN], outputs, batch, self._undivide)
             self._note(trainer, TRAIN, batch_idx + 1, _whole(trainer.num_training_batches))
             self._publish_running(trainer, self._latest[TRAIN])
@@ -203,6 +203,7 @@ class StatisticsRecorder(Callback):
     ) -> None:
         """Add the batch."""
         if trainer.sanity_checking:
+            self._sources.forget()
             return
         self._batch += 1
         if _loss_of(outputs) is None:
@@ -446,15 +447,6 @@ def _learning_rate(trainer: Trainer) -> float | Tensor | None:
         return None
     rate: float | Tensor = optimizers[0].param_groups[0]["lr"]
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
-
-
-def _batch_size(batch: Any) -> int:
-    """Return the length of the first tensor in a batch, 1 if there is none."""
-    while isinstance(batch, (Mapping, list, tuple)):
-        if not batch:
-            return 1
-        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
 
 
 def _show(trainer: Trainer, prefix: str, values: Mapping[str, float]) -> None:

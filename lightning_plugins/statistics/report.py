@@ -121,7 +121,14 @@ class ClassificationReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start to listen for predictions."""
-        self._sources.listen(pl_module)
+        if stage != "predict":
+            self._sources.listen(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of the training batch's output."""
+        self._sources.forget()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from zero."""
@@ -137,8 +144,10 @@ class ClassificationReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch."""
-        if not trainer.sanity_checking:
-            self.update(self._sources.predictions(outputs, batch), self._sources.targets(outputs, batch))
+        if trainer.sanity_checking:
+            self._sources.forget()
+            return
+        self.update(self._sources.predictions(outputs, batch), self._sources.targets(outputs, batch))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and save the report."""

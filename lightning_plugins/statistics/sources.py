@@ -5,9 +5,11 @@ Serves the recorder and the classification report, knows modules and batches but
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Source = str | Callable[[Any, Any], Any]
@@ -15,6 +17,7 @@ Source = str | Callable[[Any, Any], Any]
 
 _PREDICTION_KEYS = ("logits", "preds")
 _TARGET_KEY = "target"
+_MOST_PIECES = 256  # calls of a module that are remembered within a batch
 
 
 class StepSources:
@@ -42,7 +45,7 @@ class StepSources:
         self._targets = targets
         self._owner = owner
         self._handle: Any = None
-        self._captured: Any = None
+        self._captured: deque[Tensor] = deque(maxlen=_MOST_PIECES)
 
     def listen(self, module: nn.Module) -> None:
         """Remember from now on what ``module``, or the submodule that was named, returns from ``forward``."""
@@ -57,7 +60,12 @@ class StepSources:
         """Take the hook off again."""
         if self._handle is not None:
             self._handle.remove()
-        self._handle = self._captured = None
+        self._handle = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was remembered; a batch later it would be another batch's."""
+        self._captured.clear()
 
     def predictions(self, outputs: Any, batch: Any) -> Tensor:
         """Return the batch's predictions.
@@ -65,17 +73,17 @@ class StepSources:
         Raises:
             ValueError: If there are none; the message says where they were looked for.
         """
-        captured, self._captured = self._captured, None  # a batch later it would be another batch's
+        captured = list(self._captured)
+        self.forget()
         if callable(self._predictions):
             return _tensor("predictions", self._predictions(outputs, batch))
         wanted = (self._predictions,) if self._predictions is not None else _PREDICTION_KEYS
         for key in wanted:
             if isinstance(outputs, Mapping) and key in outputs:
                 return _tensor("predictions", outputs[key])
-        found = _prediction_like(captured)
-        if found is None:
+        if not captured:
             raise ValueError(self._nothing_found("predictions", wanted, outputs))
-        return found
+        return _whole(captured, batch_size(batch))
 
     def targets(self, outputs: Any, batch: Any) -> Tensor:
         """Return the batch's targets.
@@ -94,8 +102,9 @@ class StepSources:
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         # Under DistributedDataParallel the step itself runs as the module's forward, so its result comes here last.
-        if _prediction_like(output) is not None:
-            self._captured = output
+        found = _prediction_like(output)
+        if found is not None:
+            self._captured.append(found)
 
     def _nothing_found(self, what: str, keys: tuple[str, ...], outputs: Any, batch: Any = None) -> str:
         if isinstance(outputs, Mapping):
@@ -125,6 +134,29 @@ def _prediction_like(output: Any) -> Tensor | None:
         return next((_prediction_like(output[key]) for key in _PREDICTION_KEYS if key in output), None)
     logits = getattr(output, "logits", None)
     return logits.detach() if isinstance(logits, Tensor) else None
+
+
+def _whole(captured: list[Tensor], size: int) -> Tensor:
+    """Return the last output, or the last few joined where a batch of ``size`` went through in pieces."""
+    for first in range(len(captured) - 1, -1, -1):
+        rows = sum(part.shape[0] for part in captured[first:])
+        if rows >= size:
+            break
+    return torch.cat(captured[first:]) if first < len(captured) - 1 and rows == size else captured[-1]
+
+
+def batch_size(batch: Any) -> int:
+    """Return the length of the first tensor in a batch, 1 if there is none.
+
+    Example:
+        >>> batch_size(({"x": torch.zeros(5, 2)}, torch.zeros(3)))
+        5
+    """
+    while isinstance(batch, (Mapping, list, tuple)):
+        if not batch:
+            return 1
+        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
+    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
 
 
 def _tensor(what: str, value: Any) -> Tensor:

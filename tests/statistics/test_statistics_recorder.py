@@ -12,7 +12,7 @@ import torchmetrics
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader
 
-from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder
+from lightning_plugins import ClassificationReport, CSVStatisticsLogger, StatisticsRecorder
 from lightning_plugins._lightning import MisconfigurationException
 from tests.support.statistics_runs import (
     Classifier,
@@ -276,6 +276,21 @@ def test_rich_shows_running_statistics(capsys):
     assert "train_accuracy" in capsys.readouterr().out
 
 
+def test_rich_reads_the_device_only_as_often_as_it_redraws(monkeypatch):
+    reads = _count_reads(monkeypatch)
+    at_batch = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            at_batch.append(sum(reads.values()))
+
+    bar = RichProgressBar(refresh_rate=1)  # once per second
+    data = DataLoader(dataset(200), batch_size=10), None
+    fit([StatisticsRecorder(["accuracy"]), bar, Spy()], data=data, max_epochs=1, enable_progress_bar=True)
+    assert at_batch[0] == 1
+    assert at_batch[18] <= 3  # twenty batches take a small part of a second, and a slow machine's not many of them
+
+
 def _count_reads(monkeypatch):
     """Count every way in which a tensor's value reaches the host."""
     counts = {}
@@ -362,6 +377,34 @@ def test_predictions_come_from_a_key_a_function_or_a_submodule():
         fit([recorder], Hidden, max_epochs=1)
         rows.append([row.values["accuracy"] for row in reader.rows])
     assert all(values == rows[0] for values in rows)
+
+
+def test_a_batch_that_goes_through_in_pieces_is_counted_whole():
+    class Pieces(Classifier):
+        def _step(self, phase, batch):
+            self(batch[0])  # an attempt that came to nothing
+            parts = [self(part) for part in batch[0].split(5)]
+            self.seen.append((phase, torch.cat(parts).argmax(1).eq(batch[1]).float().mean().item()))
+            return torch.nn.functional.cross_entropy(torch.cat(parts), batch[1])
+
+    _, model, reader = recorded(["accuracy"], model=Pieces(), max_epochs=1, num_sanity_val_steps=0)
+    firsts = dict(reversed(model.seen))
+    assert {row.phase: row.values["accuracy"] for row in reader.rows if row.batch == 1} == pytest.approx(firsts)
+
+
+def test_nothing_is_remembered_that_nobody_will_ask_for():
+    recorder, report = StatisticsRecorder(["accuracy"]), ClassificationReport(8)
+    kept = []
+
+    class Spy(pl.Callback):
+        def on_validation_batch_start(self, trainer, *args):
+            kept.append(len(recorder._sources._captured) + len(report._sources._captured))
+
+    trainer, model = fit([recorder, report, Spy()])
+    assert set(kept) == {0}
+    assert len(kept) == 2 + 4
+    trainer.predict(model, DataLoader(dataset(8).tensors[0]))
+    assert not model._forward_hooks
 
 
 class Bare(Classifier):
