@@ -85,8 +85,14 @@ class ClassificationReport(Callback):
         self.digits = whole_number("digits", digits)
         self.zero_division = _checked_zero_division(zero_division)
         self.paths = _checked_paths(path)
+        self._key = f"{type(self).__qualname__}{{labels={self.labels!r}, path={self.paths!r}}}"
         self._sources = StepSources(predictions, targets, type(self).__name__)
         self._matrix = ConfusionMatrix(self.num_classes)
+
+    @property
+    def state_key(self) -> str:
+        """Tells reports apart by their classes and files."""
+        return self._key
 
     # by hand
 
