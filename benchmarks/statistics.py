@@ -1,27 +1,20 @@
-"""Statistics beside Lightning's ``self.log`` and loggers, csv.writer and torch's SummaryWriter, as ratios.
+"""What statistics cost: a training step with them, a CSV row, a TensorBoard scalar, rows in ever longer files."""
 
-Run ``python -m benchmarks.statistics``. Everything is measured in turns in one run and the medians are compared, so
-that a busy machine slows all of them alike; the spread is the ratio of the slowest to the fastest turn.
-"""
-
-from __future__ import annotations
-
-import argparse
 import csv
 import logging
-import statistics
+import shutil
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median, quantiles
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks.harness import interleaved, report, table
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
 from lightning_plugins.statistics.csv_file import CSVFile
 from lightning_plugins.statistics.event_file import EventFile
@@ -30,20 +23,21 @@ from lightning_plugins.statistics.rows import Row
 from lightning_plugins.statistics.running import Snapshot
 
 NAMES = ("loss", "accuracy", "top5_accuracy", "perplexity", "f1")
+STEPS, ROWS, EVENTS = 1000, 10_000, 1000
 
 
 class Tiny(pl.LightningModule):
     """Four layers of eight units: a model so small that logging shows."""
 
-    def __init__(self, *, log: bool = False) -> None:
+    def __init__(self, logs):
         super().__init__()
         self.layers = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
-        self.logs = log
+        self.logs = logs
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.layers(x)
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch, batch_idx):
         logits = self(batch[0])
         loss = torch.nn.functional.cross_entropy(logits, batch[1])
         if self.logs:
@@ -51,110 +45,86 @@ class Tiny(pl.LightningModule):
             self.log("train_accuracy", (logits.argmax(1) == batch[1]).float().mean())
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-class Stopwatch(pl.Callback):
-    """Times the training loop between its first and its last batch."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 20:  # the first batches warm up
-            self.started = time.process_time()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.seconds = time.process_time() - self.started
-
-
-def fit(steps: int, logger: Any, callbacks: list[Any], *, log: bool) -> float:
-    """Return microseconds per training step."""
-    watch = Stopwatch()
-    data = TensorDataset(torch.randn(4 * steps, 8), torch.randint(8, (4 * steps,)))
+def fit(callbacks=(), *, logger=False, logs=False):
+    data = TensorDataset(torch.randn(4 * STEPS, 8), torch.randint(8, (4 * STEPS,)))
     trainer = pl.Trainer(
-        max_epochs=1, logger=logger, callbacks=[*callbacks, watch], accelerator="cpu", log_every_n_steps=1,
+        max_epochs=1, logger=logger, callbacks=list(callbacks), accelerator="cpu", log_every_n_steps=1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Tiny(log=log), DataLoader(data, batch_size=4))
-    return watch.seconds / (steps - 20) * 1e6
+    trainer.fit(Tiny(logs), DataLoader(data, batch_size=4))
 
 
-def in_turns(turns: int, subjects: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Return what every subject measured, one measurement of each per turn."""
-    measured: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(turns):
-        for name, subject in subjects.items():
-            measured[name].append(subject())
-    return measured
-
-
-def training(turns: int, steps: int, folder: Path) -> None:
+def training(folder):
+    """A row per step, the worst case: a step is about 0.4 ms long."""
     number = iter(range(10**6))
 
-    def place() -> Path:
+    def place():
         return folder / str(next(number))
 
-    def recorder() -> StatisticsRecorder:
+    def recorder():
         return StatisticsRecorder(["accuracy"])
 
-    measured = in_turns(
-        turns,
+    return interleaved(
         {
-            "bare Trainer": lambda: fit(steps, False, [], log=False),
-            "two self.log": lambda: fit(steps, False, [], log=True),
-            "two self.log + Lightning CSVLogger": lambda: fit(steps, CSVLogger(place()), [], log=True),
-            "two self.log + Lightning TensorBoardLogger": lambda: fit(steps, TensorBoardLogger(place()), [], log=True),
-            "StatisticsRecorder(loss, accuracy)": lambda: fit(steps, False, [recorder()], log=False),
-            "... + CSVStatisticsLogger": lambda: fit(
-                steps, False, [recorder(), CSVStatisticsLogger(place() / "log.csv")], log=False
-            ),
-            "... + TensorBoardStatisticsLogger": lambda: fit(
-                steps, False, [recorder(), TensorBoardStatisticsLogger(place())], log=False
-            ),
+            "bare Trainer": fit,
+            "two self.log": lambda: fit(logs=True),
+            "two self.log, Lightning's CSVLogger": lambda: fit(logger=CSVLogger(place()), logs=True),
+            "two self.log, Lightning's TensorBoardLogger": lambda: fit(logger=TensorBoardLogger(place()), logs=True),
+            "StatisticsRecorder of loss and accuracy": lambda: fit([recorder()]),
+            "the same, CSVStatisticsLogger": lambda: fit([recorder(), CSVStatisticsLogger(place() / "log.csv")]),
+            "the same, TensorBoardStatisticsLogger": lambda: fit([recorder(), TensorBoardStatisticsLogger(place())]),
         },
+        rounds=11,
     )
-    bare = measured["bare Trainer"]
-    print(f"\nTraining step, 4 x Linear(8, 8), batch of 4, a row per step; median of {turns} turns")
-    print(f"{'':46s}{'us/step':>9s}{'added':>8s}{'spread':>8s}{'added, as a share of Lightning':>32s}")
-    added = {}
-    for name, values in measured.items():
-        added[name] = statistics.median(v - b for v, b in zip(values, bare, strict=True))
-        peer = {
-            "... + CSVStatisticsLogger": "two self.log + Lightning CSVLogger",
-            "... + TensorBoardStatisticsLogger": "two self.log + Lightning TensorBoardLogger",
-        }.get(name)
-        share = f"{added[name] / added[peer]:.2f} (limit 0.25)" if peer else ""
-        spread = max(values) / min(values)
-        print(f"{name:46s}{statistics.median(values):9.0f}{added[name]:8.0f}{spread:8.2f}{share:>32s}")
 
 
-def rows(count: int, first: int = 0) -> list[Row]:
+def added(seconds):
+    """What is added to a bare step, and how much of what Lightning's way adds; a pair of turns at a time."""
+    pairs = [
+        ("the same, CSVStatisticsLogger", "two self.log, Lightning's CSVLogger"),
+        ("the same, TensorBoardStatisticsLogger", "two self.log, Lightning's TensorBoardLogger"),
+    ]
+    lines = [
+        "### Added to a step, as a share of what Lightning's way adds (at most 0.25)",
+        "",
+        "| | added us | Lightning's us | share | quartiles |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    bare = seconds["bare Trainer"]
+    for ours, theirs in pairs:
+        mine = [1e6 * (value - base) / STEPS for value, base in zip(seconds[ours], bare, strict=True)]
+        peer = [1e6 * (value - base) / STEPS for value, base in zip(seconds[theirs], bare, strict=True)]
+        low, _, high = quantiles([m / p for m, p in zip(mine, peer, strict=True)], n=4)
+        share = median(mine) / median(peer)
+        lines.append(f"| {ours} | {median(mine):.0f} | {median(peer):.0f} | {share:.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)
+
+
+def rows(count):
     """Return evaluated rows, as a ledger hands them out."""
     snapshot = Snapshot(1, (), {})
     return [
         Row("train", 1, 1, i + 1, count, i + 1, i, 0.1, i / 1e3, 1e9 + i / 1e3, snapshot,
             {name: 1.0 / (i + 2 + k) for k, name in enumerate(NAMES)})
-        for i in range(first, first + count)
+        for i in range(count)
     ]  # fmt: skip
 
 
-def per_item(items: int, work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return (time.perf_counter() - started) / items * 1e6
+def csv_rows(folder):
+    made, path = rows(ROWS), folder / "rows.csv"
 
-
-def csv_rows(turns: int, count: int, folder: Path) -> None:
-    made = rows(count)
-    path = folder / "rows.csv"
-
-    def ours() -> None:
+    def ours():
         path.unlink(missing_ok=True)
         file = CSVFile(path)
-        for start in range(0, count, 100):
+        for start in range(0, ROWS, 100):
             file.add([number_cells(row) for row in made[start : start + 100]])
         file.close()
 
-    def csv_writer() -> None:
+    def csv_writer():
         with path.open("w", newline="") as handle:
             writer = csv.writer(handle)
             writer.writerow(("epoch", "batch", "phase", "step", "lr", *NAMES, "time"))
@@ -163,124 +133,110 @@ def csv_rows(turns: int, count: int, folder: Path) -> None:
                 if index % 100 == 99:
                     handle.flush()
 
-    def lightnings(save_every: int) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            logger = CSVLogger(place, flush_logs_every_n_steps=10**9)
-            for index, row in enumerate(made):
-                logger.log_metrics(row.values, row.step)
-                if index % save_every == save_every - 1:
-                    logger.save()
+    def lightnings(save_every):
+        logger = CSVLogger(folder / "csv", flush_logs_every_n_steps=10**9)
+        for index, row in enumerate(made):
+            logger.log_metrics(row.values, row.step)
+            if index % save_every == save_every - 1:
+                logger.save()
+        shutil.rmtree(folder / "csv")
 
-    table(
-        f"CSV row of 11 cells, {count} rows",
-        in_turns(
-            turns,
-            {
-                "csv.writer, flush every 100 rows": lambda: per_item(count, csv_writer),
-                "ours, flush every 100 rows": lambda: per_item(count, ours),
-                "Lightning CSVLogger, save every 100 rows": lambda: per_item(count, lambda: lightnings(100)),
-                "Lightning CSVLogger, save every row": lambda: per_item(count, lambda: lightnings(1)),
-            },
-        ),
-        "us/row",
+    return interleaved(
+        {
+            "csv.writer, flushed every 100 rows": csv_writer,
+            "ours, written every 100 rows": ours,
+            "Lightning's CSVLogger, saved every 100 rows": lambda: lightnings(100),
+            "Lightning's CSVLogger, saved every row as in a Trainer": lambda: lightnings(1),
+        },
+        rounds=7,
     )
 
 
-def growth(turns: int, largest: int, folder: Path) -> None:
-    """Show that a row costs the same in a long file, and what a new column costs spread over all rows."""
-    print(f"\nCSV row in files of growing length, written 500 at a time; median of {turns} turns")
-    print(f"{'rows':>10s}{'us/row':>9s}{'with a new column half way':>28s}{'that rewrite, ms':>18s}")
-    block = [number_cells(row) for row in rows(500)]
-    wider = [{**cells, "late": "0.5"} for cells in block]
-    sizes = [size for size in (10**3, 10**4, 10**5, 10**6) if size <= largest]
-    for size in sizes:
+def scalars(folder):
+    made = [(row.step, row.wall_time, row.values) for row in rows(EVENTS)]
+    place = folder / "events"
 
-        def write(size: int = size, *, late: bool) -> float:
-            path = folder / "growth.csv"
-            path.unlink(missing_ok=True)
-            file = CSVFile(path)
-            started = time.perf_counter()
-            for start in range(0, size, 500):
-                file.add(wider if late and start >= size // 2 else block)
-            file.close()
-            return (time.perf_counter() - started) / size * 1e6
+    def ours():
+        file = EventFile(place)
+        for start in range(0, EVENTS, 100):
+            file.add(made[start : start + 100])
+        file.close()
+        shutil.rmtree(place)
 
-        measured = in_turns(
-            turns,
-            {"plain": lambda size=size: write(size, late=False), "late": lambda size=size: write(size, late=True)},
-        )
-        plain, late = (statistics.median(measured[name]) for name in ("plain", "late"))
-        print(f"{size:10d}{plain:9.2f}{late:28.2f}{(late - plain) * size / 1e3:18.1f}")
-
-
-def scalars(turns: int, count: int, folder: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    made = [(row.step, row.wall_time, row.values) for row in rows(count)]
-
-    def ours() -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            file = EventFile(Path(place))
-            for start in range(0, count, 100):
-                file.add(made[start : start + 100])
-            file.close()
-
-    def torchs() -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as place, SummaryWriter(place) as writer:
+    def torchs():
+        with SummaryWriter(place) as writer:
             for step, wall_time, values in made:
                 for tag, value in values.items():
                     writer.add_scalar(tag, value, step, wall_time)
+        shutil.rmtree(place)
 
-    def lightnings() -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            logger = TensorBoardLogger(place)
-            for step, _, values in made:
-                logger.log_metrics(values, step)
-            logger.finalize("success")
+    def lightnings():
+        logger = TensorBoardLogger(place)
+        for step, _, values in made:
+            logger.log_metrics(values, step)
+        logger.finalize("success")
+        shutil.rmtree(place)
 
-    def floor() -> None:
-        with (folder / "floor").open("wb") as handle:
+    def floor():
+        place.mkdir()
+        with (place / "floor").open("wb") as handle:
             for _ in made:
                 handle.write(b"x" * 17 * len(NAMES))
+        shutil.rmtree(place)
 
-    table(
-        f"TensorBoard scalar, 5 a step, {count} steps",
-        in_turns(
-            turns,
-            {
-                "ours": lambda: per_item(5 * count, ours),
-                "torch add_scalar": lambda: per_item(5 * count, torchs),
-                "Lightning TensorBoardLogger.log_metrics": lambda: per_item(5 * count, lightnings),
-                "the bytes alone": lambda: per_item(5 * count, floor),
-            },
-        ),
-        "us/scalar",
+    return interleaved(
+        {
+            "ours": ours,
+            "torch's add_scalar": torchs,
+            "Lightning's TensorBoardLogger.log_metrics": lightnings,
+            "the bytes alone": floor,
+        },
+        rounds=7,
     )
 
 
-def table(title: str, measured: dict[str, list[float]], unit: str) -> None:
-    first = statistics.median(next(iter(measured.values())))
-    print(f"\n{title}; median of {len(next(iter(measured.values())))} turns")
-    print(f"{'':46s}{unit:>10s}{'ratio':>8s}{'spread':>8s}")
-    for name, values in measured.items():
-        middle = statistics.median(values)
-        print(f"{name:46s}{middle:10.2f}{middle / first:8.2f}{max(values) / min(values):8.2f}")
+def lengths(folder):
+    """A row in files of growing length, 500 written at a time, with and without a column that comes half way."""
+    block = [number_cells(row) for row in rows(500)]
+    wider = [{**cells, "late": "0.5"} for cells in block]
+    path = folder / "long.csv"
+
+    def write(size, late):
+        path.unlink(missing_ok=True)
+        file = CSVFile(path)
+        for start in range(0, size, 500):
+            file.add(wider if late and start >= size // 2 else block)
+        file.close()
+
+    measured = {}
+    for size, rounds in ((10**3, 21), (10**4, 11), (10**5, 5), (10**6, 3)):
+        seconds = interleaved(
+            {
+                f"{size:,} rows": lambda size=size: write(size, late=False),
+                f"{size:,} rows, a new column half way": lambda size=size: write(size, late=True),
+            },
+            rounds=rounds,
+        )
+        measured |= {name: [value / size for value in values] for name, values in seconds.items()}
+    return measured
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--rows", type=int, default=10**6, help="longest CSV file")
-    options = parser.parse_args(arguments)
+def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        training(options.turns, options.steps, Path(folder))
-        csv_rows(options.turns, 10_000, Path(folder))
-        scalars(options.turns, 2000, Path(folder))
-        growth(max(1, options.turns // 2), options.rows, Path(folder))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        steps, row, scalar, length = training(folder), csv_rows(folder), scalars(folder), lengths(folder)
+    tables = [
+        table("A training step of 4 x Linear(8, 8), batch of 4, a row per step", steps, base="bare Trainer", per=STEPS),
+        added(steps),
+        table("A CSV row of 11 cells (ours: at most 3)", row, base="csv.writer, flushed every 100 rows", per=ROWS),
+        table("A TensorBoard scalar, five per step (ours: at most 6 us where torch takes 57)", scalar, base="ours",
+              per=EVENTS * len(NAMES)),
+        table("A CSV row by the length of its file", length, base="1,000 rows"),
+    ]  # fmt: skip
+    report("statistics", tables, {"step": steps, "row": row, "scalar": scalar, "length": length})
 
 
 if __name__ == "__main__":

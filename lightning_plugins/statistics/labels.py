@@ -45,7 +45,7 @@ class LabelledBatch:
             self._classes = (flat >= 0).long() if flat.is_floating_point() else flat
         else:
             self._scores = _rows(predictions, targets)
-        self.targets = targets.reshape(-1)
+        self.targets = targets if targets.dim() == 1 else targets.reshape(-1)
 
     @property
     def classes(self) -> Tensor:
@@ -104,7 +104,7 @@ class LabelledBatch:
 def _rows(predictions: Tensor, targets: Tensor) -> Tensor:
     if predictions.dim() == targets.dim() + 1:
         if predictions.shape[:-1] == targets.shape:
-            return predictions.reshape(-1, predictions.shape[-1])
+            return predictions if predictions.dim() == 2 else predictions.reshape(-1, predictions.shape[-1])
         if predictions.shape[:1] == targets.shape[:1] and predictions.shape[2:] == targets.shape[1:]:
             return predictions.movedim(1, -1).reshape(-1, predictions.shape[1])
     raise ValueError(

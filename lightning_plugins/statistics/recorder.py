@@ -98,6 +98,7 @@ class StatisticsRecorder(Callback):
         self._ledger = Ledger(self._statistics)
         self._latest: dict[str, Row] = {}
         self._published: dict[str, Any] | None = None
+        self._published_names = {name: f"train_{name}" for name in self.names}
         self._cancelling: list[Any] = []
         self._restored: dict[str, Any] | None = None
         self._told: set[str] = set()
@@ -105,6 +106,8 @@ class StatisticsRecorder(Callback):
         self._seconds_before = 0.0
         self._started = 0.0
         self._running = False
+        self._fits = False
+        self._bar: Any = None
         self._logged_step = -1
         self._batch = 0  # of the validation that is under way; over all its loaders
         self._lr: float | Tensor | None = None
@@ -146,6 +149,7 @@ class StatisticsRecorder(Callback):
             )
         self._ledger.reduce = sum_over_ranks(trainer)
         self._ledger.chief = trainer.is_global_zero
+        self._fits = stage == "fit"
         if self._statistics.needs_predictions and stage != "predict":
             self._sources.listen(pl_module)
 
@@ -159,6 +163,7 @@ class StatisticsRecorder(Callback):
         """Start the run's clock and take up what a checkpoint brought."""
         self._started, self._running = time.monotonic(), True
         self._next_redraw = 0.0
+        self._bar = trainer.progress_bar_callback
         self._published = trainer.callback_metrics
         self._cancelling = [callback for callback in trainer.callbacks if hasattr(callback, "batch_cancelled")]  # type: ignore[attr-defined]
         if self._restored is not None:
@@ -171,12 +176,8 @@ class StatisticsRecorder(Callback):
         self._latest.pop(TRAIN, None)
         self._published = trainer.callback_metrics
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Read the rate that this batch is trained with, before schedulers move it."""
-        self._lr = _learning_rate(trainer)
-
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Read rate and divisor again: other callbacks may have set them since the batch began."""
+        """Read the rate that this batch is trained with, before schedulers move it, and the loss's divisor."""
         self._lr = _learning_rate(trainer)
         self._undivide = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
 
@@ -184,15 +185,16 @@ class StatisticsRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch, and end the phase with the epoch's last one."""
+        batches = trainer.num_training_batches
         if self._counts(outputs, pl_module) and not self._was_cancelled():
             self._samples += batch_size(batch)
             self._add(self._sums[TRAIN], outputs, batch, self._undivide)
-            self._note(trainer, TRAIN, batch_idx + 1, _whole(trainer.num_training_batches))
+            self._note(trainer, TRAIN, batch_idx + 1, _whole(batches))
             self._publish_running(trainer, self._latest[TRAIN])
-        if trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches:
+        if trainer.is_last_batch or batch_idx + 1 == batches:
             self._end_phase(trainer, TRAIN)
 
-    def on_validation_batch_end(  # noqa: PLR0917  # Lightning's signature
+    def on_validation_batch_end(  # Lightning's signature
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -244,7 +246,7 @@ class StatisticsRecorder(Callback):
         if self._ledger.reduce is not None and stage == "fit":
             self._restored = self.state_dict()
         self._ledger.reduce = None
-        self._published = None
+        self._published = self._bar = None
         self._cancelling = []
 
     # state
@@ -287,7 +289,7 @@ class StatisticsRecorder(Callback):
 
     def _was_cancelled(self) -> bool:
         """Ask the callbacks that can cancel a batch; such a batch counts nowhere."""
-        return any(callback.batch_cancelled for callback in self._cancelling)
+        return bool(self._cancelling) and any(callback.batch_cancelled for callback in self._cancelling)
 
     def _add(self, sums: PhaseSums, outputs: Any, batch: Any, undivide: int) -> None:
         loss = _loss_of(outputs)
@@ -315,7 +317,7 @@ class StatisticsRecorder(Callback):
             snapshot=self._sums[phase].snapshot(with_metrics=self.every == "batch"),
         )
         self._latest[phase] = row
-        if self.every == "batch" and _fitting(trainer):
+        if self.every == "batch" and self._fits:
             self._ledger.add(row)
 
     def _end_phase(self, trainer: Trainer, phase: str) -> None:
@@ -324,13 +326,13 @@ class StatisticsRecorder(Callback):
             return
         if self.every == "epoch":
             row.snapshot = self._sums[phase].snapshot(with_metrics=True)
-            if _fitting(trainer):
+            if self._fits:
                 self._ledger.add(row)
         finished = self._finished(trainer, row)
-        if _fitting(trainer):
+        if self._fits:
             self._ledger.flush()
         evaluate(self._statistics, [finished], self._ledger.reduce)
-        if _fitting(trainer):
+        if self._fits:
             self._ledger.end_phase(finished)
         self._publish(trainer, finished)
 
@@ -356,17 +358,21 @@ class StatisticsRecorder(Callback):
         if self.every == "epoch":
             return
         if self._published is not None and self._ledger.reduce is None:
-            values = self._sums[TRAIN].running_values() | row.snapshot.extras
-            self._published.update({f"train_{name}": value for name, value in values.items()})
-        if self._redraws(trainer, row):
+            published = self._published
+            for name, value in self._sums[TRAIN].running_values().items():
+                published[self._published_names[name]] = value
+            for name, value in row.snapshot.extras.items():
+                published[f"train_{name}"] = value
+        if self._bar is not None and self._redraws(row):
             seen = row if self._ledger.reduce is None else dataclasses.replace(row)  # this rank's own
             evaluate(self._statistics, [seen])
             _show(trainer, "train", seen.values or {})
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
-        if self._logs and row.step % every == 0 and row.step != self._logged_step:
+        if self._logs and row.step != self._logged_step:
             self._logged_step = row.step
-            evaluate(self._statistics, [row], self._ledger.reduce)
-            _log(trainer, "train", row)
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
+            if row.step % every == 0:
+                evaluate(self._statistics, [row], self._ledger.reduce)
+                _log(trainer, "train", row)
 
     def _publish(self, trainer: Trainer, row: Row) -> None:
         """Publish a finished phase."""
@@ -378,9 +384,9 @@ class StatisticsRecorder(Callback):
         if self._logs:
             _log(trainer, prefix, row)
 
-    def _redraws(self, trainer: Trainer, row: Row) -> bool:
+    def _redraws(self, row: Row) -> bool:
         """Whether the progress bar shows new numbers after this batch."""
-        bar: Any = trainer.progress_bar_callback
+        bar = self._bar
         rate = getattr(bar, "refresh_rate", 0)
         if not rate or not getattr(bar, "is_enabled", False):
             return False
@@ -431,10 +437,6 @@ def _loss_of(outputs: Any) -> Tensor | None:
     if isinstance(loss, (int, float)):
         return torch.tensor(loss, dtype=torch.float64)
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
-
-
-def _fitting(trainer: Trainer) -> bool:
-    return trainer.state.fn == "fit"
 
 
 def _whole(number: float) -> int | None:

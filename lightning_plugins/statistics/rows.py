@@ -24,7 +24,7 @@ TRAIN, VALIDATION = "train", "validation"
 _MOST_ROWS = 512  # a 0-dimensional tensor holds 512 bytes of a GPU's memory: half a megabyte for two statistics
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """What is known after one batch.
 
@@ -113,17 +113,19 @@ def _joined(values: list[Tensor], device: torch.device, dtype: torch.dtype) -> l
 
 def _fill(statistics: StatisticSet, rows: Sequence[Row], columns: Any, samples: list[float], others: Any) -> None:
     by_name = {name: values.tolist() for name, values in statistics.values(columns).items()}
-    without_loss = [s.name for s in statistics.statistics if not s.terms]
-    batches = columns["batches"].tolist()
-    extras = [{name: next(others) for name in row.snapshot.extras} for row in rows]
-    for index, row in enumerate(rows):
-        found = {name: values[index] for name, values in by_name.items()} | extras[index]
-        if not batches[index]:
-            for name in without_loss:
-                del found[name]
-        ordered = [name for name in statistics.names if name in found]
-        row.values = {name: found[name] for name in ordered} | found
-        row.samples = int(samples[index])
+    for row, counted, batches, numbers in zip(
+        rows, samples, columns["batches"].tolist(), zip(*by_name.values(), strict=True), strict=True
+    ):
+        row.values = dict(zip(by_name, numbers, strict=True))
+        row.samples = int(counted)
+        if not batches:
+            for statistic in statistics.statistics:
+                if not statistic.terms:
+                    del row.values[statistic.name]
+        if row.snapshot.extras:
+            found = row.values | {name: next(others) for name in row.snapshot.extras}
+            row.values = {name: found[name] for name in statistics.names if name in found} | found
+    for row in rows:
         if isinstance(row.lr, Tensor):
             row.lr = next(others)
 

@@ -185,7 +185,7 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-@dataclass
+@dataclass(slots=True)
 class Snapshot:
     """The sums of a phase after one batch.
 
@@ -239,8 +239,9 @@ class PhaseSums:
         else:
             # a copy: an optimizer or the user may go on writing into the loss
             self._sums = [_wide(term).reshape(()).clone() for term in terms]
-        for name, metric in self._metric_objects(predictions).items():
-            self._update_metric(name, metric, predictions, targets)
+        if self.statistics.metrics:
+            for name, metric in self._metric_objects(predictions).items():
+                self._update_metric(name, metric, predictions, targets)
 
     def snapshot(self, *, with_metrics: bool = True) -> Snapshot:
         """Return the sums as they are now, with the torchmetrics objects' values if wanted."""

@@ -74,7 +74,7 @@ class StepSources:
             ValueError: If there are none; the message says where they were looked for.
         """
         captured = list(self._captured)
-        self.forget()
+        self._captured.clear()
         if callable(self._predictions):
             return _tensor("predictions", self._predictions(outputs, batch))
         wanted = (self._predictions,) if self._predictions is not None else _PREDICTION_KEYS
@@ -83,7 +83,7 @@ class StepSources:
                 return _tensor("predictions", outputs[key])
         if not captured:
             raise ValueError(self._nothing_found("predictions", wanted, outputs))
-        return _whole(captured, batch_size(batch))
+        return captured[-1] if len(captured) == 1 else _whole(captured, batch_size(batch))
 
     def targets(self, outputs: Any, batch: Any) -> Tensor:
         """Return the batch's targets.

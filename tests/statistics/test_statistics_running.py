@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.metrics import accuracy_score, matthews_corrcoef, top_k_accuracy_score
 
 from lightning_plugins.statistics.labels import LabelledBatch
