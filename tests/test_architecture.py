@@ -40,7 +40,7 @@ CALLBACKS = {
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=1),
     ],
     "MicroBatching": [MicroBatching, lambda: MicroBatching(16)],
-    "StatisticsRecorder": [lambda: StatisticsRecorder(), lambda: StatisticsRecorder(["accuracy"])],
+    "StatisticsRecorder": [StatisticsRecorder, lambda: StatisticsRecorder(["accuracy"])],
     "TensorBoardStatisticsLogger": [
         lambda: TensorBoardStatisticsLogger("a"),
         lambda: TensorBoardStatisticsLogger("b"),

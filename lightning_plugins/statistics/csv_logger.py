@@ -12,8 +12,8 @@ from lightning_plugins._lightning import LightningModule, MisconfigurationExcept
 from lightning_plugins._validation import one_of, real_number
 from lightning_plugins.statistics.csv_file import CSVFile
 from lightning_plugins.statistics.layouts import LAYOUTS, SEPARATORS, batch_columns, epoch_cells, epoch_columns
+from lightning_plugins.statistics.logged import LoggedMetricsRecorder
 from lightning_plugins.statistics.reader import StatisticsReader
-from lightning_plugins.statistics.recorder import LoggedMetricsRecorder
 from lightning_plugins.statistics.remote import RemoteFile, is_remote
 from lightning_plugins.statistics.rows import TRAIN, Row
 
@@ -86,7 +86,7 @@ class CSVStatisticsLogger(StatisticsReader):
         self.every = one_of("every", every, ("batch", "epoch"))
         self.layout = one_of("layout", layout, tuple(LAYOUTS))
         self.flush_seconds = real_number("flush_seconds", flush_seconds, at_least=0)
-        self._key = f"{type(self).__qualname__}{{path={self.path!r}}}"  # asked for at every hook
+        self._key = f"{type(self).__qualname__}{{path={self.path!r}}}"
         self._file: CSVFile | None = None
         self._remote: RemoteFile | None = None
         self._train: Row | None = None

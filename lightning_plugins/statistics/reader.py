@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_plugins._lightning import Callback, LightningModule, Trainer
-from lightning_plugins.statistics.recorder import LoggedMetricsRecorder, StatisticsRecorder, find_recorder
+from lightning_plugins.statistics.logged import LoggedMetricsRecorder
+from lightning_plugins.statistics.recorder import StatisticsRecorder, find_recorder
 from lightning_plugins.statistics.rows import Row
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,11 @@ from lightning_plugins._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    logged_by_module,
     rank_zero_info,
     sum_over_ranks,
 )
 from lightning_plugins._validation import one_of
+from lightning_plugins.statistics.publishing import Publisher
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Ledger, Reader, Row, evaluate
 from lightning_plugins.statistics.running import PhaseSums, statistic_set
 from lightning_plugins.statistics.sources import StepSources, batch_size
@@ -88,17 +87,15 @@ class StatisticsRecorder(Callback):
         log: bool = False,
     ) -> None:
         self.every = one_of("every", every, ("batch", "epoch"))
-        self._logs = log  # not `log`: Lightning hangs the module's function of that name on every callback
         self._statistics = statistic_set(metrics)
         self._sources = StepSources(predictions, targets, type(self).__name__)
         self._sums = {phase: PhaseSums(self._statistics) for phase in (TRAIN, VALIDATION)}
-        self._key = (
-            f"{type(self).__qualname__}{{names={list(self.names)!r}, every={self.every!r}}}"  # asked for at every hook
-        )
+        # kept, because Lightning asks for it at every hook
+        self._key = f"{type(self).__qualname__}{{names={list(self.names)!r}, every={self.every!r}}}"
         self._ledger = Ledger(self._statistics)
+        # not `self.log`: Lightning hangs the module's function of that name on every callback
+        self._publisher = Publisher(self._ledger, log=log)
         self._latest: dict[str, Row] = {}
-        self._published: dict[str, Any] | None = None
-        self._published_names = {name: f"train_{name}" for name in self.names}
         self._cancelling: list[Any] = []
         self._restored: dict[str, Any] | None = None
         self._told: set[str] = set()
@@ -107,12 +104,9 @@ class StatisticsRecorder(Callback):
         self._started = 0.0
         self._running = False
         self._fits = False
-        self._bar: Any = None
-        self._logged_step = -1
         self._batch = 0  # of the validation that is under way; over all its loaders
         self._lr: float | Tensor | None = None
         self._undivide = 1
-        self._next_redraw = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,9 +156,7 @@ class StatisticsRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the run's clock and take up what a checkpoint brought."""
         self._started, self._running = time.monotonic(), True
-        self._next_redraw = 0.0
-        self._bar = trainer.progress_bar_callback
-        self._published = trainer.callback_metrics
+        self._publisher.start(trainer)
         self._cancelling = [callback for callback in trainer.callbacks if hasattr(callback, "batch_cancelled")]  # type: ignore[attr-defined]
         if self._restored is not None:
             self._restore(self._restored, pl_module.device, chief=trainer.is_global_zero)
@@ -174,7 +166,6 @@ class StatisticsRecorder(Callback):
         """Begin the epoch's statistics; a resume in mid-epoch does not come here and goes on."""
         self._sums[TRAIN].reset()
         self._latest.pop(TRAIN, None)
-        self._published = trainer.callback_metrics
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Read the rate that this batch is trained with, before schedulers move it, and the loss's divisor."""
@@ -190,11 +181,12 @@ class StatisticsRecorder(Callback):
             self._samples += batch_size(batch)
             self._add(self._sums[TRAIN], outputs, batch, self._undivide)
             self._note(trainer, TRAIN, batch_idx + 1, _whole(batches))
-            self._publish_running(trainer, self._latest[TRAIN])
+            if self.every == "batch":
+                self._publisher.running(trainer, self._latest[TRAIN], self._sums[TRAIN])
         if trainer.is_last_batch or batch_idx + 1 == batches:
             self._end_phase(trainer, TRAIN)
 
-    def on_validation_batch_end(  # Lightning's signature
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -246,7 +238,7 @@ class StatisticsRecorder(Callback):
         if self._ledger.reduce is not None and stage == "fit":
             self._restored = self.state_dict()
         self._ledger.reduce = None
-        self._published = self._bar = None
+        self._publisher.stop()
         self._cancelling = []
 
     # state
@@ -334,10 +326,10 @@ class StatisticsRecorder(Callback):
         evaluate(self._statistics, [finished], self._ledger.reduce)
         if self._fits:
             self._ledger.end_phase(finished)
-        self._publish(trainer, finished)
+        self._publisher.finished(trainer, finished)
 
     def _finished(self, trainer: Trainer, row: Row) -> Row:
-        """Return what a phase ends with: its last row; see :class:`LoggedMetricsRecorder`."""
+        """Return what a phase ends with: its last row."""
         return row
 
     def _elapsed(self) -> float:
@@ -350,79 +342,6 @@ class StatisticsRecorder(Callback):
         if message not in self._told:
             self._told.add(message)
             rank_zero_info(message)
-
-    # what others see
-
-    def _publish_running(self, trainer: Trainer, row: Row) -> None:
-        """Publish the values so far: as tensors that stay on the device, and as numbers where somebody looks."""
-        if self.every == "epoch":
-            return
-        if self._published is not None and self._ledger.reduce is None:
-            published = self._published
-            for name, value in self._sums[TRAIN].running_values().items():
-                published[self._published_names[name]] = value
-            for name, value in row.snapshot.extras.items():
-                published[f"train_{name}"] = value
-        if self._bar is not None and self._redraws(row):
-            seen = row if self._ledger.reduce is None else dataclasses.replace(row)  # this rank's own
-            evaluate(self._statistics, [seen])
-            _show(trainer, "train", seen.values or {})
-        if self._logs and row.step != self._logged_step:
-            self._logged_step = row.step
-            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
-            if row.step % every == 0:
-                evaluate(self._statistics, [row], self._ledger.reduce)
-                _log(trainer, "train", row)
-
-    def _publish(self, trainer: Trainer, row: Row) -> None:
-        """Publish a finished phase."""
-        prefix = "train" if row.phase == TRAIN else "test" if trainer.testing else "val"
-        values = row.values or {}
-        tensors = {f"{prefix}_{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-        trainer.callback_metrics.update(tensors)
-        _show(trainer, prefix, values)
-        if self._logs:
-            _log(trainer, prefix, row)
-
-    def _redraws(self, row: Row) -> bool:
-        """Whether the progress bar shows new numbers after this batch."""
-        bar = self._bar
-        rate = getattr(bar, "refresh_rate", 0)
-        if not rate or not getattr(bar, "is_enabled", False):
-            return False
-        if isinstance(rate, int) and hasattr(bar, "_should_update"):  # TQDM's rate is a number of batches
-            return row.batch % rate == 0 or row.batch == row.batches
-        if row.seconds < self._next_redraw:  # Rich's is a number of times per second
-            return False
-        self._next_redraw = row.seconds + 1 / rate
-        return True
-
-
-class LoggedMetricsRecorder(StatisticsRecorder):
-    """Stands in where a Trainer has loggers of ours and no recorder: the loss, and whatever the module logs."""
-
-    def _can_use(self, outputs: Any) -> bool:
-        return True
-
-    def _note(self, trainer: Trainer, phase: str, batch: int, batches: int | None) -> None:
-        super()._note(trainer, phase, batch, batches)
-        if phase == TRAIN:
-            self._take(self._latest[phase], logged_by_module(trainer, on_step=True))
-
-    def _finished(self, trainer: Trainer, row: Row) -> Row:
-        logged = logged_by_module(trainer, on_step=False)
-        if row.phase == VALIDATION:  # what is logged per epoch stands in the validation's last row
-            self._take(row, logged)
-            return row
-        snapshot = dataclasses.replace(row.snapshot, extras=dict(row.snapshot.extras))
-        finished = dataclasses.replace(row, snapshot=snapshot)
-        self._take(finished, logged)
-        return finished
-
-    @staticmethod
-    def _take(row: Row, logged: dict[str, Tensor]) -> None:
-        row.snapshot.extras.update({name: value for name, value in logged.items() if name != "loss"})
-        row.values = None
 
 
 def find_recorder(trainer: Trainer) -> StatisticsRecorder | None:
@@ -449,15 +368,3 @@ def _learning_rate(trainer: Trainer) -> float | Tensor | None:
         return None
     rate: float | Tensor = optimizers[0].param_groups[0]["lr"]
     return rate.detach().clone() if isinstance(rate, Tensor) else rate
-
-
-def _show(trainer: Trainer, prefix: str, values: Mapping[str, float]) -> None:
-    if trainer.progress_bar_callback is not None:
-        trainer.progress_bar_metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
-
-
-def _log(trainer: Trainer, prefix: str, row: Row) -> None:
-    metrics = {f"{prefix}_{name}": value for name, value in (row.values or {}).items()}
-    for logger in trainer.loggers:
-        logger.log_metrics({**metrics, "epoch": float(row.epoch - 1)}, step=row.step)
-        logger.save()

@@ -140,7 +140,7 @@ class ClassificationReport(Callback):
         """Count from zero."""
         self.reset()
 
-    def on_validation_batch_end(  # Lightning's signature
+    def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,

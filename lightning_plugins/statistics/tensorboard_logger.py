@@ -71,7 +71,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
             raise ValueError(f"`root` must be a local directory, got {str(root)!r}.")
         self.root = str(root)
         self.axis = one_of("axis", axis, ("step", "epoch", "samples", "time"))
-        self._key = f"{type(self).__qualname__}{{root={self.root!r}, axis={self.axis!r}}}"  # asked for at every hook
+        self._key = f"{type(self).__qualname__}{{root={self.root!r}, axis={self.axis!r}}}"
         self._stamp = ""
         self._files: dict[str, EventFile] = {}
         self._last = {TRAIN: -1, VALIDATION: -1}  # places on the x axis
