@@ -78,7 +78,7 @@ def scalars(root):
 
 
 BY_STEPS = {"every_n_train_steps": 2}
-BY_VALIDATION = {"every_n_epochs": 1}
+BY_VALIDATION = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
 BY_EPOCH = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
 
 
