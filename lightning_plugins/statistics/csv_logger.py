@@ -115,6 +115,7 @@ class CSVStatisticsLogger(StatisticsReader):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the file, or go on with it."""
         if self._writes:
+            self._tell_late_start(trainer, begun=self._file is not None)
             self._open()
         self._restored = None
 
@@ -133,6 +134,8 @@ class CSVStatisticsLogger(StatisticsReader):
         if self.every == "epoch":
             self._train, self._validation = (row, self._validation) if row.phase == TRAIN else (self._train, row)
             cells = self._pending | epoch_cells(self.layout, self._train, self._validation)
+            if self._train is None:  # a resume has only its cells; the validation's own place is not the epoch's
+                cells |= {name: self._pending[name] for name in ("batch", "lr") if name in self._pending}
             clock = {name: cells.pop(name) for name in ("time",) if name in cells}
             self._pending = cells | clock
         self._upload()

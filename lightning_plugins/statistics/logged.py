@@ -8,12 +8,31 @@ from typing import Any
 from torch import Tensor
 
 from lightning_plugins._lightning import Trainer, logged_by_module
+from lightning_plugins.statistics.publishing import Publisher
 from lightning_plugins.statistics.recorder import StatisticsRecorder
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Row
+from lightning_plugins.statistics.running import PhaseSums
+
+
+class _Silent(Publisher):
+    """Publishes nothing."""
+
+    def running(self, trainer: Trainer, row: Row, sums: PhaseSums) -> None:
+        pass
+
+    def finished(self, trainer: Trainer, row: Row) -> None:
+        pass
 
 
 class LoggedMetricsRecorder(StatisticsRecorder):
-    """Stands in where a Trainer has loggers of ours and no recorder: the loss, and whatever the module logs."""
+    """Stands in where a Trainer has loggers of ours and no recorder: the loss, and whatever the module logs.
+
+    Nobody asked for it, so it publishes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._publisher = _Silent(self._ledger, log=False)
 
     def _can_use(self, outputs: Any) -> bool:
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_plugins._lightning import Callback, LightningModule, Trainer
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, rank_zero_info
 from lightning_plugins.statistics.logged import LoggedMetricsRecorder
 from lightning_plugins.statistics.recorder import StatisticsRecorder, find_recorder
 from lightning_plugins.statistics.rows import Row
@@ -77,6 +77,13 @@ class StatisticsReader(Callback):
         if self._brought is not None:
             trainer.callbacks.remove(self._brought)  # type: ignore[attr-defined]
             self._brought = None
+
+    def _tell_late_start(self, trainer: Trainer, *, begun: bool) -> None:
+        """Say so in one line when a resumed run's checkpoint knows nothing of this callback."""
+        if trainer.global_step and self._restored is None and not begun:
+            rank_zero_info(
+                f"{type(self).__name__}: the checkpoint has no state of it, so it begins at step {trainer.global_step}."
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the place until the fit begins."""

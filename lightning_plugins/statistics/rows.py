@@ -95,8 +95,12 @@ def _fetch(
     sums: list[Tensor], others: list[Tensor], rows: Sequence[Row], reduce: Reduce | None
 ) -> tuple[Tensor, list[float]]:
     """Bring everything to the host: a table of sums, batches and samples by row, and the numbers that are no sums."""
-    device = sums[-1].device
-    counts = torch.tensor([(row.snapshot.batches, row.samples) for row in rows], dtype=sums[-1].dtype)
+    # a loss that is a plain number, or is not there, lies on the host
+    lead = next((total for total in reversed(sums) if total.device.type != "cpu"), sums[-1])
+    device = lead.device
+    counts = torch.tensor([(row.snapshot.batches, row.samples) for row in rows], dtype=lead.dtype)
+    if device.type != "cpu":
+        sums = [total.to(device, lead.dtype) for total in sums]
     table = torch.stack(sums).reshape(len(rows), -1)
     if reduce is None:
         moved = torch.cat([table.reshape(-1), *_joined(others, device, table.dtype)]).to("cpu", torch.float64)

@@ -265,7 +265,8 @@ class PhaseSums:
         metrics = {name: _metric_state(metric) for name, metric in (self._metrics or {}).items()}
         if not self._sums:
             return {"batches": 0, "sums": [], "metrics": metrics}
-        joined = torch.stack([*self._sums, torch.full_like(self._sums[-1], self.batches)])
+        last = self._sums[-1]
+        joined = torch.stack([total.to(last) for total in (*self._sums, torch.full_like(last, self.batches))])
         *sums, batches = (joined if reduce is None else reduce(joined)).tolist()
         return {"batches": int(batches), "sums": sums, "metrics": metrics}
 

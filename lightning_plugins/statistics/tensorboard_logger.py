@@ -101,6 +101,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint was cut, or name the run's hyper-parameters."""
+        self._tell_late_start(trainer, begun=bool(self._files))
         resumed, self._restored = self._restored, None
         if resumed is not None:
             self.close()

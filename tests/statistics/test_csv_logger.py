@@ -107,6 +107,17 @@ def test_every_epoch_has_training_and_validation_in_one_row():
     assert pandas.read_csv("log.csv").val_accuracy.notna().tolist() == [False, True, False, True]
 
 
+def test_an_epochs_row_keeps_its_place_when_only_its_cells_were_restored():
+    logger, recorder = CSVStatisticsLogger("log.csv", every="epoch"), StatisticsRecorder(["accuracy"])
+
+    class Forgetting(pl.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            logger._train = None  # as after a resume between training and validation
+
+    fit([logger, recorder, Forgetting()])
+    assert [(row["batch"], row["lr"]) for row in read("log.csv")] == [("3", "0.1")] * 2
+
+
 def test_every_epoch_in_s4tf_layout():
     fit([CSVStatisticsLogger("log.csv", every="epoch", layout="s4tf"), StatisticsRecorder(["accuracy"])])
     rows = read("log.csv")
@@ -168,6 +179,7 @@ def test_without_a_recorder_there_is_the_loss_and_what_the_module_logs():
     epochs = read("epochs.csv")
     assert float(epochs[-1]["val_val_margin"]) == pytest.approx(float(trainer.callback_metrics["val_margin"]))
     assert [type(callback).__name__ for callback in trainer.callbacks] == ["CSVStatisticsLogger"] * 2
+    assert trainer.callback_metrics.keys() == {"train_margin", "both", "both_step", "both_epoch", "val_margin"}
 
 
 def test_a_fresh_fit_moves_an_existing_file_aside_with_one_line(caplog):
@@ -207,9 +219,7 @@ def test_construction_touches_no_file():
     assert not list(Path().iterdir())
 
 
-def test_the_default_path_makes_its_directory(package):
-    if package is not pl:
-        pytest.skip("the Trainer's package makes no difference to a path")
+def test_the_default_path_makes_its_directory():
     fit([CSVStatisticsLogger()])
     assert len(read("run/log.csv")) == 10
 

@@ -134,13 +134,19 @@ def test_killed_twice_and_resumed_twice(tmp_path):
     assert len(list(broken.glob("log.replaced.*.csv"))) == 2
 
 
-def test_callbacks_added_to_a_resumed_run_begin_with_it(tmp_path):
+def test_callbacks_added_to_a_resumed_run_begin_with_it_and_say_so(tmp_path, caplog):
     checkpoint = ModelCheckpoint(tmp_path, filename="first")
     fit([checkpoint], enable_checkpointing=True, max_epochs=1)
     added = [StatisticsRecorder(["accuracy"]), CSVStatisticsLogger("log.csv"), TensorBoardStatisticsLogger("tb")]
     again = ModelCheckpoint(tmp_path, filename="second")
+    caplog.set_level("INFO")
     fit([*added, again], ckpt_path=tmp_path / "first.ckpt", enable_checkpointing=True)
     assert [row["epoch"] for row in read("log.csv")] == ["2"] * 5
+    said = [record.message for record in caplog.records if "the checkpoint has no state of it" in record.message]
+    assert said == [
+        f"{name}: the checkpoint has no state of it, so it begins at step 3."
+        for name in ("CSVStatisticsLogger", "TensorBoardStatisticsLogger")
+    ]
     assert len(scalars(Path("tb"))["train", "batch_loss"]) == 3
 
 
