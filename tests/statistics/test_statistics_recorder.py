@@ -552,3 +552,41 @@ def test_loggers_and_recorder_give_the_same_file_in_any_order():
         fit(order(StatisticsRecorder(["accuracy"]), logger))
         files.append(Path(logger.path).read_text())
     assert files[0] == files[1]
+
+
+def test_of_several_ranks_one_takes_the_state_of_all_and_the_others_none():
+    first = StatisticsRecorder(["accuracy"])
+    fit([first], max_epochs=1)
+    state = first.state_dict()
+    taken = []
+    for chief in (True, False):
+        recorder = StatisticsRecorder(["accuracy"])
+        recorder._restore(state, torch.device("cpu"), chief=chief)
+        taken.append(recorder.state_dict())
+    assert taken[0]["train"] == state["train"]
+    assert taken[1]["train"] == {"batches": 0, "sums": [], "metrics": {}}
+    assert [part["samples"] for part in taken] == [40, 0]
+
+
+def test_a_loss_that_is_a_plain_number_counts_in_validation():
+    class Numbers(Classifier):
+        def validation_step(self, batch, batch_idx):
+            return {"loss": float(batch_idx)}
+
+    trainer, _, _ = recorded([], model=Numbers())
+    assert float(trainer.callback_metrics["val_loss"]) == 0.5
+
+
+def test_manual_optimisation_that_returns_nothing_still_has_its_metrics():
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self._step("train", batch))
+            self.optimizers().step()
+
+    _, model, reader = recorded(["accuracy", "perplexity"], model=Manual())
+    expected = expected_rows(model.seen)
+    for row, (phase, _, values) in zip(reader.rows, expected, strict=True):
+        assert row.values["accuracy"] == pytest.approx(values["accuracy"])
+        assert ("loss" in row.values) == (phase == "validation")
