@@ -59,6 +59,12 @@ if TYPE_CHECKING:
         WarmupLinear as WarmupLinear,
         WarmupStableDecay as WarmupStableDecay,
     )
+    from lightning_plugins.statistics import (
+        ClassificationReport as ClassificationReport,
+        CSVStatisticsLogger as CSVStatisticsLogger,
+        StatisticsRecorder as StatisticsRecorder,
+        TensorBoardStatisticsLogger as TensorBoardStatisticsLogger,
+    )
 
 # Technique -> its public names. The package of a technique knows which module defines a name.
 _TECHNIQUES = {
@@ -107,6 +113,12 @@ _TECHNIQUES = {
         "WarmupCosineLR",
         "WarmupLinear",
         "WarmupStableDecay",
+    ],
+    "statistics": [
+        "CSVStatisticsLogger",
+        "ClassificationReport",
+        "StatisticsRecorder",
+        "TensorBoardStatisticsLogger",
     ],
 }
 

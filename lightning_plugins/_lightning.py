@@ -8,6 +8,7 @@ Objects that a user hands over are recognised by what they have, never by their 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as _unified
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_fabric.utilities.exceptions import MisconfigurationException as _ClassicError
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_plugins._run import AccumulationPlan, RunLength, count_steps
@@ -27,10 +29,12 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "logged_by_module",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
     "run_length",
+    "sum_over_ranks",
     "torch_optimizers",
 ]
 
@@ -53,6 +57,33 @@ else:
 def torch_optimizers(trainer: Trainer) -> list[Optimizer]:
     """Return the run's optimizers without Lightning's wrappers, in the order of ``configure_optimizers``."""
     return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
+
+
+def sum_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+    """Return a function that adds a tensor up over all ranks, or ``None`` when there is only one.
+
+    Every rank must call it at the same moment; the result lies on the rank's device and the argument is not changed.
+    """
+    if trainer.world_size == 1:
+        return None
+    strategy = trainer.strategy
+    return lambda tensor: strategy.reduce(tensor.to(strategy.root_device, copy=True), reduce_op="sum")
+
+
+def logged_by_module(trainer: Trainer, *, on_step: bool) -> dict[str, Tensor]:
+    """Return what the module has logged in the loop that runs now, without anything left over from another.
+
+    Args:
+        trainer: Its active loop is asked.
+        on_step: Whether the values of the last batch are meant, or those of the whole phase.
+    """
+    results = trainer._results
+    logged = dict(results.metrics(on_step)["callback"]) if results else {}
+    return {
+        name: value
+        for name, value in logged.items()
+        if not (name.endswith(("_step", "_epoch")) and name.rpartition("_")[0] in logged)
+    }
 
 
 def run_length(trainer: Trainer, batch_idx: int | None = None) -> RunLength:

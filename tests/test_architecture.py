@@ -13,7 +13,18 @@ import pytest
 import pytorch_lightning
 
 import lightning_plugins
-from lightning_plugins import EMA, GradientAccumulation, LearningRateScheduler, MicroBatching, PostHocEMA, WarmupCosine
+from lightning_plugins import (
+    EMA,
+    ClassificationReport,
+    CSVStatisticsLogger,
+    GradientAccumulation,
+    LearningRateScheduler,
+    MicroBatching,
+    PostHocEMA,
+    StatisticsRecorder,
+    TensorBoardStatisticsLogger,
+    WarmupCosine,
+)
 from lightning_plugins._lightning import Callback, MisconfigurationException
 
 PACKAGE = Path(lightning_plugins.__file__).parent
@@ -22,11 +33,18 @@ CALLBACKS = {
     "EMA": [EMA, lambda: EMA(name="slow")],
     "PostHocEMA": [PostHocEMA, lambda: PostHocEMA((0.07, 0.12))],
     "GradientAccumulation": [lambda: GradientAccumulation(4), lambda: GradientAccumulation(effective_batch_size=256)],
+    "CSVStatisticsLogger": [lambda: CSVStatisticsLogger("a.csv"), lambda: CSVStatisticsLogger("b.csv")],
+    "ClassificationReport": [lambda: ClassificationReport(3), lambda: ClassificationReport(3, labels=[0, 1])],
     "LearningRateScheduler": [
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=0),
         lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=1),
     ],
     "MicroBatching": [MicroBatching, lambda: MicroBatching(16)],
+    "StatisticsRecorder": [StatisticsRecorder, lambda: StatisticsRecorder(["accuracy"])],
+    "TensorBoardStatisticsLogger": [
+        lambda: TensorBoardStatisticsLogger("a"),
+        lambda: TensorBoardStatisticsLogger("b"),
+    ],
 }
 
 

@@ -1,0 +1,217 @@
+"""A CSV file that is only appended to, gets new columns on the right, and finds its place again after a resume.
+
+Cells are text that needs no quoting (numbers and plain words); column names are quoted where they must be. Nothing
+here knows a Trainer.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.statistics.files import GrowingFile, free_name, move_aside, replace_file
+
+_KEY = ("epoch", "batch", "phase")
+
+
+class CSVFile:
+    """Rows of text cells in a local CSV file.
+
+    Args:
+        path: The file. It is opened, and the header written, with the first row.
+        separator: Between cells: ``","``, or S4TF's ``", "``.
+        columns: The only columns, in order; ``None`` takes those of the first row, and new ones go to the right.
+
+    Example:
+        >>> import tempfile
+        >>> file = CSVFile(Path(tempfile.mkdtemp()) / "log.csv")
+        >>> file.add([{"epoch": "1", "batch": "1"}, {"epoch": "1", "batch": "2", "loss": "0.5"}])
+        >>> file.close()
+        >>> print(file.path.read_text(), end="")
+        epoch,batch,loss
+        1,1,
+        1,2,0.5
+    """
+
+    def __init__(self, path: Path, *, separator: str = ",", columns: Sequence[str] | None = None) -> None:
+        self.path = path
+        self._separator = separator
+        self._fixed = columns is not None
+        self._columns: list[str] = list(columns or ())
+        self._file: GrowingFile | None = None
+        self._waiting: list[Mapping[str, str]] = []
+        self._rows = 0
+        self._last_key: list[str] = []
+        self._complained: set[str] = set()
+
+    def add(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Append rows; what a full disk does not take waits in memory for the next call."""
+        if not rows:
+            return
+        self._waiting.extend(rows)
+        self._rows += len(rows)
+        self._last_key = _key(rows[-1])
+        self._write()
+
+    def begin(self) -> Path | None:
+        """Start a new file; return where an existing one was moved to."""
+        return move_aside(self.path)
+
+    def mark(self) -> dict[str, Any]:
+        """Return the place that :meth:`resume` finds again: rows so far, and what the last one is called."""
+        return {"rows": self._rows, "last": list(self._last_key)}
+
+    def resume(self, mark: Mapping[str, Any]) -> list[str]:
+        """Go on after the row at ``mark``; return what there is to say about the file that was found.
+
+        Later rows, which will be written again, are moved to a file beside this one. If the file has lost rows, what
+        there is stays; if its rows are not those of ``mark``, it is moved aside as a whole.
+        """
+        self.close()
+        self._rows, self._last_key = mark["rows"], list(mark["last"])
+        if not self._rows:
+            aside = self.begin()
+            return [f"{self.path.name} was moved to {aside.name}."] if aside else []
+        if not self.path.exists():
+            return [f"{self.path} is not there any more: the {self._rows} rows before the checkpoint are missing."]
+        return self._find_place(self.path.read_bytes())
+
+    def close(self) -> None:
+        """Close the file; rows that never found room are counted in a warning."""
+        if self._waiting:
+            self._write()
+        if self._waiting:
+            _warn(f"{len(self._waiting)} rows of {self.path} could not be written.")
+            self._waiting.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    # writing
+
+    def _write(self) -> None:
+        try:
+            self._make_room_for_columns()
+            join, columns, file = self._separator.join, self._columns, self._open()
+            text = "".join([join([row.get(name, "") for name in columns]) + "\n" for row in self._waiting]).encode()
+            file.append(text if file.size else self._header(columns) + text)
+        except OSError as error:
+            self._complain_once(
+                "disk",
+                f"{self.path} could not be written ({error}): training goes on, the rows wait in memory and are "
+                "written when there is room again.",
+            )
+            return
+        self._waiting.clear()
+        self._complained.discard("disk")
+
+    def _make_room_for_columns(self) -> None:
+        known = set(self._columns)
+        new = [] if self._fixed else list(dict.fromkeys(n for row in self._waiting for n in row if n not in known))
+        if new:
+            wider = self._columns + new
+            if self._columns and self._open().size:
+                self._rewrite(wider, padding=len(new))
+            self._columns = wider
+
+    def _open(self) -> GrowingFile:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = GrowingFile(self.path)
+        elif not self._file.is_in_place:
+            self._complain_once(
+                "moved",
+                f"{self.path} is not the file any more that this run writes: somebody moved it, or another run took "
+                "the path. The rows go on in the file that was moved.",
+            )
+        return self._file
+
+    def _rewrite(self, columns: list[str], padding: int) -> None:
+        """Put a wider file in place of this one, in one atomic step; the one rewrite that a new column costs."""
+        file = self._open()
+        content = file.read()
+        body = content[content.index(b"\n") + 1 :]
+        if not file.is_in_place:
+            self.path = free_name(self.path)
+        blank = self._separator * padding
+        replace_file(self.path, self._header(columns), body.replace(b"\n", f"{blank}\n".encode()))
+        file.close()
+        self._file = GrowingFile(self.path)
+
+    def _header(self, columns: Sequence[str]) -> bytes:
+        if self._separator != ",":
+            return (self._separator.join(columns) + "\n").encode()
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(columns)
+        return text.getvalue().encode()
+
+    def _complain_once(self, about: str, message: str) -> None:
+        if about not in self._complained:
+            self._complained.add(about)
+            _warn(message)
+
+    # resuming
+
+    def _find_place(self, content: bytes) -> list[str]:
+        lines = content.splitlines(keepends=True)
+        header = [name.strip() for name in next(csv.reader([_text(lines[0])]), [])] if lines else []
+        if header[:2] != ["epoch", "batch"]:
+            return self._give_up("its first line does not name the columns")
+        if self._fixed and header != self._columns:
+            return self._give_up(f"its columns are not {', '.join(self._columns)}")
+        place = self._row_number(lines, header)
+        if place is None and len(lines) > self._rows + 1:
+            return self._give_up(f"row {self._rows} is not that of the checkpoint")
+        said = []
+        if place is None:
+            place = len(lines) - 1
+            said.append(f"{self.path} has lost {self._rows - place or 1} rows; the run goes on after what is there.")
+        elif place != self._rows:
+            said.append(f"{self.path} has {place} rows up to the checkpoint, where {self._rows} were written.")
+        self._columns, self._rows = header, place
+        return said + self._keep(lines[: place + 1], lines[place + 1 :], content)
+
+    def _keep(self, kept: list[bytes], later: list[bytes], content: bytes) -> list[str]:
+        """Leave ``kept`` in the file and put ``later`` beside it first, so that no kill loses a row."""
+        said = []
+        if later:
+            beside = free_name(self.path, "replaced")
+            replace_file(beside, kept[0], *later)
+            said = [f"{len(later)} rows after the checkpoint were moved from {self.path.name} to {beside.name}."]
+        whole = b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept)  # an editor may have changed the line ends
+        if whole != content:
+            replace_file(self.path, whole)
+        return said
+
+    def _row_number(self, lines: list[bytes], header: list[str]) -> int | None:
+        """Return which line is the last row before the checkpoint; line 0 is the header."""
+
+        def is_it(line: bytes) -> bool:
+            cells = [cell.strip() for cell in next(csv.reader([_text(line)]), [])]
+            return _key(dict(zip(header, cells, strict=False))) == self._last_key
+
+        if len(lines) > self._rows and is_it(lines[self._rows]):
+            return self._rows
+        return next((number for number in range(len(lines) - 1, 0, -1) if is_it(lines[number])), None)
+
+    def _give_up(self, why: str) -> list[str]:
+        aside = move_aside(self.path)
+        self._rows, self._columns = 0, (self._columns if self._fixed else [])
+        return [f"{self.path} was damaged: {why}. It was moved to {aside and aside.name}, and a new file begins."]
+
+
+def _key(row: Mapping[str, str]) -> list[str]:
+    return [row.get(name, "") for name in _KEY]
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r\n")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LightningPluginsWarning, stacklevel=4)

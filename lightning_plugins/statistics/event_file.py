@@ -1,0 +1,152 @@
+"""TensorBoard event files: one record per step with all its scalars, written by tensorboard's own record writer.
+
+An event goes into a file of one run (a directory). What makes this cheap is one record per step instead of one per
+scalar, and no queue with a thread behind it: records are encoded when they are handed in and appended together.
+Nothing here knows a Trainer.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import summary_v2 as hparams
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.statistics.files import GrowingFile
+
+FILE_VERSION = "brain.Event:2"
+
+Scalars = tuple[int, float, Mapping[str, float]]
+"""Step (any whole number: the place on the x axis), seconds since 1970, tag -> value."""
+
+
+class EventFile:
+    """The event file of one run.
+
+    Args:
+        folder: The run's directory; it and the file are made with the first event.
+        purge_from: The step from which on everything in the directory's older files is void, as after a resume;
+            ``None`` for a new run.
+
+    Example:
+        >>> import tempfile
+        >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> file = EventFile(folder)
+        >>> file.add([(1, 0.0, {"loss": 0.5, "accuracy": 0.25}), (2, 0.1, {"loss": 0.25, "accuracy": 0.75})])
+        >>> file.close()
+        >>> [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars("loss")]
+        [(1, 0.5), (2, 0.25)]
+    """
+
+    def __init__(self, folder: Path, *, purge_from: int | None = None) -> None:
+        self.folder = folder
+        self._purge_from = purge_from
+        self._path: Path | None = None
+        self._file: GrowingFile | None = None
+        self._buffer = io.BytesIO()
+        self._records = RecordWriter(self._buffer)
+        self._complained = False
+
+    def add(self, events: Sequence[Scalars]) -> None:
+        """Append one event per step."""
+        for step, wall_time, scalars in events:
+            event = Event(wall_time=wall_time, step=step)
+            values = event.summary.value
+            for tag, value in scalars.items():
+                values.add(tag=tag, simple_value=value)
+            self._records.write(event.SerializeToString())
+        self._write()
+
+    def add_summary(self, *summaries: Any) -> None:
+        """Append an event without a step that carries what a plugin wrote."""
+        for given in summaries:
+            event = Event(wall_time=time.time(), summary=Summary.FromString(given.SerializeToString()))
+            self._records.write(event.SerializeToString())
+        self._write()
+
+    def close(self) -> None:
+        """Write what is left and close the file; the next event opens it again."""
+        if self._buffer.tell():
+            self._write()
+        if self._buffer.tell():
+            _warn(f"{self._buffer.tell()} bytes for {self._path or self.folder} could not be written.")
+            self._empty()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self) -> None:
+        try:
+            file = self._open()
+            file.append(self._buffer.getvalue() if file.size else self._first_records() + self._buffer.getvalue())
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                _warn(
+                    f"{self._path or self.folder} could not be written ({error}): training goes on, the events wait "
+                    "in memory and are written when there is room again."
+                )
+            return
+        self._empty()
+        self._complained = False
+
+    def _open(self) -> GrowingFile:
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._path = self._path or self.folder / _file_name(self.folder)
+            self._file = GrowingFile(self._path)
+        return self._file
+
+    def _first_records(self) -> bytes:
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        now = time.time()
+        records.write(Event(wall_time=now, file_version=FILE_VERSION).SerializeToString())
+        if self._purge_from is not None:
+            start = SessionLog(status=SessionLog.START)
+            records.write(Event(wall_time=now, step=self._purge_from, session_log=start).SerializeToString())
+        return buffer.getvalue()
+
+    def _empty(self) -> None:
+        self._buffer.seek(0)
+        self._buffer.truncate()
+
+
+def hyperparameter_summaries(hyperparameters: Mapping[str, Any], tags: Sequence[str], run: str) -> list[Any]:
+    """Return what the HPARAMS page needs to show a run, to be written above its directories of phases.
+
+    Args:
+        hyperparameters: Name -> value; what is no number, text or truth value is shown as text.
+        tags: The scalars to show beside them, of both phases.
+        run: The run's name.
+    """
+    plain = {str(k): v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hyperparameters.items()}
+    metrics = [
+        hparams.Metric(tag, group=phase, display_name=f"{tag} ({phase})")
+        for tag in tags
+        for phase in ("train", "validation")
+    ]
+    config = hparams.hparams_config_pb([hparams.HParam(name) for name in plain], metrics)
+    return [config, hparams.hparams_pb(plain, trial_id=run)]
+
+
+def _file_name(folder: Path) -> str:
+    """Return a name that sorts after those of the directory's other event files, for readers go by name."""
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
+    second = max([int(time.time()), *[taken + 1 for taken in seconds]])
+    return f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LightningPluginsWarning, stacklevel=4)

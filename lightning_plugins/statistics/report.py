@@ -1,0 +1,244 @@
+"""The callback that prints and saves scikit-learn's classification report after every validation and test."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, sum_over_ranks
+from lightning_plugins._validation import real_number, whole_number
+from lightning_plugins.statistics.confusion import ConfusionMatrix, Report
+from lightning_plugins.statistics.files import replace_file
+from lightning_plugins.statistics.sources import StepSources
+
+_SUFFIXES = (".txt", ".json", ".csv", ".png")
+
+
+class ClassificationReport(Callback):
+    """Precision, recall, F1 and support of every class: scikit-learn's report, from a streamed confusion matrix.
+
+    After every validation (not the sanity check's) and every test the report is printed, above the progress bar, and
+    saved. Text and dict are identical to ``sklearn.metrics.classification_report``, which need not be installed.
+
+    When: counts in ``on_validation_batch_end`` and ``on_test_batch_end``; reports in ``on_validation_epoch_end`` and
+    ``on_test_epoch_end``. By hand: :meth:`update`, :meth:`compute`, :meth:`reset`.
+
+    Checkpoint: nothing.
+
+    Distributed: the counts of all ranks are added up; rank 0 prints and saves. A sampler that repeats samples to give
+    every rank the same number is counted as it samples.
+
+    Cost: one whole number per pair of classes; a few small kernels per batch, no synchronisation.
+
+    Args:
+        num_classes: Number of classes; labels and predictions are 0 to ``num_classes - 1``. A label of -100 is left
+            out, as torch's cross-entropy does.
+        labels: The classes to report, in order; ``None`` for those present in labels or predictions.
+        target_names: A name for each of ``labels``; with ``labels=None`` one for each class.
+        digits: Digits after the point, in the text.
+        zero_division: What 0 / 0 is: 0, 1 or NaN; averages leave NaN out.
+        predictions: Where predictions come from: a key of what the step returns, the name of a submodule whose last
+            output is meant, or ``f(outputs, batch)``. By default ``outputs["logits"]`` or ``outputs["preds"]``, else
+            what the module's ``forward`` returned last.
+        targets: A key of what the step returns, or ``f(outputs, batch)``. By default ``outputs["target"]``, else
+            ``batch[1]``.
+        path: Where to save: one path or several; the suffix chooses the form: ``.txt``, ``.json``, ``.csv``, or
+            ``.png`` for a picture of the confusion matrix (needs matplotlib). ``{phase}`` and ``{epoch}`` in it are
+            filled in; without ``{phase}`` a test's file has ``-test`` before its suffix.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of range, a label is no class, the names do not fit, or a suffix is unknown.
+
+    Example:
+        >>> import torch
+        >>> report = ClassificationReport(2, target_names=["cat", "dog"])
+        >>> report.update(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 1, 0]))
+        >>> report.compute(output_dict=True)["accuracy"]
+        0.75
+
+    References:
+        scikit-learn 1.9, ``sklearn.metrics.classification_report``. Differs: predictions come first, as everywhere in
+        torch, and absent classes of a full list of names are left out instead of refused.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        labels: Sequence[int] | None = None,
+        target_names: Sequence[str] | None = None,
+        digits: int = 2,
+        zero_division: float = 0,
+        predictions: str | Callable[[Any, Any], Any] | None = None,
+        targets: str | Callable[[Any, Any], Any] | None = None,
+        path: str | Path | Sequence[str | Path] | None = None,
+    ) -> None:
+        self.num_classes = whole_number("num_classes", num_classes, at_least=2)
+        self.labels = _checked_labels(labels, self.num_classes)
+        self.target_names = _checked_names(target_names, self.labels, self.num_classes)
+        self.digits = whole_number("digits", digits)
+        self.zero_division = _checked_zero_division(zero_division)
+        self.paths = _checked_paths(path)
+        self._key = f"{type(self).__qualname__}{{labels={self.labels!r}, path={self.paths!r}}}"
+        self._sources = StepSources(predictions, targets, type(self).__name__)
+        self._matrix = ConfusionMatrix(self.num_classes)
+
+    @property
+    def state_key(self) -> str:
+        """Tells reports apart by their classes and files."""
+        return self._key
+
+    # by hand
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            predictions: Class numbers of the targets' shape, or scores with one more dimension for the classes.
+            targets: Class numbers.
+
+        Raises:
+            ValueError: If the shapes do not belong together.
+        """
+        self._matrix.update(predictions, targets)
+
+    def compute(self, output_dict: bool = False) -> str | dict[str, Any]:  # noqa: FBT001, FBT002  # scikit-learn's way
+        """Return the report of what this process has counted, as text or as a dict.
+
+        Raises:
+            ValueError: If nothing was counted, or something that is not a class.
+        """
+        report = self._report(self._matrix.cells)
+        if not report.counts.any():
+            raise ValueError("There is nothing to report: no label has been counted.")
+        return report.to_dict() if output_dict else report.text()
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self._matrix.reset()
+
+    # hooks, in the order in which they fire
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start to listen for predictions."""
+        if stage != "predict":
+            self._sources.listen(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of the training batch's output."""
+        self._sources.forget()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from zero."""
+        self.reset()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch."""
+        if trainer.sanity_checking:
+            self._sources.forget()
+            return
+        self.update(self._sources.predictions(outputs, batch), self._sources.targets(outputs, batch))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print and save the report."""
+        if trainer.sanity_checking:
+            return
+        add_up = sum_over_ranks(trainer)
+        cells = self._matrix.cells
+        report = self._report(cells if add_up is None else add_up(cells))
+        if trainer.is_global_zero and report.counts.any():
+            pl_module.print(report.text())
+            for path in self.paths:
+                _save(report, _filled(path, "test" if trainer.testing else "validation", trainer.current_epoch + 1))
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hook off the module."""
+        self._sources.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hook off the module."""
+        self._sources.close()
+
+    def _report(self, cells: Tensor) -> Report:
+        counts = self._matrix.counts(cells)
+        return Report(counts, self.labels, self.target_names, self.digits, self.zero_division)
+
+
+def _save(report: Report, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        from lightning_plugins.statistics.plot import plot_confusion_matrix  # noqa: PLC0415  # matplotlib on use
+
+        plot_confusion_matrix(report, path)
+        return
+    forms = {".txt": report.text, ".csv": report.csv}
+    text = json.dumps(report.to_dict(), indent=2) + "\n" if path.suffix == ".json" else forms[path.suffix]()
+    replace_file(path, text.encode())
+
+
+def _filled(path: str, phase: str, epoch: int) -> Path:
+    filled = Path(path.replace("{phase}", phase).replace("{epoch}", str(epoch)))
+    if phase == "test" and "{phase}" not in path:
+        return filled.with_name(f"{filled.stem}-test{filled.suffix}")
+    return filled
+
+
+def _checked_labels(labels: Sequence[int] | None, num_classes: int) -> tuple[int, ...] | None:
+    if labels is None:
+        return None
+    checked = tuple(whole_number("labels", label) for label in labels)
+    if not checked or len(set(checked)) != len(checked) or max(checked) >= num_classes:
+        raise ValueError(f"`labels` must be distinct classes from 0 to {num_classes - 1}, got {list(labels)}.")
+    return checked
+
+
+def _checked_names(
+    names: Sequence[str] | None, labels: tuple[int, ...] | None, num_classes: int
+) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`target_names` must be a list of names, got {names!r}.")
+    wanted = num_classes if labels is None else len(labels)
+    if len(names) != wanted:
+        what = "classes" if labels is None else "`labels`"
+        raise ValueError(f"`target_names` must have one name for each of the {wanted} {what}, got {len(names)}.")
+    return tuple(names)
+
+
+def _checked_zero_division(value: float) -> float:
+    if isinstance(value, float) and math.isnan(value):
+        return value
+    if real_number("zero_division", value) not in (0, 1):
+        raise ValueError(f"`zero_division` must be 0, 1 or NaN, got {value!r}.")
+    return float(value)
+
+
+def _checked_paths(path: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
+    given = () if path is None else (path,) if isinstance(path, (str, Path)) else tuple(path)
+    for one in given:
+        if not isinstance(one, (str, Path)):
+            raise TypeError(f"`path` must be a path or several, got {one!r}.")
+        if Path(one).suffix not in _SUFFIXES:
+            raise ValueError(f"`path` must end in one of {', '.join(map(repr, _SUFFIXES))}, got '{one}'.")
+    return tuple(str(one) for one in given)

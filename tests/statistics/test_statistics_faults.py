@@ -1,0 +1,155 @@
+"""Faults of the machine, made by the machine: a file that may not grow, two runs at once, rows that cost the same."""
+
+import os
+import resource
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
+from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.statistics.csv_file import CSVFile
+from tests.support.statistics_runs import dataset, fit, read
+
+
+def in_child(function, seconds=60):
+    """Call ``function`` in a process of its own; return its exit code."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return child, time.monotonic() + seconds
+
+
+def joined(child, deadline):
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("the child did not end in time")
+
+
+class NoRoom(pl.Callback):
+    """Lets no file grow beyond 1500 bytes between two steps; the kernel then writes what fits and refuses the rest."""
+
+    def __init__(self, begin, end):
+        self.begin, self.end = begin, end
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        if batch_idx == self.begin:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+        if batch_idx == self.end:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+@pytest.mark.parametrize("end", [60, 10**6], ids=["room again", "no room to the end"])
+def test_training_goes_on_when_files_may_not_grow(end):
+    def work():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(
+                [
+                    StatisticsRecorder(["accuracy"]),
+                    CSVStatisticsLogger("log.csv", flush_seconds=0),
+                    TensorBoardStatisticsLogger("tb"),
+                    NoRoom(5, end),
+                ],
+                data=(DataLoader(dataset(800), batch_size=8), None),
+                max_epochs=1,
+            )
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        ours = [str(w.message) for w in caught if issubclass(w.category, LightningPluginsWarning)]
+        Path("warnings").write_text("\n".join(ours))
+
+    assert joined(*in_child(work)) == 0
+    said = Path("warnings").read_text().splitlines()
+    rows = read("log.csv")
+    (train,) = Path("tb").glob("*/train")
+    losses = EventAccumulator(str(train)).Reload().Scalars("batch_loss")
+    assert [row["batch"] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]  # what is there is whole
+    assert [event.step for event in losses] == list(range(1, len(losses) + 1))
+    outages = [line for line in said if "training goes on" in line]
+    assert len(outages) == 2  # one for each file
+    if end == 60:
+        assert len(rows) == len(losses) == 100
+        assert len(said) == 2
+    else:
+        assert len(rows) < 100
+        assert f"{100 - len(rows)} rows of log.csv could not be written." in said
+
+
+def test_two_runs_on_one_path_at_once_lose_no_row():
+    def work():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(
+                [CSVStatisticsLogger("log.csv", flush_seconds=0), StatisticsRecorder(["accuracy"])],
+                data=(DataLoader(dataset(2400), batch_size=4), None),
+                max_epochs=1,
+            )
+
+    children = [in_child(work) for _ in range(2)]
+    assert [joined(*child) for child in children] == [0, 0]
+    files = sorted(Path().glob("log*.csv"))
+    assert len(files) == 2
+    assert [len(read(path)) for path in files] == [600, 600]
+
+
+def test_a_kill_in_the_middle_leaves_whole_rows():
+    def work():
+        file = CSVFile(Path("log.csv"))
+        for number in range(10**6):
+            file.add([{"epoch": "1", "batch": str(number + 1), "loss": "0.5"}])
+
+    child, _ = in_child(work)
+    while not Path("log.csv").exists() or Path("log.csv").stat().st_size < 50_000:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    rows = read("log.csv")
+    assert Path("log.csv").read_bytes().endswith(b"\n")
+    assert [row["batch"] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]
+
+
+def test_a_row_writes_its_own_bytes_and_no_more(monkeypatch):
+    # the cost of a row does not depend on how many there are: nothing but the new rows is written
+    from lightning_plugins.statistics import files
+
+    written = []
+    original = files.GrowingFile.append
+    monkeypatch.setattr(
+        files.GrowingFile, "append", lambda self, data: (written.append(len(data)), original(self, data))
+    )
+    monkeypatch.setattr(files.GrowingFile, "read", lambda self: pytest.fail("read the whole file"))
+    file = CSVFile(Path("log.csv"))
+    for number in range(1, 2001):
+        file.add([{"epoch": "1", "batch": str(number), "loss": "0.5"}])
+    file.close()
+    assert max(written[1:]) <= len("1,2000,0.5\n")
+
+
+def test_a_directory_that_vanishes_during_training_costs_a_warning():
+    class Vandal(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            Path("logs/log.csv").unlink(missing_ok=True)
+
+    with pytest.warns(LightningPluginsWarning, match="somebody moved it, or another run took the path"):
+        fit([CSVStatisticsLogger("logs/log.csv"), Vandal()])

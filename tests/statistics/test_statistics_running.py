@@ -1,0 +1,312 @@
+"""The arithmetic of running statistics, against NumPy and scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import accuracy_score, matthews_corrcoef, top_k_accuracy_score
+
+from lightning_plugins.statistics.labels import LabelledBatch
+from lightning_plugins.statistics.rows import Ledger, Row, evaluate
+from lightning_plugins.statistics.running import PhaseSums, statistic_set
+from tests.support.statistics_runs import Recording
+
+
+def value_of(sums, name):
+    row = Row("train", 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, sums.snapshot())
+    evaluate(sums.statistics, [row])
+    return row.values[name]
+
+
+def run(metrics, batches):
+    """Return the sums after batches of (loss, predictions, targets)."""
+    sums = PhaseSums(statistic_set(metrics))
+    for loss, predictions, targets in batches:
+        sums.update(torch.tensor(loss), predictions, targets)
+    return sums
+
+
+def random_batches(seed, classes, sizes=(16, 3, 7)):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            float(torch.rand((), generator=generator)),
+            torch.randn(size, classes, generator=generator),
+            torch.randint(classes, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+def joined(batches):
+    return (
+        torch.cat([predictions for _, predictions, _ in batches]).numpy(),
+        torch.cat([targets for *_, targets in batches]).numpy(),
+    )
+
+
+def test_loss_is_the_plain_mean_of_the_batches_losses():
+    sums = run([], [(1.0, None, None), (2.0, None, None), (6.0, None, None)])
+    assert value_of(sums, "loss") == 3.0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_accuracy_and_top5_equal_scikit_learn_over_uneven_batches(seed):
+    batches = random_batches(seed, 9)
+    scores, labels = joined(batches)
+    sums = run(["accuracy", "top5_accuracy"], batches)
+    assert value_of(sums, "accuracy") == pytest.approx(accuracy_score(labels, scores.argmax(1)), rel=1e-15)
+    expected = top_k_accuracy_score(labels, scores, k=5, labels=range(9))
+    assert value_of(sums, "top5_accuracy") == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_matthews_correlation_equals_scikit_learn(seed):
+    batches = random_batches(seed, 2)
+    scores, labels = joined(batches)
+    ours = value_of(run(["matthews_correlation_coefficient"], batches), "matthews_correlation_coefficient")
+    assert ours == pytest.approx(matthews_corrcoef(labels, scores.argmax(1)), abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels"), [([1, 1, 1], [0, 1, 1]), ([0, 0], [0, 0]), ([1, 0], [1, 1]), ([1, 1], [1, 1])]
+)
+def test_matthews_correlation_is_0_when_a_class_is_never_seen_or_predicted(predicted, labels):
+    sums = run(["matthews_correlation_coefficient"], [(0.0, torch.tensor(predicted), torch.tensor(labels))])
+    assert value_of(sums, "matthews_correlation_coefficient") == 0.0
+
+
+def test_matthews_correlation_of_many_samples_does_not_overflow():
+    # S4TF multiplied integer counts and overflowed at about 1e5 samples
+    count = 2**18
+    labels = torch.arange(count) % 2
+    predicted = torch.where(torch.arange(count) % 8 == 0, 1 - labels, labels)
+    ours = value_of(
+        run(["matthews_correlation_coefficient"], [(0.0, predicted, labels)] * 4), "matthews_correlation_coefficient"
+    )
+    assert ours == pytest.approx(matthews_corrcoef(labels.numpy(), predicted.numpy()), abs=1e-12)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_not_the_mean_of_exponentials():
+    sums = run(["perplexity"], [(1.0, None, None), (3.0, None, None)])
+    assert value_of(sums, "perplexity") == pytest.approx(math.exp(2.0))
+
+
+def test_perplexity_of_a_hopeless_loss_is_infinite():
+    assert value_of(run(["perplexity"], [(1000.0, None, None)]), "perplexity") == math.inf
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_shows(loss):
+    ours = value_of(run([], [(1.0, None, None), (loss, None, None)]), "loss")
+    assert repr(ours) == repr(loss)
+
+
+def test_ties_count_as_correct_in_top5_and_the_first_class_wins_in_accuracy():
+    level = torch.zeros(2, 7)
+    batch = LabelledBatch(level, torch.tensor([0, 6]))
+    assert batch.correct() == 1  # argmax is class 0
+    assert batch.correct_of(5) == 2  # no score is strictly above the label's
+
+
+def test_a_row_with_a_score_that_is_not_finite_is_wrong_in_top5():
+    scores = torch.zeros(3, 7)
+    scores[0, 3] = math.nan
+    scores[1, 3] = math.inf
+    assert LabelledBatch(scores, torch.tensor([0, 3, 3])).correct_of(5) == 1
+
+
+def test_five_or_fewer_classes_make_top5_always_correct():
+    assert LabelledBatch(torch.randn(4, 5), torch.tensor([0, 1, 2, 3])).correct_of(5) == 4
+
+
+def test_a_label_beyond_the_scores_is_wrong_in_top5_and_crashes_nothing():
+    assert LabelledBatch(torch.zeros(2, 7), torch.tensor([7, -1])).correct_of(5) == 0
+
+
+def test_labels_of_minus_100_are_not_counted():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+    targets = torch.tensor([0, -100, 0])
+    sums = run(["accuracy", "matthews_correlation_coefficient"], [(0.0, logits, targets)])
+    assert value_of(sums, "accuracy") == 0.5
+    assert LabelledBatch(logits, targets).binary_counts() == (0, 1, 0)
+
+
+def test_no_label_that_counts_gives_nan():
+    assert math.isnan(value_of(run(["accuracy"], [(0.0, torch.zeros(1, 2), torch.tensor([-100]))]), "accuracy"))
+
+
+@pytest.mark.parametrize(
+    ("predictions", "targets"),
+    [
+        (torch.randn(4, 5, 7), torch.randint(7, (4, 5))),  # a sequence, classes last
+        (torch.randn(4, 7, 3, 2), torch.randint(7, (4, 3, 2))),  # a picture, classes second
+        (torch.randint(7, (4, 5)), torch.randint(7, (4, 5))),  # class numbers
+    ],
+)
+def test_scores_of_several_dimensions_are_flattened(predictions, targets):
+    batch = LabelledBatch(predictions, targets)
+    if predictions.shape == targets.shape:
+        classes = predictions
+    else:
+        classes = predictions.argmax(-1 if predictions.shape[:-1] == targets.shape else 1)
+    assert batch.correct() == (classes == targets).sum()
+    assert batch.label_count() == targets.numel()
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_one_logit_is_class_1_from_zero_on(shape):
+    # as in S4TF, where the sigmoid of the logit must be at least one half
+    logits = torch.tensor([-1.0, -0.1, 0.0, 0.1, 2.0, -3.0]).reshape(shape)
+    targets = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    assert LabelledBatch(logits, targets).correct() == 4
+
+
+@pytest.mark.parametrize(("predictions", "targets"), [((4, 3), (5,)), ((4, 3, 2), (4,)), ((4,), (4, 2))])
+def test_shapes_that_do_not_belong_together_are_named(predictions, targets):
+    with pytest.raises(ValueError, match=r"Predictions of shape \(4.* do not belong to targets of shape"):
+        LabelledBatch(torch.zeros(predictions), torch.zeros(targets, dtype=torch.long))
+
+
+def test_top5_of_class_numbers_is_refused():
+    with pytest.raises(ValueError, match="`top5_accuracy` needs a score for every class"):
+        LabelledBatch(torch.tensor([1]), torch.tensor([1])).correct_of(5)
+
+
+def test_matthews_correlation_of_three_classes_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"for two classes, but the predictions have 3.*MatthewsCorrCoef"):
+        LabelledBatch(torch.zeros(1, 3), torch.tensor([1])).binary_counts()
+
+
+def test_unknown_names_get_the_nearest_one_offered():
+    with pytest.raises(ValueError, match=r"'top5_acuracy'; did you mean 'top5_accuracy'\?"):
+        statistic_set(["top5_acuracy"])
+    with pytest.raises(ValueError, match=r"got 'zzz'\.$"):
+        statistic_set(["zzz"])
+    with pytest.raises(ValueError, match="must not name 'loss'"):
+        statistic_set(["loss"])
+    with pytest.raises(ValueError, match="distinct names, got 'accuracy' twice"):
+        statistic_set(["accuracy", "accuracy"])
+    with pytest.raises(TypeError, match="must hold names or torchmetrics objects, got 3"):
+        statistic_set([3])
+
+
+def test_torchmetrics_objects_are_named_after_their_class_or_their_key():
+    accuracy = torchmetrics.classification.MulticlassAccuracy(3)
+    assert statistic_set([accuracy]).names == ("loss", "multiclass_accuracy")
+    assert statistic_set(accuracy).names == ("loss", "multiclass_accuracy")
+    assert statistic_set({"mine": accuracy}).names == ("loss", "mine")
+    collection = torchmetrics.MetricCollection([accuracy, torchmetrics.classification.MulticlassF1Score(3)])
+    assert statistic_set([collection]).names == ("loss", "multiclass_accuracy", "multiclass_f1_score")
+    assert statistic_set(collection).names == ("loss", "multiclass_accuracy", "multiclass_f1_score")
+
+
+def test_a_torchmetrics_object_runs_and_the_users_own_is_left_alone():
+    metric = torchmetrics.classification.MulticlassF1Score(9, average="macro")
+    batches = random_batches(3, 9)
+    sums = run([metric], batches)
+    reference = torchmetrics.classification.MulticlassF1Score(9, average="macro")
+    scores, labels = joined(batches)
+    assert value_of(sums, "multiclass_f1_score") == pytest.approx(
+        float(reference(torch.tensor(scores), torch.tensor(labels)))
+    )
+    assert metric.update_count == 0
+
+
+def test_a_torchmetrics_object_that_computes_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"one number each, got a tensor of shape \(9, 9\) from 'multiclass_confusion"):
+        run([torchmetrics.classification.MulticlassConfusionMatrix(9)], random_batches(0, 9)).snapshot()
+
+
+def test_a_torchmetrics_object_that_refuses_a_batch_is_named():
+    with pytest.raises(ValueError, match="'multiclass_accuracy' in `metrics` refused a batch"):
+        run([torchmetrics.classification.MulticlassAccuracy(3)], [(0.0, torch.zeros(2, 3), torch.zeros(5).long())])
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [torchmetrics.classification.MulticlassF1Score(9), torchmetrics.classification.MulticlassAUROC(9)],
+    ids=["sums", "lists"],
+)
+def test_a_run_split_by_its_state_equals_the_whole_run(metric):
+    names = ["accuracy", "top5_accuracy", "perplexity", metric]
+    batches = random_batches(5, 9, sizes=(64, 64, 64, 64))
+    first = run(names, batches[:2])
+    second = PhaseSums(statistic_set(names))
+    second.load(first.state(), torch.device("cpu"))
+    for loss, predictions, targets in batches[2:]:
+        second.update(torch.tensor(loss), predictions, targets)
+    whole = run(names, batches)
+    for name in whole.statistics.names:
+        assert value_of(second, name) == value_of(whole, name)
+    assert value_of(first, "loss") != value_of(whole, "loss")
+
+
+def test_half_precision_losses_are_added_in_double():
+    losses = [1 + index / 128 for index in range(100)]
+    sums = PhaseSums(statistic_set([]))
+    for loss in losses:
+        sums.update(torch.tensor(loss, dtype=torch.bfloat16), None, None)
+    exact = np.mean([float(torch.tensor(loss, dtype=torch.bfloat16)) for loss in losses])
+    assert value_of(sums, "loss") == pytest.approx(exact, rel=1e-15)
+
+
+def test_a_loss_that_is_changed_in_place_afterwards_was_counted_as_it_was():
+    loss = torch.tensor(2.0)
+    sums = PhaseSums(statistic_set([]))
+    sums.update(loss, None, None)
+    loss.mul_(100)
+    assert value_of(sums, "loss") == 2.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60), st.data())
+def test_accuracy_does_not_depend_on_how_samples_are_cut_into_batches(pairs, data):
+    cut = data.draw(st.integers(0, len(pairs)))
+    predicted, labels = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    parts = [(0.0, predicted[s], labels[s]) for s in (slice(cut), slice(cut, None)) if predicted[s].numel()]
+    whole = run(["accuracy"], [(0.0, predicted, labels)])
+    assert value_of(run(["accuracy"], parts), "accuracy") == value_of(whole, "accuracy")
+    assert value_of(whole, "accuracy") == pytest.approx(np.mean([p == t for p, t in pairs]))
+
+
+class TwoRanks:
+    """Adds up as if another rank had seen the same."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, tensor):
+        self.calls += 1
+        return tensor * 2
+
+
+def test_a_ledger_of_several_ranks_hands_out_by_number_and_doubles_up_to_what_the_patience_allows():
+    ledger, add_up = Ledger(statistic_set(["accuracy"])), TwoRanks()
+    ledger.reduce = add_up
+    ledger.readers.append(reader := Recording(flush_seconds=1000))
+    sums = PhaseSums(ledger.statistics)
+    for number in range(1, 61):
+        sums.update(torch.tensor(float(number)), torch.tensor([1, 0]), torch.tensor([1, 1]))
+        ledger.add(Row("train", 1, 1, number, 60, number, 2 * number, 0.1, 0.0, 0.0, sums.snapshot()))
+    ledger.flush()
+    # twice the proposal of rank 0, for the stand-in adds everything up twice: 1, 4, 16 rows, then the rest
+    assert (reader.writes, add_up.calls) == (4, 4)
+    assert [row.values["loss"] for row in reader.rows] == [(number + 1) / 2 for number in range(1, 61)]
+    assert {row.values["accuracy"] for row in reader.rows} == {0.5}
+    assert [row.samples for row in reader.rows] == [4 * number for number in range(1, 61)]
+
+
+def test_a_ledger_alone_after_an_exception_asks_nobody():
+    ledger, add_up = Ledger(statistic_set([])), TwoRanks()
+    ledger.reduce = add_up
+    ledger.readers.append(reader := Recording())
+    sums = PhaseSums(ledger.statistics)
+    sums.update(torch.tensor(3.0), None, None)
+    ledger.add(Row("train", 1, 1, 1, 1, 1, 1, torch.tensor(0.5), 0.0, 0.0, sums.snapshot()))
+    ledger.flush(together=False)
+    assert add_up.calls == 0
+    assert (reader.rows[0].values, reader.rows[0].lr) == ({"loss": 3.0}, 0.5)

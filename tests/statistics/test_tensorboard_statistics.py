@@ -1,0 +1,323 @@
+"""TensorBoard's files, read back by tensorboard's own reader and by a real server."""
+
+import errno
+import http.client
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+from lightning_plugins import StatisticsRecorder, TensorBoardStatisticsLogger
+from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.statistics import files
+from lightning_plugins.statistics.event_file import EventFile
+from tests.support.statistics_runs import Classifier, Recording, expected_rows, fit, loaders, resumable, trainer_of
+
+
+class WithHyperparameters(Classifier):
+    def __init__(self, lr=0.1, name="small", wide=False, layers=(1, 2)):
+        super().__init__(lr=lr)
+        self.save_hyperparameters()
+
+
+def scalars(logger):
+    """Return (phase, tag) -> [(step, value)]."""
+    found = {}
+    for phase in ("train", "validation"):
+        accumulator = EventAccumulator(str(logger.run_directory / phase)).Reload()
+        for tag in accumulator.Tags()["scalars"]:
+            found[phase, tag] = [(event.step, event.value) for event in accumulator.Scalars(tag)]
+    return found
+
+
+def test_both_phases_have_the_same_tags_and_the_right_values():
+    logger = TensorBoardStatisticsLogger("tb")
+    _, model = fit([logger, StatisticsRecorder(["accuracy", "perplexity"])])
+    found = scalars(logger)
+    names = ("loss", "accuracy", "perplexity")
+    assert set(found) == {
+        *(("train", f"batch_{name}") for name in (*names, "lr")),
+        *((phase, f"epoch_{name}") for phase in ("train", "validation") for name in names),
+    }
+    expected = expected_rows(model.seen)
+    training = [values for phase, _, values in expected if phase == "train"]
+    for name in names:
+        assert [step for step, _ in found["train", f"batch_{name}"]] == [1, 2, 3, 4, 5, 6]
+        assert [value for _, value in found["train", f"batch_{name}"]] == pytest.approx(
+            [values[name] for values in training], rel=1e-6
+        )
+        ends = {
+            phase: [v[name] for p, batch, v in expected if (p, batch) == (phase, last)]
+            for phase, last in (("train", 3), ("validation", 2))
+        }
+        for phase, values in ends.items():
+            assert found[phase, f"epoch_{name}"] == [(3, pytest.approx(values[0])), (6, pytest.approx(values[1]))]
+    assert found["train", "batch_lr"] == [(step, pytest.approx(0.1)) for step in range(1, 7)]
+
+
+def test_a_step_is_one_event_with_all_its_scalars():
+    logger = TensorBoardStatisticsLogger("tb")
+    fit([logger, StatisticsRecorder(["accuracy", "perplexity"])], max_epochs=1)
+    (path,) = (logger.run_directory / "train").iterdir()
+    events = list(LegacyEventFileLoader(str(path)).Load())
+    assert events[0].file_version == "brain.Event:2"
+    assert [(event.step, len(event.summary.value)) for event in events[1:]] == [(1, 4), (2, 4), (3, 4), (3, 3)]
+    assert all(abs(event.wall_time - time.time()) < 60 for event in events)
+
+
+@pytest.mark.parametrize(
+    ("axis", "batches", "ends"),
+    [
+        ("step", [1, 2, 3, 4, 5, 6], [3, 6]),
+        ("samples", [16, 32, 40, 56, 72, 80], [40, 80]),
+        ("epoch", None, [1, 2]),
+        ("time", [0] * 6, [0, 0]),
+    ],
+)
+def test_the_x_axis_is_chosen(axis, batches, ends):
+    logger = TensorBoardStatisticsLogger("tb", axis=axis)
+    fit([logger, StatisticsRecorder()])
+    found = scalars(logger)
+    assert [step for step, _ in found["validation", "epoch_loss"]] == ends
+    assert [step for step, _ in found["train", "epoch_loss"]] == ends
+    if batches is None:
+        assert ("train", "batch_loss") not in found
+        assert [value for _, value in found["train", "epoch_lr"]] == pytest.approx([0.1, 0.1])
+    else:
+        assert [step for step, _ in found["train", "batch_loss"]] == batches
+
+
+def test_under_accumulation_there_is_one_point_per_optimizer_step():
+    logger = TensorBoardStatisticsLogger("tb")
+    fit([logger, StatisticsRecorder()], accumulate_grad_batches=2)
+    assert [step for step, _ in scalars(logger)["train", "batch_loss"]] == [1, 2, 3, 4]
+
+
+def test_a_recorder_of_epochs_gives_no_batch_charts():
+    logger = TensorBoardStatisticsLogger("tb")
+    fit([logger, StatisticsRecorder(every="epoch")])
+    assert set(scalars(logger)) == {("train", "epoch_loss"), ("validation", "epoch_loss")}
+
+
+def test_without_a_recorder_what_the_module_logs_shares_its_tags():
+    class Logging(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_margin", loss * 2, on_step=True, on_epoch=True)
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            loss = super().validation_step(batch, batch_idx)
+            self.log("val_margin", loss * 2)
+            self.log("val_loss", loss)
+
+    logger = TensorBoardStatisticsLogger("tb")
+    trainer, _ = fit([logger], Logging)
+    found = scalars(logger)
+    assert ("validation", "epoch_margin") in found
+    assert found["validation", "epoch_margin"][-1][1] == pytest.approx(float(trainer.callback_metrics["val_margin"]))
+    assert found["train", "epoch_margin"][-1][1] == pytest.approx(float(trainer.callback_metrics["train_margin"]))
+    # a validation that returns no loss but logs one has it on the same chart
+    assert found["validation", "epoch_loss"][-1][1] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+
+
+def test_every_run_has_a_directory_of_its_own():
+    loggers = [TensorBoardStatisticsLogger("tb") for _ in range(3)]
+    for logger in loggers:
+        fit([logger], max_epochs=1)
+    assert len({logger.run_directory for logger in loggers}) == 3
+    assert len(list(Path("tb").iterdir())) == 3
+    assert TensorBoardStatisticsLogger("tb").run_directory is None
+
+
+def test_a_second_fit_goes_on():
+    logger, recorder = TensorBoardStatisticsLogger("tb", axis="samples"), StatisticsRecorder()
+    fit([logger, recorder])
+    fit([logger, recorder])
+    assert [step for step, _ in scalars(logger)["validation", "epoch_loss"]] == [40, 80, 120, 160]
+    assert len(list(Path("tb").iterdir())) == 1
+
+
+def test_validate_test_fast_dev_run_and_construction_write_nothing():
+    logger = TensorBoardStatisticsLogger("tb")
+    trainer = trainer_of(pl, [logger, StatisticsRecorder()])
+    trainer.validate(Classifier(), loaders()[1], verbose=False)
+    trainer.test(Classifier(), loaders()[1], verbose=False)
+    fit([logger], fast_dev_run=True)
+    assert not Path("tb").exists()
+
+
+def test_a_resumed_run_goes_on_in_its_directory_and_voids_what_came_after(tmp_path):
+    def checkpoint():
+        return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+    first = TensorBoardStatisticsLogger("tb")
+    fit([first, StatisticsRecorder(), checkpoint()], enable_checkpointing=True, data=resumable())
+    again, recorder = TensorBoardStatisticsLogger("tb"), StatisticsRecorder()
+    recorder.subscribe(reader := Recording())
+    fit(
+        [again, recorder, checkpoint()],
+        ckpt_path=tmp_path / "step=2.ckpt",
+        enable_checkpointing=True,
+        data=resumable(),
+        max_epochs=3,
+    )
+    assert again.run_directory == first.run_directory
+    assert [len(list(folder.iterdir())) for folder in sorted(again.run_directory.iterdir())] == [2, 2]
+    found = scalars(again)
+    assert [step for step, _ in found["train", "batch_loss"]] == list(range(1, 10))
+    written = [row.values["loss"] for row in reader.rows if row.phase == "train"]
+    assert [value for _, value in found["train", "batch_loss"]][2:] == pytest.approx(written)
+    assert [step for step, _ in found["validation", "epoch_loss"]] == [3, 6, 9]
+
+
+def test_nan_and_infinity_are_written_as_such():
+    class Diverging(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * [1.0, math.inf, math.nan][batch_idx]
+
+    logger = TensorBoardStatisticsLogger("tb")
+    fit([logger], Diverging, max_epochs=1)
+    values = [value for _, value in scalars(logger)["train", "batch_loss"]]
+    assert values[1] == math.inf
+    assert math.isnan(values[2])
+
+
+def test_a_full_disk_costs_one_warning_and_no_event(tmp_path, monkeypatch):
+    original, full = files.GrowingFile.append, [False]
+
+    def append(self, data):
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, data)
+
+    monkeypatch.setattr(files.GrowingFile, "append", append)
+    file = EventFile(tmp_path)
+    file.add([(1, 0.0, {"loss": 1.0})])
+    full[0] = True
+    with pytest.warns(LightningPluginsWarning, match="could not be written .*No space left.*the events wait in memory"):
+        file.add([(2, 0.0, {"loss": 2.0})])
+    file.add([(3, 0.0, {"loss": 3.0})])
+    full[0] = False
+    file.add([(4, 0.0, {"loss": 4.0})])
+    full[0] = True
+    with pytest.warns(LightningPluginsWarning, match="could not be written"):
+        file.add([(5, 0.0, {"loss": 5.0})])
+    with pytest.warns(LightningPluginsWarning, match=r"\d+ bytes for .* could not be written\."):
+        file.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="`axis` must be one of 'step', 'epoch', 'samples', 'time', got 'hours'"):
+        TensorBoardStatisticsLogger(axis="hours")
+    with pytest.raises(TypeError, match="`root` must be a path, got 3"):
+        TensorBoardStatisticsLogger(3)
+    with pytest.raises(ValueError, match="`root` must be a local directory, got 's3://bucket/tb'"):
+        TensorBoardStatisticsLogger("s3://bucket/tb")
+    Path("file").write_text("")
+    with pytest.raises(
+        MisconfigurationException, match="`root` must be a directory, got 'file/tb', which is a file or"
+    ):
+        fit([TensorBoardStatisticsLogger("file/tb")])
+
+
+class Server:
+    """A real tensorboard on the loopback."""
+
+    def __init__(self, folder, fast):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-W", "ignore", "-m", "tensorboard.main", "--logdir", str(folder), "--host",
+                   "127.0.0.1", "--port", str(self.port), f"--load_fast={fast}"]  # fmt: skip
+        environment = {**os.environ, "no_proxy": "127.0.0.1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+    def ask(self, path, body=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
+        response = connection.getresponse()
+        data = response.read()
+        assert response.status == 200, (response.status, data[:300])
+        return json.loads(data)
+
+    def wait_for(self, path, ready, seconds=60):
+        answer = None
+        for _ in range(seconds * 5):
+            assert self.process.poll() is None
+            try:
+                answer = self.ask(path)
+                if ready(answer):
+                    return answer
+            except OSError:
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"the server did not get there: {answer}")
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", ["true", "false"], ids=["data server", "plain"])
+def test_a_real_server_shows_both_phases_on_one_chart(fast):
+    logger = TensorBoardStatisticsLogger("tb")
+    _, model = fit([logger, StatisticsRecorder(["accuracy"])], WithHyperparameters)
+    stamp = logger.run_directory.name
+    train, validation = f"{stamp}/train", f"{stamp}/validation"
+    server = Server(Path("tb").resolve(), fast)
+    try:
+        tags = server.wait_for("/data/plugin/scalars/tags", lambda answer: len(answer.get(train, {})) == 5)
+        assert set(tags) == {train, validation}
+        assert set(tags[train]) == {"batch_loss", "batch_accuracy", "batch_lr", "epoch_loss", "epoch_accuracy"}
+        assert set(tags[validation]) == {"epoch_loss", "epoch_accuracy"}
+        expected = expected_rows(model.seen)
+        for run, phase, last in ((train, "train", 3), (validation, "validation", 2)):
+            query = urllib.parse.urlencode({"run": run, "tag": "epoch_loss"})
+            points = server.ask(f"/data/plugin/scalars/scalars?{query}")
+            losses = [values["loss"] for p, batch, values in expected if (p, batch) == (phase, last)]
+            assert [(step, value) for _, step, value in points] == [
+                (3, pytest.approx(losses[0])),
+                (6, pytest.approx(losses[1])),
+            ]
+        assert set(server.ask("/data/runs")) == {stamp, train, validation}  # the first has the hyper-parameters
+        _check_hyperparameters(server, expected)
+    finally:
+        server.stop()
+
+
+def _check_hyperparameters(server, expected):
+    experiment = server.ask("/data/plugin/hparams/experiment", {"experimentName": ""})
+    assert {info["name"] for info in experiment["hparamInfos"]} == {"lr", "name", "wide", "layers"}
+    columns = [{"metric": info["name"]} for info in experiment["metricInfos"]]
+    groups = server.ask(
+        "/data/plugin/hparams/session_groups",
+        {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_RUNNING", "STATUS_SUCCESS"],
+         "colParams": columns, "startIndex": 0, "sliceSize": 10},
+    )  # fmt: skip
+    (group,) = groups["sessionGroups"]
+    assert group["hparams"] == {"lr": 0.1, "name": "small", "wide": False, "layers": "(1, 2)"}
+    values = {(m["name"].get("group", ""), m["name"]["tag"]): m["value"] for m in group["metricValues"]}
+    ends = [v["loss"] for p, batch, v in expected if (p, batch) == ("validation", 2)]
+    assert values["validation", "epoch_loss"] == pytest.approx(ends[-1])
+    assert values["train", "epoch_loss"] == pytest.approx(expected[-3][2]["loss"])
