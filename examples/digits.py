@@ -1,7 +1,8 @@
-"""Train a small ResNet to read scans of handwritten digits, the learning rate driven by a callback.
+"""Train a small ResNet to read scans of handwritten digits, every technique of this package at work.
 
     python examples/digits.py
     python examples/digits.py --epochs 60 --precision bf16-mixed --accelerator gpu
+    python examples/digits.py --effective-batch-size 64 --micro-batch-size 16
 
 An ordinary Lightning program: a network, a module, data, a Trainer. What `lightning_plugins` adds to it stands in the
 list of callbacks in `main`. The scans come with scikit-learn; nothing is downloaded.
@@ -19,8 +20,7 @@ from typing import NoReturn
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning_utilities.core import rank_zero
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -28,7 +28,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins import LearningRateScheduler, WarmupCosine
+from lightning_plugins import (
+    EMA,
+    ClassificationReport,
+    CSVStatisticsLogger,
+    GradientAccumulation,
+    LearningRateScheduler,
+    MicroBatching,
+    StatisticsRecorder,
+    TensorBoardStatisticsLogger,
+    WarmupCosine,
+    extract_weights,
+)
 
 # What would be printed and says nothing about this run:
 warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # between torch and Lightning
@@ -84,27 +95,26 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Learn from images that are moved a little, differently each time."""
         images, target = batch
-        return self._step(random_shift(images, by=images.shape[-1] // 8), target, "train")
+        return self._step(random_shift(images, by=images.shape[-1] // 8), target)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Measure on images that are not learned from."""
-        return self._step(*batch, "val")
+        return self._step(*batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Measure on images that nothing was chosen by."""
-        return self._step(*batch, "test")
+        found = self._step(*batch)
+        correct = (found["logits"].argmax(1) == found["target"]).float().mean()
+        self.log("test_accuracy", correct, batch_size=len(found["target"]), sync_dist=True)
+        return found
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer with its peak rate; the callback does the rest."""
         return torch.optim.SGD(self.parameters(), self.hparams["lr"], momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def _step(self, images: Tensor, target: Tensor, phase: str) -> dict[str, Tensor]:
+    def _step(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self(images)
-        loss = functional.cross_entropy(logits, target)
-        accuracy = (logits.argmax(1) == target).float().mean()
-        values = {f"{phase}_loss": loss, f"{phase}_accuracy": accuracy}
-        self.log_dict(values, prog_bar=True, batch_size=len(target), sync_dist=phase != "train")
-        return {"loss": loss, "logits": logits.detach(), "target": target}
+        return {"loss": functional.cross_entropy(logits, target), "logits": logits.detach(), "target": target}
 
 
 def random_shift(images: Tensor, by: int) -> Tensor:
@@ -162,8 +172,13 @@ def main() -> None:
         best = ModelCheckpoint(folder, "best", monitor="val_accuracy", mode="max")
         last = ModelCheckpoint(folder, "last")
         callbacks: list[Callback] = [
+            *([GradientAccumulation(effective_batch_size=size)] if (size := options.effective_batch_size) else []),
+            *([MicroBatching(size)] if (size := options.micro_batch_size) else []),
             LearningRateScheduler(schedule),
-            LearningRateMonitor(),
+            EMA(options.ema_decay),
+            StatisticsRecorder(["accuracy"]),
+            CSVStatisticsLogger(str(folder / "log.csv")),
+            TensorBoardStatisticsLogger(str(folder / "tensorboard")),
             best,
             last,
             TQDMProgressBar(refresh_rate=10),
@@ -177,8 +192,7 @@ def main() -> None:
             limit_val_batches=options.limit_batches,
             limit_test_batches=options.limit_batches,
             callbacks=callbacks,
-            logger=CSVLogger(folder, name="", version=""),
-            log_every_n_steps=1,
+            logger=False,
             deterministic=True,
             enable_model_summary=False,
         )
@@ -189,22 +203,36 @@ def main() -> None:
     train, val, test = (DataLoader(split, options.batch_size, shuffle=split is splits[0]) for split in splits)
     module = Classifier(channels=splits[0].tensors[0].shape[1], lr=options.lr)
     start = time.perf_counter()
-    trainer.fit(module, train, val)
+    try:
+        trainer.fit(module, train, val)
+    except MisconfigurationException as error:
+        refuse(str(error))  # options that do not go together
     seconds = time.perf_counter() - start
 
+    weights = {
+        "raw, last step": extract_weights(last.best_model_path, "raw"),
+        "EMA, last step": extract_weights(last.best_model_path, "average"),
+        "best single (EMA)": extract_weights(best.best_model_path, "average"),
+    }
     accuracy = {}
-    for weights, path in {"last": last.best_model_path, "best": best.best_model_path}.items():
-        accuracy[weights] = trainer.test(Classifier.load_from_checkpoint(path), test, verbose=False)[0]["test_accuracy"]
+    for name, state in weights.items():
+        tested = Classifier(**module.hparams)
+        tested.load_state_dict(state)
+        accuracy[name] = trainer.test(tested, test, verbose=False)[0]["test_accuracy"]
     if trainer.is_global_zero:
         schedule.plot(trainer.global_step, folder / "learning-rate.png", base_lr=options.lr)
-        report(accuracy, trainer.global_step, seconds, folder)
+        reading = ClassificationReport(10, digits=3)
+        images, target = splits[2].tensors
+        with torch.no_grad():
+            reading.update(tested.to(images).eval()(images), target)
+        report(accuracy, str(reading.compute()), trainer.global_step, seconds, folder)
 
 
-def report(accuracy: dict[str, float], steps: int, seconds: float, folder: Path) -> None:
+def report(accuracy: dict[str, float], reading: str, steps: int, seconds: float, folder: Path) -> None:
     """Print the result and where everything is."""
-    print(f"\n{'weights':<10}{'test accuracy':>15}")
+    print(f"\n{reading}\n{'weights':<20}{'test accuracy':>15}")
     for weights, value in accuracy.items():
-        print(f"{weights:<10}{value:>15.4f}")
+        print(f"{weights:<20}{value:>15.4f}")
     print(f"\n{steps} steps in {seconds:.1f} seconds. Written:", *sorted(folder.iterdir()), sep="\n  ")
 
 
@@ -232,6 +260,9 @@ def command_line() -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
     add("--epochs", type=int, default=30, help="times through the training images (%(default)s)")
     add("--batch-size", type=int, default=32, help="images of a step (%(default)s)")
     add("--lr", type=float, default=0.1, help="peak learning rate (%(default)s)")
+    add("--ema-decay", type=float, default=0.99, help="of the average of the weights (%(default)s)")
+    add("--effective-batch-size", type=int, help="images of a step, over several batches (one batch)")
+    add("--micro-batch-size", type=int, help="images that go through the network at once (all of a batch)")
     add("--precision", default="32-true", help="as in Lightning: bf16-mixed, 16-mixed, ... (%(default)s)")
     add("--accelerator", default="auto", help="as in Lightning: cpu, gpu, ... (%(default)s)")
     add("--devices", default="1", help="as in Lightning: how many, or auto (%(default)s)")
@@ -239,7 +270,7 @@ def command_line() -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
     add("--output", type=Path, default="runs", help="where the run's folder is made (%(default)s)")
     add("--limit-batches", type=int, help="batches of an epoch, for a quick trial (all)")
     options = parser.parse_args()
-    for name in ("epochs", "batch_size", "lr", "limit_batches"):
+    for name in ("epochs", "batch_size", "lr", "limit_batches", "effective_batch_size", "micro_batch_size"):
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
     return options, parser.error

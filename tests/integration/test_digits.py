@@ -20,6 +20,9 @@ PROGRAM = ROOT / "examples" / "digits.py"
 TRIAL = ["--accelerator", "cpu", "--epochs", "2", "--limit-batches", "10"]
 
 
+WEIGHTS = ["raw, last step", "EMA, last step", "best single (EMA)"]
+
+
 def run(folder, *arguments):
     command = [sys.executable, PROGRAM, *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
@@ -27,14 +30,14 @@ def run(folder, *arguments):
 
 def accuracies(console):
     """What the table says: test accuracy by weights."""
-    rows = re.findall(r"^(last|best) +([01]\.\d{4})$", console, re.MULTILINE)
+    rows = re.findall(rf"^({'|'.join(map(re.escape, WEIGHTS))}) +([01]\.\d{{4}})$", console, re.MULTILINE)
     return {weights: float(value) for weights, value in rows}
 
 
-def logged(folder, column):
-    """The values of one column that the run's logger wrote, with their steps."""
-    with (folder / "metrics.csv").open() as file:
-        return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
+def logged(folder):
+    """The rows of the run's log, without the clock."""
+    with (folder / "log.csv").open() as file:
+        return [{name: value for name, value in row.items() if name != "time"} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +74,16 @@ def test_it_learns_to_read(tmp_path):
     done = run(tmp_path, "--accelerator", "cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     found = accuracies(done.stdout)
-    assert found.keys() == {"last", "best"}
+    assert list(found) == WEIGHTS
     assert min(found.values()) >= 0.97
 
 
 def test_it_ends_with_a_table_and_the_paths_of_its_files(trial):
     done, written = trial
-    assert accuracies(done.stdout).keys() == {"last", "best"}
+    assert list(accuracies(done.stdout)) == WEIGHTS
+    assert re.search(r"precision +recall +f1-score +support", done.stdout)
     assert re.search(r"^20 steps in \d+\.\d seconds\. Written:$", done.stdout, re.MULTILINE)
-    names = ["best.ckpt", "hparams.yaml", "last.ckpt", "learning-rate.png", "metrics.csv"]
+    names = ["best.ckpt", "last.ckpt", "learning-rate.png", "log.csv", "tensorboard"]
     assert sorted(path.name for path in written.iterdir()) == names
     assert done.stdout.split("Written:")[1].split() == [f"runs/{written.name}/{name}" for name in names]
     assert (written / "learning-rate.png").read_bytes().startswith(b"\x89PNG")
@@ -93,25 +97,45 @@ def test_the_console_shows_progress_and_the_schedule_but_no_warnings(trial):
     assert not re.search(r"warn|deprecated|Tip:|Traceback", done.stdout + done.stderr, re.IGNORECASE)
 
 
-def test_the_rates_that_lightning_logged_are_the_formula(trial):
+def test_the_rates_in_the_log_are_the_formula(trial):
     """20 steps: 5 % are one step of warm-up and one of hold, then half a wave over the other 18."""
     expected = [0.0, 0.1] + [0.05 * (1 + math.cos(math.pi * (step - 2) / 18)) for step in range(2, 20)]
-    assert [rate for _, rate in logged(trial[1], "lr-SGD")] == pytest.approx(expected)
+    rows = [row for row in logged(trial[1]) if row["phase"] == "train"]
+    assert [int(row["step"]) for row in rows] == list(range(1, 21))
+    assert [float(row["lr"]) for row in rows] == pytest.approx(expected)
 
 
 def test_last_is_the_end_of_the_run_and_best_the_highest_validation_accuracy(trial):
-    steps = {}
-    for weights in ("last", "best"):
-        steps[weights] = torch.load(trial[1] / f"{weights}.ckpt", weights_only=True)["global_step"]
-    highest, _ = max(logged(trial[1], "val_accuracy"), key=lambda row: (row[1], -row[0]))
-    assert steps == {"last": 20, "best": highest + 1}
+    files = {name: torch.load(trial[1] / f"{name}.ckpt", weights_only=True) for name in ("last", "best")}
+    ends = {row["step"]: float(row["accuracy"]) for row in logged(trial[1]) if row["phase"] == "validation"}
+    highest = max(ends, key=lambda step: (ends[step], -int(step)))
+    assert {name: file["global_step"] for name, file in files.items()} == {"last": 20, "best": int(highest)}
+
+
+def test_tensorboard_has_training_and_validation_side_by_side(trial):
+    (stamp,) = (trial[1] / "tensorboard").iterdir()
+    assert {"train", "validation"} <= {path.name for path in stamp.iterdir()}
 
 
 def test_a_seed_gives_the_same_run_again(trial, program, capsys):
     program.main(*TRIAL, "--output", "elsewhere")
     assert accuracies(capsys.readouterr().out) == accuracies(trial[0].stdout)
     (written,) = Path("elsewhere").iterdir()
-    assert (written / "metrics.csv").read_bytes() == (trial[1] / "metrics.csv").read_bytes()
+    assert logged(written) == logged(trial[1])
+
+
+@pytest.mark.filterwarnings("ignore:MicroBatching splits batches, and batch normalisation")
+def test_accumulates_to_an_effective_batch_and_runs_it_in_pieces(program, capsys):
+    program.main(*TRIAL, "--effective-batch-size", "64", "--micro-batch-size", "16", "--output", "elsewhere")
+    out = capsys.readouterr().out
+    assert re.search(r"^10 steps in", out, re.MULTILINE)  # 2 epochs of 10 batches, two to a step
+    assert list(accuracies(out)) == WEIGHTS
+
+
+def test_an_effective_batch_that_no_number_of_batches_makes_is_refused(program, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(*TRIAL, "--effective-batch-size", "50")
+    assert "32 or 64" in capsys.readouterr().err
 
 
 def test_no_image_is_in_two_splits_and_every_class_is_in_each(program):
@@ -158,7 +182,7 @@ def torchvision(monkeypatch):
 def test_cifar10_trains_where_torchvision_and_the_data_are(program, capsys):
     Path("data").mkdir()
     program.main("--data", "cifar10", *TRIAL, "--epochs", "1", "--limit-batches", "1", "--batch-size", "4")
-    assert accuracies(capsys.readouterr().out).keys() == {"last", "best"}
+    assert list(accuracies(capsys.readouterr().out)) == WEIGHTS
 
 
 @pytest.mark.usefixtures("torchvision")
