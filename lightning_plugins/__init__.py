@@ -31,6 +31,12 @@ if TYPE_CHECKING:
         extract_weights as extract_weights,
         synthesize_ema as synthesize_ema,
     )
+    from lightning_plugins.checkpoints import (
+        CheckpointAveraging as CheckpointAveraging,
+        average_checkpoints as average_checkpoints,
+        greedy_soup as greedy_soup,
+        select_checkpoints as select_checkpoints,
+    )
     from lightning_plugins.schedules import (
         Constant as Constant,
         Cosine as Cosine,
@@ -85,6 +91,12 @@ _TECHNIQUES = {
         "WarmupDecay",
         "extract_weights",
         "synthesize_ema",
+    ],
+    "checkpoints": [
+        "CheckpointAveraging",
+        "average_checkpoints",
+        "greedy_soup",
+        "select_checkpoints",
     ],
     "schedules": [
         "Constant",

@@ -1,0 +1,168 @@
+"""The mean of checkpoints: one function."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_plugins._validation import LightningPluginsWarning, real_number
+from lightning_plugins.checkpoints.formats import open_checkpoint
+from lightning_plugins.checkpoints.recipe import Advance, Recipe
+from lightning_plugins.checkpoints.writing import check_output
+
+_LONG = 1 << 30  # bytes read from which on a progress bar is worth its line
+
+
+def average_checkpoints(
+    paths: Iterable[str | Path],
+    output: str | Path | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype | str | None = None,
+    strict: bool = True,
+    trust: bool = False,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> OrderedDict[str, Any] | Path:
+    r"""Average the weights of checkpoints: :math:`\bar\theta = \sum_i w_i \theta_i`, :math:`\sum_i w_i = 1`.
+
+    Floating-point and complex tensors are averaged and keep their dtype; integers, booleans and entries that are no
+    tensors come from the newest file, which is the one with the highest ``global_step``, then the later in ``paths``.
+    Tied weights are averaged once and stay tied. Files are mapped, not loaded: memory is one model, and with
+    ``output`` one tensor, however many files there are and however large their optimizer states.
+
+    Args:
+        paths: At least two checkpoints of one model: Lightning ``.ckpt``, other files of ``torch.save`` with a state
+            dict, ``.safetensors``, directories of ``torch.distributed.checkpoint``. Formats may be mixed.
+        output: A ``.ckpt`` (what ``load_from_checkpoint`` needs is taken from the newest file, optimizer and callback
+            states are left out) or ``.safetensors`` file to write. It carries a manifest: files, steps, weights, and a
+            digest of the averaged weights. ``None`` returns the state dict.
+        weights: One number of at least 0 for each path, normalised to sum 1. ``None`` weighs all alike.
+        dtype: What to accumulate in: ``torch.float32`` (the default; float64 tensors always use float64) or
+            ``torch.float64``. The result's dtypes do not depend on it.
+        strict: Refuse files whose names, shapes or dtypes differ. ``False`` averages the names that all files share
+            with one shape, in the newest file's dtypes, leaves out the others and warns which.
+        trust: Load files whose pickle needs more than tensors and plain values. This runs code that the files choose.
+        allow_nonfinite: Let NaN and infinity pass; by default they are refused with the tensor's name.
+        overwrite: Replace an existing ``output``.
+        progress: Show a bar on standard error. ``None``: only on a terminal and for more than 1 GB.
+
+    Returns:
+        The averaged state dict, or the path that was written.
+
+    Raises:
+        TypeError: If ``paths`` is one string, or a number is none.
+        ValueError: If there are fewer than two paths, one comes twice, or ``weights`` do not fit. A
+            :class:`CheckpointError`, which is a ``ValueError`` too, if a file cannot be read, needs trust, differs
+            from the others, or holds NaN.
+        OSError: If a file does not exist, ``output`` exists or its directory does not, or there is no space left.
+            Whatever is raised, ``output`` is as it was.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> for step in (1, 2, 3):
+        ...     torch.save({"weight": torch.full((2,), float(step))}, folder / f"{step}.pt")
+        >>> average_checkpoints(sorted(folder.glob("*.pt")), weights=[1, 1, 2])["weight"]
+        tensor([2.2500, 2.2500])
+
+    References:
+        Vaswani et al., Attention Is All You Need, 2017 (arXiv:1706.03762), section 6.1: the last 5 or 20 checkpoints.
+        Differs: nothing; the paper does not say how integers, ties and dtypes are treated.
+    """
+    target = None if output is None else _output_path(output, overwrite=overwrite)
+    files = _distinct(paths)
+    shares = normalised(weights, len(files))
+    accumulate = _accumulation_dtype(dtype)
+    recipe = Recipe(
+        [open_checkpoint(path, trust=trust) for path in files],
+        shares,
+        accumulate=accumulate,
+        strict=strict,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if recipe.differences:
+        warnings.warn(f"Left out: {recipe.differences.text()}", LightningPluginsWarning, stacklevel=2)
+    with progress_bar(recipe.nbytes, show=progress) as advance:
+        if target is None:
+            return recipe.state_dict(advance)
+        recipe.write(target, overwrite=overwrite, advance=advance)
+    return target
+
+
+def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return ``count`` weights of sum 1.
+
+    Raises:
+        ValueError: If their number differs, one is negative or not finite, or all are 0.
+
+    Example:
+        >>> normalised([1, 3], 2)
+        [0.25, 0.75]
+    """
+    if weights is None:
+        return [1 / count] * count
+    values = [float(real_number("weights", value, at_least=0)) for value in weights]
+    if len(values) != count:
+        raise ValueError(f"`weights` must have one number for each of the {count} checkpoints, got {len(values)}.")
+    total = math.fsum(values)
+    if total == 0:
+        raise ValueError("`weights` must not all be 0.")
+    return [value / total for value in values]
+
+
+@contextmanager
+def progress_bar(total: int, *, show: bool | None) -> Iterator[Advance | None]:
+    """Show a bar of ``total`` bytes while the block runs; ``None``: if it is long and standard error a terminal."""
+    if show is False or (show is None and total < _LONG):
+        yield None
+        return
+    from tqdm.auto import tqdm  # noqa: PLC0415  # Lightning brings it; a state dict alone needs none
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc="averaging", disable=None if show is None else False) as bar:
+        yield bar.update
+
+
+def _accumulation_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return torch.float32
+    if found not in (torch.float32, torch.float64):
+        raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype!r}. Results keep their dtypes.")
+    return found
+
+
+def _output_path(output: str | Path, *, overwrite: bool) -> Path:
+    path = Path(output)
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise ValueError(f"`output` must end in .ckpt or .safetensors, got {str(output)!r}.")
+    check_output(path, overwrite=overwrite)
+    return path
+
+
+def _distinct(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the paths as a list.
+
+    Raises:
+        TypeError: If it is one path.
+        ValueError: If there are fewer than two, or two are the same file.
+    """
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"`paths` must be several paths, got {paths!r}. select_checkpoints lists those of a directory.")
+    files = [Path(path) for path in paths]
+    if len(files) < 2:
+        raise ValueError(f"`paths` must name at least two checkpoints, got {len(files)}.")
+    seen: dict[Path, Path] = {}
+    for path in files:
+        real = path.resolve()
+        if real in seen:
+            raise ValueError(f"{path} and {seen[real]} are the same file; use `weights` to count one more than once.")
+        seen[real] = path
+    return files

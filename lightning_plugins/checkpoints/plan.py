@@ -1,0 +1,145 @@
+"""What the command ``lightning-plugins average`` does, without its argument parsing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_plugins.checkpoints.average import average_checkpoints, normalised
+from lightning_plugins.checkpoints.selection import Limits, Record, Selection, choose, found_in, read_record
+from lightning_plugins.checkpoints.sharded import is_sharded
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of what is averaged.
+
+    Args:
+        path: The checkpoint.
+        step: Its optimizer step, ``None`` if it does not say.
+        epoch: Its epoch, from 0.
+        score: Its value of the monitored metric.
+        weight: Its share of the mean; the shares sum to 1.
+        nbytes: Its size on disk, optimizer states and all.
+    """
+
+    path: Path
+    step: int | None
+    epoch: int | None
+    score: float | None
+    weight: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be averaged.
+
+    Args:
+        rows: One for each checkpoint.
+        notes: What the user should know of the choice, one line each.
+    """
+
+    rows: list[Row]
+    notes: list[str]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The checkpoints."""
+        return [row.path for row in self.rows]
+
+    def table(self) -> str:
+        """Return the rows as aligned text under a header."""
+        lines = [("step", "epoch", "score", "weight", "MB", "checkpoint")]
+        for row in self.rows:
+            score = "-" if row.score is None else f"{row.score:.6g}"
+            step, epoch = ("-" if number is None else str(number) for number in (row.step, row.epoch))
+            lines.append((step, epoch, score, f"{row.weight:.4f}", f"{row.nbytes / 1e6:.1f}", str(row.path)))
+        widths = [max(len(line[column]) for line in lines) for column in range(5)]
+        return "\n".join(
+            "  ".join([*(cell.rjust(width) for cell, width in zip(line[:5], widths, strict=True)), line[5]])
+            for line in lines
+        )
+
+    def run(
+        self, output: str | Path, *, trust: bool = False, overwrite: bool = False, progress: bool | None = None
+    ) -> Path:
+        """Average and write ``output``; see :func:`average_checkpoints` for the arguments and what is raised."""
+        weights = [row.weight for row in self.rows]
+        return Path(
+            average_checkpoints(  # type: ignore[arg-type]  # a path, since an output is named
+                self.paths, output, weights=weights, trust=trust, overwrite=overwrite, progress=progress
+            )
+        )
+
+
+def plan_average(
+    inputs: Sequence[str | Path],
+    *,
+    last: int | None = None,
+    best: int | None = None,
+    steps: str | None = None,
+    weights: Sequence[float] | None = None,
+) -> Plan:
+    """Choose what to average, without loading it.
+
+    Args:
+        inputs: Checkpoints, or directories of checkpoints, which stand for all in them.
+        last: Only the ones with the highest steps, this many.
+        best: Only the ones with the best score, this many.
+        steps: Only from step A to step B, both included, as ``"A:B"``; either may be left out.
+        weights: One number for each chosen checkpoint, in the table's order; ``None`` weighs all alike.
+
+    Returns:
+        The plan: rows for a table, and :meth:`Plan.run`.
+
+    Raises:
+        ValueError: If ``last`` and ``best`` come together, ``steps`` cannot be read, or fewer than two checkpoints are
+            left; also :class:`CheckpointError`.
+        FileNotFoundError: If an input does not exist.
+    """
+    files: list[Path] = []
+    whole_directories = False
+    for given in map(Path, inputs):
+        if not given.exists():
+            raise FileNotFoundError(f"{given} does not exist.")
+        if given.is_dir() and not is_sharded(given):
+            files, whole_directories = files + found_in(given), True
+        else:
+            files.append(given)
+    chosen_by_user = not whole_directories and last is None and best is None and steps is None
+    selection = (
+        Selection([read_record(path) for path in files])
+        if chosen_by_user
+        else choose(files, last=last, best=best, limits=parse_steps(steps))
+    )
+    if len(selection.records) < 2:
+        raise ValueError(f"At least two checkpoints are needed, found {len(selection.records)}.")
+    shares = normalised(weights, len(selection.records))
+    rows = [_row(record, selection, share) for record, share in zip(selection.records, shares, strict=True)]
+    return Plan(rows, selection.notes)
+
+
+def _row(record: Record, selection: Selection, share: float) -> Row:
+    score = selection.scores.get(record.path, record.score)
+    files = [path for path in record.path.rglob("*") if path.is_file()] if record.path.is_dir() else [record.path]
+    return Row(record.path, record.step, record.epoch, score, share, sum(path.stat().st_size for path in files))
+
+
+def parse_steps(text: str | None) -> Limits:
+    """Return the limits that ``"A:B"`` means.
+
+    Raises:
+        ValueError: If it is written otherwise.
+
+    Example:
+        >>> parse_steps("100:")
+        Limits(min_step=100, max_step=None, min_epoch=None, max_epoch=None)
+    """
+    if text is None:
+        return Limits()
+    low, colon, high = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (low, high)):
+        raise ValueError(f"`steps` must be written A:B with whole numbers, either of them optional, got {text!r}.")
+    return Limits(int(low) if low else None, int(high) if high else None)
