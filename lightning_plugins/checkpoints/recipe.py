@@ -205,6 +205,7 @@ class Recipe:
                 digest.add(name, tensor, content)
                 tied = slots.get(self._first[name])
                 slots[name] = tied or Slot(archive.add(content), tensor.dtype, tuple(tensor.shape))
+                del tensor, content  # before the next one is made
             manifest["digest"] = digest.text()
             archive.finish({**self.header(), "state_dict": self._completed(slots), MANIFEST: manifest})
 
@@ -234,6 +235,7 @@ class Recipe:
             content = bytes_of(tensor)
             digest.add(name, tensor, content)
             writer.add(content)
+            del tensor, content  # before the next one is made
         writer.finish(digest.text())
 
     def manifest(self, folder: Path) -> dict[str, Any]:

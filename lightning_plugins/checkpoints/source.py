@@ -87,7 +87,7 @@ def as_count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def unreadable(path: Path, error: Exception) -> str:
+def unreadable(path: Path, error: Exception | str) -> str:
     """Return one line that says why ``path`` cannot be read."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{path} cannot be read as a checkpoint: {reason}"

@@ -63,7 +63,7 @@ def load_pickled(path: Path, *, trust: bool) -> Any:
                 f"{path} needs more than tensors and plain values to load: it names {', '.join(names)}. If you trust "
                 f"whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
             ) from error
-        raise CheckpointError(unreadable(path, error)) from error
+        raise CheckpointError(unreadable(path, _reason(error))) from error
     except OSError:
         raise
     except Exception as error:  # damaged bytes, or, when trusted, whatever the file's own code raises
@@ -75,10 +75,13 @@ def _named_classes(path: Path, error: Exception) -> list[str]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001  # only archives of torch >= 1.6 can be asked; the error's own text names one
         names = []
-    return (
-        sorted(names)
-        or re.findall(r"GLOBAL (\S+) was not|[Uu]nsupported (?:class|global): (?:GLOBAL )?(\S+)", str(error))[:1]
-    )
+    return sorted(names) or re.findall(r"GLOBAL (\S+)", str(error))[:1]
+
+
+def _reason(error: Exception) -> str:
+    """Return what the loader itself says, without the advice around it."""
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return found[1] if found else str(error)
 
 
 def split_state_dict(content: Any, path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:

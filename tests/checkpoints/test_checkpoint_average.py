@@ -1,0 +1,489 @@
+"""The mean itself, against NumPy in float64, and the files it comes from and goes to."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from lightning_plugins import average_checkpoints
+from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.checkpoints import CheckpointError, read_manifest, weights_digest
+from tests.support.checkpoints_models import Regressor, assert_is_mean, float64_mean, write_files
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_equals_the_float64_mean_and_keeps_the_dtype(tmp_path, count, dtype):
+    paths = write_files(tmp_path, count, half=lambda i: torch.randn(11, 3).to(dtype))
+    state = average_checkpoints(paths)
+    assert_is_mean(state, float64_mean(paths))
+    assert state["half"].dtype == dtype
+    assert state["a.weight"].dtype == torch.float32
+
+
+def test_a_tensor_longer_than_a_chunk_equals_the_float64_mean(tmp_path):
+    paths = write_files(tmp_path, 3, long=lambda i: torch.randn((1 << 20) + 3), brief=lambda i: torch.randn(1 << 20))
+    assert_is_mean(average_checkpoints(paths), float64_mean(paths))
+
+
+def test_weights_are_normalised_and_applied_in_the_order_of_the_paths(tmp_path):
+    paths = write_files(tmp_path, 4)
+    weights = [0, 3, 1, 4]
+    assert_is_mean(average_checkpoints(paths, weights=weights), float64_mean(paths, weights))
+
+
+def test_float64_accumulation_rounds_once(tmp_path):
+    paths = write_files(tmp_path, 7)
+    state = average_checkpoints(paths, dtype=torch.float64)
+    for name, expected in float64_mean(paths).items():
+        np.testing.assert_array_equal(state[name].numpy(), expected.astype(np.float32))
+    assert state["a.weight"].dtype == torch.float32
+    again = average_checkpoints(paths, dtype="float64")
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_a_mean_in_bfloat16_is_that_of_float32_rounded_once(tmp_path):
+    """Accumulated in bfloat16, 1 + 1/128 and seven ones would give 1."""
+    values = [1.0] * 7 + [1.0 + 2 * 2**-7 * 4]
+    paths = write_files(tmp_path, 8, half=lambda i: torch.tensor([values[i]], dtype=torch.bfloat16))
+    assert average_checkpoints(paths)["half"].item() == 1.0 + 2**-7
+
+
+def test_equal_files_give_back_their_own_numbers(tmp_path):
+    value = torch.randn(1000) * 1e3
+    paths = write_files(tmp_path, 7, same=lambda i: value)
+    assert torch.equal(average_checkpoints(paths)["same"], value)
+
+
+def test_the_mean_of_huge_numbers_does_not_overflow(tmp_path):
+    huge = torch.finfo(torch.float32).max
+    paths = write_files(
+        tmp_path, 3, huge=lambda i: torch.full((3,), huge), half=lambda i: torch.full((3,), 65504.0).half()
+    )
+    state = average_checkpoints(paths)
+    assert state["huge"].tolist() == [huge] * 3
+    assert state["half"].tolist() == [65504.0] * 3
+
+
+def test_complex_tensors_are_averaged(tmp_path):
+    paths = write_files(tmp_path, 3, z=lambda i: torch.complex(torch.tensor([float(i)]), torch.tensor([2.0 * i])))
+    state = average_checkpoints(paths)
+    assert state["z"].dtype == torch.complex64
+    assert torch.allclose(state["z"], torch.tensor([1 + 2j]))
+
+
+def test_integers_booleans_and_other_entries_come_from_the_newest(tmp_path):
+    paths = write_files(tmp_path, 3, flag=lambda i: torch.tensor([i == 1]), _extra_state=lambda i: {"note": f"of {i}"})
+    newest_first = [paths[1], paths[2], paths[0]]
+    state = average_checkpoints(newest_first)
+    assert state["count"].item() == 2
+    assert state["count"].dtype == torch.int64
+    assert state["flag"].item() is False
+    assert state["_extra_state"] == {"note": "of 2"}
+
+
+def test_without_steps_the_later_path_is_the_newest(tmp_path):
+    for name in "ab":
+        torch.save({"count": torch.tensor(ord(name)), "w": torch.ones(2)}, tmp_path / f"{name}.pt")
+    assert average_checkpoints([tmp_path / "b.pt", tmp_path / "a.pt"])["count"].item() == ord("a")
+
+
+def test_tied_weights_are_averaged_once_and_stay_tied(tmp_path):
+    paths = []
+    for i in range(3):
+        weight = torch.full((4, 2), float(i))
+        state = {"embed.weight": weight, "head.weight": weight, "view": weight[:2], "free": weight.clone()}
+        torch.save({"state_dict": state, "global_step": i}, tmp_path / f"{i}.ckpt")
+        paths.append(tmp_path / f"{i}.ckpt")
+    state = average_checkpoints(paths)
+    assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr()
+    assert state["free"].data_ptr() != state["embed.weight"].data_ptr()
+    assert all(value.unique().tolist() == [1.0] for value in state.values())
+    written = average_checkpoints(paths, tmp_path / "out.ckpt")
+    loaded = torch.load(written, weights_only=True)["state_dict"]
+    assert loaded["embed.weight"].data_ptr() == loaded["head.weight"].data_ptr()
+    names = [entry for entry in zipfile.ZipFile(written).namelist() if "/data/" in entry]
+    assert len(names) == 3
+
+
+def test_non_contiguous_tensors_are_averaged_by_element(tmp_path):
+    paths = write_files(
+        tmp_path,
+        3,
+        t=lambda i: torch.randn(4, 6).t(),
+        cl=lambda i: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    )
+    assert_is_mean(average_checkpoints(paths), float64_mean(paths))
+
+
+def test_scalars_and_empty_tensors_pass(tmp_path):
+    paths = write_files(tmp_path, 2, scalar=lambda i: torch.tensor(float(i)), empty=lambda i: torch.empty(0, 3))
+    state = average_checkpoints(paths)
+    assert state["scalar"].item() == 0.5
+    assert state["empty"].shape == (0, 3)
+
+
+def test_inputs_are_not_changed(tmp_path):
+    paths = write_files(tmp_path, 3)
+    before = [path.read_bytes() for path in paths]
+    state = average_checkpoints(paths)
+    state["a.weight"].zero_()
+    assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_written_file_holds_the_same_as_the_returned_state(tmp_path, suffix):
+    paths = write_files(
+        tmp_path, 3, half=lambda i: torch.randn(5).bfloat16(), z=lambda i: torch.randn(2, dtype=torch.complex64)
+    )
+    state = average_checkpoints(paths)
+    written = average_checkpoints(paths, tmp_path / f"out{suffix}")
+    assert written == tmp_path / f"out{suffix}"
+    loaded = safetensors.torch.load_file(written) if suffix == ".safetensors" else torch.load(written)["state_dict"]
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[name], state[name]) and loaded[name].dtype == state[name].dtype for name in state)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_the_manifest_names_files_steps_weights_and_digest(tmp_path, suffix):
+    paths = write_files(tmp_path, 2)
+    (tmp_path / "out").mkdir()
+    written = average_checkpoints(paths, tmp_path / "out" / f"mean{suffix}", weights=[1, 3])
+    manifest = read_manifest(written)
+    assert manifest["files"] == [
+        {"path": "../epoch=0-step=10.ckpt", "step": 10, "epoch": 0, "weight": 0.25},
+        {"path": "../epoch=1-step=20.ckpt", "step": 20, "epoch": 1, "weight": 0.75},
+    ]
+    assert manifest["accumulated_in"] == "float32"
+    if suffix == ".ckpt":
+        loaded = torch.load(written, weights_only=True)
+        assert manifest["digest"] == weights_digest(loaded["state_dict"])
+        assert (loaded["global_step"], loaded["epoch"]) == (20, 1)
+    else:
+        with safetensors.safe_open(written, "pt") as file:
+            metadata = file.metadata()
+            loaded = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  # not a mapping
+        assert metadata["weights_digest"] == weights_digest({name: loaded[name] for name in average_checkpoints(paths)})
+        assert (metadata["global_step"], metadata["epoch"]) == ("20", "1")
+        assert json.loads(metadata["checkpoint_averaging"])["newest"] == "../epoch=1-step=20.ckpt"
+    assert read_manifest(paths[0]) is None
+
+
+def test_the_digest_is_sha256_of_names_and_bytes():
+    import hashlib
+
+    state = {"w": torch.tensor([1.0, 2.0])}
+    text = b"w|torch.float32|(2,)\n" + np.array([1.0, 2.0], dtype=np.float32).tobytes()
+    assert weights_digest(state) == "sha256:" + hashlib.sha256(text).hexdigest()
+
+
+def test_the_written_archive_is_a_sound_zip_and_maps_aligned(tmp_path):
+    written = average_checkpoints(write_files(tmp_path, 2), tmp_path / "out.ckpt")
+    with zipfile.ZipFile(written) as archive:
+        assert archive.testzip() is None
+    mapped = torch.load(written, mmap=True, weights_only=True)["state_dict"]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in mapped.values())
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(written) == []
+
+
+def test_equal_inputs_write_equal_bytes(tmp_path):
+    paths = write_files(tmp_path, 3)
+    files = [average_checkpoints(paths, tmp_path / f"{i}.ckpt").read_bytes() for i in range(2)]
+    assert files[0] == files[1]
+
+
+def test_all_dtypes_survive_a_checkpoint(tmp_path):
+    kinds = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.bool]
+    kinds += [torch.float8_e4m3fn, torch.float8_e5m2]
+    tensors = {str(kind): lambda i, kind=kind: torch.tensor([0.0, 1.0]).to(kind) for kind in kinds}
+    paths = write_files(tmp_path, 2, **tensors)
+    for suffix in (".ckpt", ".safetensors"):
+        written = average_checkpoints(paths, tmp_path / f"out{suffix}")
+        loaded = torch.load(written)["state_dict"] if suffix == ".ckpt" else safetensors.torch.load_file(written)
+        for kind in kinds:
+            assert loaded[str(kind)].dtype == kind
+            assert loaded[str(kind)].float().tolist() == [0.0, 1.0]
+
+
+def test_module_versions_in_the_state_dict_are_kept(tmp_path):
+    module = torch.nn.BatchNorm1d(3)
+    for i in range(2):
+        torch.save({"state_dict": module.state_dict(), "global_step": i}, tmp_path / f"{i}.ckpt")
+    state = average_checkpoints([tmp_path / "0.ckpt", tmp_path / "1.ckpt"])
+    assert state._metadata[""]["version"] == module.state_dict()._metadata[""]["version"]
+    written = average_checkpoints([tmp_path / "0.ckpt", tmp_path / "1.ckpt"], tmp_path / "out.ckpt")
+    assert torch.load(written)["state_dict"]._metadata == module.state_dict()._metadata
+
+
+def test_training_state_is_dropped_and_the_rest_is_kept(tmp_path):
+    paths = write_files(tmp_path, 2)
+    for path in paths:
+        content = torch.load(path)
+        weights = {name: value + 1 for name, value in content["state_dict"].items()}
+        content |= {
+            "optimizer_states": [{"state": {0: torch.ones(3)}}],
+            "lr_schedulers": [{}],
+            "callbacks": {"EMA": {"raw": weights}},
+            "current_model_state": weights,
+            "hyper_parameters": {"width": 4, "scale": torch.tensor([1.0, 2.0])},
+            "my_own_key": [1, 2],
+        }
+        torch.save(content, path)
+    loaded = torch.load(average_checkpoints(paths, tmp_path / "out.ckpt"), weights_only=True)
+    assert set(loaded) == {
+        "epoch", "global_step", "pytorch-lightning_version", "state_dict", "hyper_parameters", "my_own_key",
+        "checkpoint_averaging",
+    }  # fmt: skip
+    assert loaded["hyper_parameters"]["width"] == 4
+    assert loaded["hyper_parameters"]["scale"].tolist() == [1.0, 2.0]
+    assert loaded["my_own_key"] == [1, 2]
+
+
+def test_safetensors_and_plain_and_lightning_inputs_mix(tmp_path):
+    (lightning,) = write_files(tmp_path, 1)
+    state = torch.load(lightning)["state_dict"]
+    plain, tensors = tmp_path / "plain.pt", tmp_path / "tensors.safetensors"
+    torch.save({name: value + 1 for name, value in state.items()}, plain)
+    safetensors.torch.save_file({name: value + 5 for name, value in state.items()}, tensors)
+    mean = average_checkpoints([lightning, plain, tensors])
+    assert torch.allclose(mean["a.weight"], state["a.weight"] + 2, atol=1e-6)
+    wrapped = tmp_path / "fabric.pt"
+    torch.save({"model": state, "optimizer": {}}, wrapped)
+    assert torch.equal(average_checkpoints([lightning, wrapped])["a.bias"], state["a.bias"])
+
+
+def test_files_of_the_oldest_torch_format_are_read(tmp_path):
+    state = {"w": torch.arange(3.0)}
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"w": torch.arange(3.0) + 2}, tmp_path / "new.pt")
+    assert average_checkpoints([tmp_path / "old.pt", tmp_path / "new.pt"])["w"].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_load_from_checkpoint_opens_the_mean_of_plain_state_dicts(tmp_path):
+    for i in range(2):
+        torch.save(Regressor(width=2).state_dict(), tmp_path / f"{i}.pt")
+    written = average_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.ckpt")
+    module = Regressor.load_from_checkpoint(written, width=2)
+    assert_is_mean(module.state_dict(), float64_mean([tmp_path / "0.pt", tmp_path / "1.pt"]))
+
+
+def test_strict_false_averages_what_is_shared_and_names_the_rest(tmp_path):
+    first, second = write_files(tmp_path, 2)
+    content = torch.load(second)
+    del content["state_dict"]["a.bias"]
+    content["state_dict"] |= {"new": torch.ones(1), "count": torch.zeros(2, dtype=torch.int64)}
+    content["state_dict"]["a.weight"] = content["state_dict"]["a.weight"].half()
+    torch.save(content, second)
+    with pytest.warns(LightningPluginsWarning, match="Left out: `a.weight` is float32 in .* and float16 in") as caught:
+        state = average_checkpoints([first, second], strict=False)
+    assert list(state) == ["a.weight"]
+    assert state["a.weight"].dtype == torch.float16
+    assert all(name in str(caught[0].message) for name in ("`a.bias`", "`new`", "`count`"))
+    with pytest.warns(LightningPluginsWarning):
+        written = average_checkpoints([first, second], tmp_path / "out.ckpt", strict=False)
+    assert read_manifest(written)["left_out"] == ["a.bias", "count", "new"]
+
+
+def test_progress_is_shown_when_asked_for(tmp_path, capsys):
+    average_checkpoints(write_files(tmp_path, 2), progress=True)
+    assert "averaging" in capsys.readouterr().err
+    average_checkpoints(write_files(tmp_path, 2))
+    assert capsys.readouterr().err == ""
+
+
+# --- what is refused ---
+
+
+class Malicious:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch pwned",)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = write_files(tmp_path, 2)
+    content = torch.load(second)
+    torch.save(content | {"hyper_parameters": Malicious()}, second)
+    with pytest.raises(CheckpointError, match=r"names posix\.system.*trust=True") as caught:
+        average_checkpoints([first, second], tmp_path / "out.ckpt")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path / "out.ckpt").exists()
+    old = tmp_path / "old.pt"
+    torch.save(content | {"hyper_parameters": Malicious()}, old, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"names posix\.system.*trust=True"):
+        average_checkpoints([first, old])
+    assert not (tmp_path / "pwned").exists()
+
+
+class Harmless:
+    pass
+
+
+def test_trust_loads_foreign_classes_and_keeps_them(tmp_path):
+    first, second = write_files(tmp_path, 2)
+    net = torch.nn.Linear(2, 1)
+    torch.save(torch.load(second) | {"hyper_parameters": {"of": Harmless(), "net": net}}, second)
+    with pytest.raises(CheckpointError, match="Harmless"):
+        average_checkpoints([first, second])
+    written = average_checkpoints([first, second], tmp_path / "out.ckpt", trust=True)
+    loaded = torch.load(written, weights_only=False)["hyper_parameters"]
+    assert isinstance(loaded["of"], Harmless)
+    assert torch.equal(loaded["net"].weight, net.weight)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, 1000])
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_cut_file_is_refused_by_name(tmp_path, kept, suffix):
+    paths = write_files(tmp_path, 2)
+    cut = tmp_path / f"cut{suffix}"
+    if suffix == ".safetensors":
+        safetensors.torch.save_file({"a.weight": torch.randn(30, 30)}, cut)
+    else:
+        cut.write_bytes(paths[1].read_bytes())
+    cut.write_bytes(cut.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=f"{cut.name} cannot be read as a checkpoint") as caught:
+        average_checkpoints([paths[0], cut])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list, not a checkpoint"),
+        ({"a": 1, "b": {}}, "holds no weights: expected `state_dict` or tensors by name, found `a`, `b`"),
+        ({}, "found nothing"),
+        (
+            {"w": torch.sparse_coo_tensor([[0]], [1.0], (2,), check_invariants=True)},
+            "`w` .* is stored as sparse_coo",
+        ),
+    ],
+)
+def test_a_file_without_dense_weights_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=message):
+        average_checkpoints([*write_files(tmp_path, 1), tmp_path / "odd.pt"])
+
+
+def test_garbage_that_is_no_archive_is_refused(tmp_path):
+    for content in (pickle.dumps({"w": 1}), b"garbage garbage"):
+        (tmp_path / "x.ckpt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"x\.ckpt cannot be read as a checkpoint: ") as caught:
+            average_checkpoints([*write_files(tmp_path, 1), tmp_path / "x.ckpt"])
+        assert "PyTorch" not in str(caught.value)
+
+
+def test_differences_are_named_up_to_ten(tmp_path):
+    first, second = write_files(tmp_path, 2)
+    content = torch.load(second)
+    state = content["state_dict"]
+    state["a.weight"], state["a.bias"] = torch.zeros(7, 5), state["a.bias"].double()
+    state |= {f"extra{i}": torch.ones(1) for i in range(12)}
+    torch.save(content, second)
+    with pytest.raises(CheckpointError) as caught:
+        average_checkpoints([first, second], tmp_path / "out.ckpt")
+    text = str(caught.value)
+    assert "`a.weight` has the shape (5, 7) in epoch=0-step=10.ckpt and (7, 5) in epoch=1-step=20.ckpt" in text
+    assert "`a.bias` is float32 in epoch=0-step=10.ckpt and float64 in epoch=1-step=20.ckpt" in text
+    assert "`extra7` is missing from epoch=0-step=10.ckpt" in text
+    assert "extra8" not in text
+    assert "and 4 more. Pass strict=False" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("suffix", [None, ".ckpt", ".safetensors"])
+def test_nan_and_infinity_are_refused_by_name_unless_allowed(tmp_path, bad, suffix):
+    paths = write_files(tmp_path, 3, w=lambda i: torch.tensor([1.0, bad if i == 1 else 1.0]))
+    output = None if suffix is None else tmp_path / f"out{suffix}"
+    with pytest.raises(CheckpointError, match=r"`w` holds NaN or infinity in .*epoch=1-step=20.ckpt"):
+        average_checkpoints(paths, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
+    allowed = average_checkpoints(paths, allow_nonfinite=True)
+    assert not torch.isfinite(allowed["w"][1])
+    assert allowed["w"][0] == 1.0
+
+
+def test_the_same_file_twice_is_refused(tmp_path):
+    first, second = write_files(tmp_path, 2)
+    (tmp_path / "last.ckpt").symlink_to(second)
+    with pytest.raises(ValueError, match="are the same file; use `weights`"):
+        average_checkpoints([first, second, tmp_path / "last.ckpt"])
+
+
+def test_too_few_paths_and_wrong_arguments_are_refused(tmp_path):
+    paths = write_files(tmp_path, 2)
+    for given in ([], paths[:1]):
+        with pytest.raises(ValueError, match=rf"`paths` must name at least two checkpoints, got {len(given)}\."):
+            average_checkpoints(given)
+    with pytest.raises(TypeError, match="`paths` must be several paths, got"):
+        average_checkpoints(str(tmp_path))
+    with pytest.raises(ValueError, match="`weights` must have one number for each of the 2 checkpoints, got 3"):
+        average_checkpoints(paths, weights=[1, 1, 1])
+    with pytest.raises(ValueError, match="`weights` must be at least 0, got -1"):
+        average_checkpoints(paths, weights=[1, -1])
+    with pytest.raises(ValueError, match="`weights` must not all be 0"):
+        average_checkpoints(paths, weights=[0, 0])
+    with pytest.raises(TypeError, match="`weights` must be a number, got 'a'"):
+        average_checkpoints(paths, weights=["a", 1])
+    with pytest.raises(ValueError, match=r"`dtype` must be torch.float32 or torch.float64, got torch.bfloat16"):
+        average_checkpoints(paths, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"`dtype` must be torch.float32 or torch.float64, got 'nonsense'"):
+        average_checkpoints(paths, dtype="nonsense")
+    with pytest.raises(ValueError, match=r"`output` must end in .ckpt or .safetensors, got 'x.pt'"):
+        average_checkpoints(paths, "x.pt")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt does not exist"):
+        average_checkpoints([*paths, tmp_path / "nowhere.ckpt"])
+    with pytest.raises(CheckpointError, match="is a directory without a sharded checkpoint"):
+        average_checkpoints([*paths, tmp_path])
+    with pytest.raises(CheckpointError, match="is not on this machine"):
+        average_checkpoints([*paths, "s3://bucket/x.ckpt"])
+
+
+def test_an_existing_output_is_only_replaced_when_asked(tmp_path):
+    paths = write_files(tmp_path, 2)
+    output = tmp_path / "out.ckpt"
+    output.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"out\.ckpt exists; pass overwrite=True"):
+        average_checkpoints(paths, output)
+    assert output.read_text() == "precious"
+    average_checkpoints(paths, output, overwrite=True)
+    assert read_manifest(output) is not None
+    with pytest.raises(FileNotFoundError, match="The directory of `output`"):
+        average_checkpoints(paths, tmp_path / "nowhere" / "out.ckpt")
+    (tmp_path / "folder.ckpt").mkdir()
+    with pytest.raises(FileExistsError, match="`output` is a directory"):
+        average_checkpoints(paths, tmp_path / "folder.ckpt", overwrite=True)
+
+
+def test_what_safetensors_cannot_hold_is_refused(tmp_path):
+    paths = write_files(tmp_path, 2, _extra_state=lambda i: "text")
+    with pytest.raises(CheckpointError, match=r"`_extra_state` is no tensor, which \.safetensors cannot hold"):
+        average_checkpoints(paths, tmp_path / "out.safetensors")
+    paths = write_files(tmp_path, 2, z=lambda i: torch.ones(1, dtype=torch.complex128))
+    with pytest.raises(CheckpointError, match=r"`z` is torch\.complex128, which \.safetensors cannot hold"):
+        average_checkpoints(paths, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_damaged_safetensors_headers_are_refused(tmp_path):
+    (good,) = write_files(tmp_path, 1)
+    texts = ["[]", '{"a": 1}', '{"a": {"dtype": "F32"}}', "no json"]
+    for text in texts:
+        file = tmp_path / "x.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+        with pytest.raises(CheckpointError, match="its safetensors header is damaged"):
+            average_checkpoints([good, file])
+    text = '{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}'
+    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"1234")
+    with pytest.raises(CheckpointError, match=r"`a` in .* has the dtype F4, which is not known"):
+        average_checkpoints([good, file])
