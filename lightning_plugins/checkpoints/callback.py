@@ -273,7 +273,9 @@ class CheckpointAveraging(Callback):
         return [str(record.path) for record in chosen], str(best[0].path) if best else ""
 
     def _remember(self, trainer: Trainer) -> None:
-        self._history.setdefault(trainer.global_step, {}).update(numbers(trainer.callback_metrics))
+        found = numbers(trainer.callback_metrics)
+        if found:
+            self._history.setdefault(trainer.global_step, {}).update(found)
         for step in sorted(self._history)[:-_HISTORY]:
             del self._history[step]
 
