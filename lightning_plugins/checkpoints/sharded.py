@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -105,15 +105,20 @@ class ShardedDirectory(Checkpoint):
         self._open: dict[tuple[str, int], Tensor] = {}
         self._whole: tuple[str, Tensor] = ("", torch.empty(0))
         places = {(place.fqn, tuple(place.offset or ())): info for place, info in index.storage_data.items()}
+        _check_files(path, places.values())
         for key, entry in index.state_dict_metadata.items():
-            name = _state_dict_name(key, index.planner_data)
-            if name is None:
+            place = _place(key, index.planner_data)
+            if place is None:
                 continue
             if isinstance(entry, TensorStorageMetadata):
+                name = ".".join(place)
                 self.specs[name] = TensorSpec(entry.properties.dtype, tuple(entry.size))
                 self._parts[name] = [_part(key, chunk, places, path) for chunk in entry.chunks]
             else:
-                self.extras[name] = self._load_extra(key, places)
+                inner = self.extras
+                for word in place[:-1]:  # a dictionary in the state dict comes apart in an index
+                    inner = inner.setdefault(word, {})
+                inner[place[-1]] = self._load_extra(key, places)
         if not self.specs:
             raise CheckpointError(
                 f"{path} holds no weights: nothing under {' or '.join(STATE_DICT_KEYS)} in its index."
@@ -169,17 +174,19 @@ class ShardedDirectory(Checkpoint):
                     stored = _expected(archive.content, name, part.sizes)
                     position = 0 if 0 in stored.shape else part.begin + archive.position(stored)
                 self._open[name, number] = mapped(path, position, stored, self._mappings).reshape(-1)
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{self.path} is incomplete: {part.file} does not exist.") from error
             except UnreadableError as error:
                 raise CheckpointError(unreadable(path, error)) from error
         return self._open[name, number]
 
     def _load_extra(self, key: str, places: dict[tuple[str, tuple[int, ...]], Any]) -> Any:
         info = places[key, ()]
-        with _inside(self.path, info.relative_path).open("rb") as file:
+        with (self.path / info.relative_path).open("rb") as file:
             file.seek(info.offset)
-            return torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
+            content = io.BytesIO(file.read(info.length))
+        try:
+            return torch.load(content, weights_only=True)
+        except Exception as error:  # damaged bytes can raise anything
+            raise CheckpointError(unreadable(self.path / info.relative_path, error)) from error
 
 
 def _expected(content: Any, name: str, sizes: tuple[int, ...]) -> StoredTensor:
@@ -188,28 +195,34 @@ def _expected(content: Any, name: str, sizes: tuple[int, ...]) -> StoredTensor:
     return content
 
 
-def _state_dict_name(key: str, planner_data: Any) -> str | None:
-    """Return the name that an index's key has in the state dict, ``None`` if it belongs to something else."""
+def _place(key: str, planner_data: Any) -> tuple[str, ...] | None:
+    """Return where an index's key lies in the state dict, ``None`` if it belongs to something else."""
     place = planner_data.get(key) if isinstance(planner_data, dict) else None
-    if isinstance(place, tuple) and place:
-        return ".".join(map(str, place[1:])) if place[0] in STATE_DICT_KEYS else None
-    top, _, name = key.partition(".")
-    return name if top in STATE_DICT_KEYS else None
+    if not isinstance(place, tuple) or len(place) < 2:
+        place = key.split(".", 1)
+    return tuple(map(str, place[1:])) if place[0] in STATE_DICT_KEYS and len(place) > 1 else None
 
 
 def _part(key: str, chunk: Any, places: dict[tuple[str, tuple[int, ...]], Any], path: Path) -> _Part:
     info = places.get((key, tuple(chunk.offsets)))
     if info is None:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: its index has no place for `{key}`.")
-    _inside(path, info.relative_path)
     return _Part(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
 
 
-def _inside(path: Path, relative: str) -> Path:
-    """Return ``path / relative``; an index that points elsewhere is refused."""
-    if (path / relative).resolve().parent != path.resolve():
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: its index points outside, to {relative}.")
-    return path / relative
+def _check_files(path: Path, places: Iterable[Any]) -> None:
+    """Raise if a file that the index names lies elsewhere, is missing, or is too short."""
+    ends: dict[str, int] = {}
+    for info in places:
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        file = path / name
+        if file.resolve().parent != path.resolve():
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: its index points outside, to {name}.")
+        if not file.is_file():
+            raise CheckpointError(f"{path} is incomplete: {name} does not exist.")
+        if file.stat().st_size < end:
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} is cut off.")
 
 
 def _flat_range(part: _Part, shape: tuple[int, ...]) -> tuple[int, int]:
