@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from lightning_plugins._lightning import (
 from lightning_plugins._validation import LightningPluginsWarning, one_of, whole_number
 from lightning_plugins.checkpoints.batch_norm import batch_norms
 from lightning_plugins.checkpoints.formats import open_checkpoint
+from lightning_plugins.checkpoints.kept import capacity, checkpoint_folder, followed, model_checkpoints
 from lightning_plugins.checkpoints.pool import (
     Signature,
     best_records,
@@ -32,11 +33,10 @@ from lightning_plugins.checkpoints.pool import (
 from lightning_plugins.checkpoints.recipe import Recipe
 from lightning_plugins.checkpoints.selection import Record, read_manifest
 from lightning_plugins.checkpoints.sharded import is_sharded
-from lightning_plugins.checkpoints.together import write_together
+from lightning_plugins.checkpoints.together import on_rank_zero, write_together
 from lightning_plugins.checkpoints.trial import (
     can_refresh,
-    is_sharded_module,
-    load_weights,
+    load_checkpoint,
     no_trace,
     numbers,
     refreshed_statistics,
@@ -136,7 +136,7 @@ class CheckpointAveraging(Callback):
                 f"CheckpointAveraging cannot read the checkpoints of {strategy}; convert them with its own tool and "
                 f"use average_checkpoints."
             )
-        if self.by_score and not any(checkpoint.monitor for checkpoint in _model_checkpoints(trainer)):
+        if self.by_score and not model_checkpoints(trainer, monitoring=True):
             raise MisconfigurationException(
                 f"CheckpointAveraging(best={self.count}) needs a ModelCheckpoint with `monitor`; or use `last`."
             )
@@ -156,7 +156,8 @@ class CheckpointAveraging(Callback):
         self._folder = None if trainer.fast_dev_run else self._checkpoint_folder(trainer)  # type: ignore[attr-defined]
         if self._folder is None:
             return
-        self._own_pool = _kept_by_others(trainer, self.by_score) < self.count
+        checkpoint = self._followed(trainer)
+        self._own_pool = checkpoint is None or capacity(checkpoint) < self.count
         if trainer.is_global_zero:
             self._check_output(self._target)
             found = foreign_files(self._pool_folder, trainer.global_step)
@@ -219,11 +220,7 @@ class CheckpointAveraging(Callback):
     # --- the files -------------------------------------------------------------------------------------------------
 
     def _checkpoint_folder(self, trainer: Trainer) -> Path:
-        checkpoint = self._followed(trainer)
-        if checkpoint is not None and checkpoint.dirpath:
-            folder = str(checkpoint.dirpath)
-        else:
-            folder = str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")  # log_dir is rank zero's
+        folder = checkpoint_folder(trainer, self._followed(trainer))
         if "://" in folder:
             raise MisconfigurationException(
                 f"CheckpointAveraging needs checkpoints on a local disk, they are in {folder}."
@@ -231,9 +228,7 @@ class CheckpointAveraging(Callback):
         return Path(folder).absolute()
 
     def _followed(self, trainer: Trainer) -> Any:
-        """Return the ModelCheckpoint whose files or metric are used: the first that keeps enough, else the first."""
-        found = [c for c in _model_checkpoints(trainer) if c.monitor or not self.by_score]
-        return next((c for c in found if _capacity(c) >= self.count), found[0] if found else None)
+        return followed(trainer, self.count, monitoring=self.by_score)
 
     @property
     def _target(self) -> Path:
@@ -316,7 +311,11 @@ class CheckpointAveraging(Callback):
         if trainer.world_size > 1 and is_sharded(Path(paths[-1])):
             write_together(recipe, target, trainer.strategy.root_device, overwrite=True)
         else:
-            _on_rank_zero(trainer, lambda: recipe().write(target, overwrite=True))
+            on_rank_zero(
+                lambda: recipe().write(target, overwrite=True),
+                trainer.strategy.broadcast,
+                is_zero=trainer.is_global_zero,
+            )
 
     def _refreshes(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         if self.refresh_batch_norm is False or not batch_norms(pl_module):
@@ -339,7 +338,7 @@ class CheckpointAveraging(Callback):
         draft = target.with_name(f".{target.stem}.draft.ckpt")  # hidden: no choice of checkpoints sees it
         try:
             self._write(trainer, paths, draft)
-            _load(trainer, pl_module, draft)
+            load_checkpoint(trainer, pl_module, draft)
             return refreshed_statistics(trainer, pl_module)
         finally:
             trainer.strategy.barrier()
@@ -360,7 +359,7 @@ class CheckpointAveraging(Callback):
         """Validate both; every rank takes part, rank zero's numbers count."""
         found = {}
         for name, path in (("average", target), ("best_single", best)):
-            _load(trainer, pl_module, path)
+            load_checkpoint(trainer, pl_module, path)
             found[name] = trainer.strategy.broadcast(validate(trainer))
         checkpoint = self._followed(trainer)
         monitor = None if checkpoint is None else checkpoint.monitor
@@ -378,42 +377,3 @@ class CheckpointAveraging(Callback):
             rank_zero_info(
                 "CheckpointAveraging: no comparison, as validation logs neither the monitored metric nor a loss."
             )
-
-
-def _model_checkpoints(trainer: Trainer) -> list[Any]:
-    """Return the callbacks that keep checkpoints as Lightning's ModelCheckpoint does, of whichever namespace."""
-    names = ("best_k_models", "save_top_k", "dirpath", "monitor", "mode")
-    return [c for c in trainer.callbacks if all(hasattr(c, name) for name in names)]  # type: ignore[attr-defined]
-
-
-def _capacity(checkpoint: Any) -> float:
-    return math.inf if checkpoint.save_top_k == -1 else checkpoint.save_top_k
-
-
-def _kept_by_others(trainer: Trainer, by_score: bool) -> float:  # noqa: FBT001
-    return max((_capacity(c) for c in _model_checkpoints(trainer) if c.monitor or not by_score), default=0)
-
-
-def _load(trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
-    """Load a checkpoint's weights, mapped from the file; of a sharded module only rank zero reads."""
-    state: dict[str, Any] = {}
-    if trainer.is_global_zero or not is_sharded_module(pl_module):
-        checkpoint = open_checkpoint(path, trust=True)
-        whole = {name: checkpoint.flat(name, 0, spec.numel).view(spec.shape) for name, spec in checkpoint.specs.items()}
-        state = {**whole, **checkpoint.extras}
-    load_weights(trainer, pl_module, state)
-
-
-def _on_rank_zero(trainer: Trainer, work: Callable[[], None]) -> None:
-    """Do ``work`` on rank zero; what it raises is raised on every rank, so that none waits for it."""
-    problem: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001  # raised again below, once the others know
-            problem = error
-    text = trainer.strategy.broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
-    if problem is not None:
-        raise problem
-    if text is not None:
-        raise RuntimeError(f"CheckpointAveraging failed on rank zero: {text}")

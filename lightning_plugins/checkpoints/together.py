@@ -97,3 +97,27 @@ def _raise_together(problem: Exception | None) -> None:
     first = next((text for text in texts if text is not None), None)
     if first is not None:
         raise CheckpointError(first)
+
+
+def on_rank_zero(work: Callable[[], None], broadcast: Callable[[str | None], str | None], *, is_zero: bool) -> None:
+    """Do ``work`` on rank zero; what it raises is raised on every rank, so that none waits for it.
+
+    Args:
+        work: What to do.
+        broadcast: Returns rank zero's argument on every rank.
+        is_zero: Whether this is rank zero.
+
+    Raises:
+        CheckpointError: On the other ranks, if rank zero failed.
+    """
+    problem: Exception | None = None
+    if is_zero:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  # raised again below, once the others know
+            problem = error
+    text = broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    if text is not None:
+        raise CheckpointError(f"Rank zero failed: {text}")

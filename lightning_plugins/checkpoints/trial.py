@@ -14,12 +14,14 @@ import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins.checkpoints.batch_norm import batch_norms, estimating, statistics
+from lightning_plugins.checkpoints.formats import open_checkpoint
 
 UNSIZED_BATCHES = 200
 """Batches that batch-normalisation statistics are estimated from when the training data have no length."""
@@ -158,6 +160,16 @@ def load_weights(trainer: Any, pl_module: nn.Module, state_dict: Mapping[str, An
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
     weights = dict(state_dict) if trainer.is_global_zero else {}
     set_model_state_dict(pl_module, weights, options=options)
+
+
+def load_checkpoint(trainer: Any, pl_module: nn.Module, path: Path) -> None:
+    """Load a checkpoint's weights, mapped from the file, which is trusted; of a sharded module only rank zero reads."""
+    state: dict[str, Any] = {}
+    if trainer.is_global_zero or not is_sharded_module(pl_module):
+        checkpoint = open_checkpoint(path, trust=True)
+        whole = {name: checkpoint.flat(name, 0, spec.numel).view(spec.shape) for name, spec in checkpoint.specs.items()}
+        state = {**whole, **checkpoint.extras}
+    load_weights(trainer, pl_module, state)
 
 
 def is_sharded_module(module: nn.Module) -> bool:

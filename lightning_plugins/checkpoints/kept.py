@@ -1,0 +1,38 @@
+"""What other callbacks of a run keep on disk, and where. They are recognised by what they have, in both namespaces."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+_ATTRIBUTES = ("best_k_models", "save_top_k", "dirpath", "monitor", "mode")
+
+
+def model_checkpoints(trainer: Any, *, monitoring: bool = False) -> list[Any]:
+    """Return the callbacks that keep checkpoints as Lightning's ModelCheckpoint does.
+
+    Args:
+        trainer: The Trainer.
+        monitoring: Only those that rank their files by a metric.
+    """
+    found = [callback for callback in trainer.callbacks if all(hasattr(callback, name) for name in _ATTRIBUTES)]
+    return [callback for callback in found if callback.monitor or not monitoring]
+
+
+def capacity(checkpoint: Any) -> float:
+    """Return how many files a ModelCheckpoint keeps."""
+    return math.inf if checkpoint.save_top_k == -1 else checkpoint.save_top_k
+
+
+def followed(trainer: Any, count: int, *, monitoring: bool) -> Any:
+    """Return the ModelCheckpoint to follow: the first that keeps ``count`` files, else the first, else ``None``."""
+    found = model_checkpoints(trainer, monitoring=monitoring)
+    return next((checkpoint for checkpoint in found if capacity(checkpoint) >= count), found[0] if found else None)
+
+
+def checkpoint_folder(trainer: Any, checkpoint: Any) -> str:
+    """Return the directory of a ModelCheckpoint, or the one that it would have. Every rank must ask."""
+    if checkpoint is not None and checkpoint.dirpath:
+        return str(checkpoint.dirpath)
+    return str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
