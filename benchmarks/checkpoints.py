@@ -1,6 +1,6 @@
 """Checkpoint averaging: time and memory beside the peers' ways, as ratios.
 
-    python benchmarks/checkpoints.py [--mb 405] [--rounds 5] [--folder DIR]
+``make bench ARGS=checkpoints``, or ``python benchmarks/checkpoints.py --mb 405 --rounds 5 --folder DIR``.
 
 Every way runs in a process of its own on the same files in the page cache, in turn, round after round. Printed are
 medians; the floor is reading the bytes that must be read. Memory is the peak of anonymous memory, which is what can run
@@ -11,7 +11,6 @@ of them is a library that could be imported.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -20,10 +19,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-Ways = dict[str, Callable[[list[str]], object]]
+Way = Callable[[list[str]], object]
 
 
 def write_checkpoints(folder: Path, count: int, megabytes: float, *, optimizer: bool) -> list[Path]:
@@ -133,16 +133,16 @@ def running_mean(paths: list[str]) -> object:
     return mean
 
 
-WAYS: Ways = {
-    "read the bytes (floor)": read_bytes,
+FLOOR, USUAL = "read the bytes (floor)", "load all, add, divide (usual)"
+PEERS = ["fairseq's way", "timm's way", "OpenNMT-py's way"]
+WAYS: dict[str, Way] = {
+    FLOOR: read_bytes,
     "ours": ours,
     "ours, float64": ours_float64,
-    "load all, add, divide": load_all,
+    USUAL: load_all,
     "fairseq's way": fairseq,
     "timm's way": timm,
     "OpenNMT-py's way": running_mean,
-}
-WRITING: Ways = {
     "ours -> .ckpt": ours_to_ckpt,
     "ours -> .safetensors": ours_to_safetensors,
     "load all -> torch.save": load_all_and_save,
@@ -153,18 +153,33 @@ WRITING: Ways = {
 
 
 def anonymous_megabytes() -> float:
+    """Return the memory that can run out: pages of mapped files are not among it."""
     text = Path("/proc/self/status").read_text()
-    return int(text.split("RssAnon:")[1].split()[0]) / 1024 * 1.048576
+    return int(text.split("RssAnon:")[1].split()[0]) * 1024 / 1e6
 
 
-def measure(way: str, paths: list[str]) -> tuple[float, float]:
-    """Return seconds and the peak of anonymous memory in MB, above what the process had before."""
-    function = {**WAYS, **WRITING}[way]
-    small = Path(paths[0]).parent / "small.ckpt"
-    other = small.with_name("small2.ckpt")
-    for path in (small, other):
+def warmed(way: str, folder: Path) -> Way:
+    """Return a way whose imports and first calls are behind it."""
+    small = [str(folder / f"small-{i}.ckpt") for i in range(2)]
+    for path in small:
         torch.save({"state_dict": {"w": torch.zeros(8)}}, path)
-    function([str(small), str(other)])  # imports and first calls
+    function = WAYS[way]
+    function(small)
+    return function
+
+
+def time_of(way: str, paths: list[str]) -> float:
+    function = warmed(way, Path(paths[0]).parent)
+    begin = time.perf_counter()
+    kept = function(paths)
+    seconds = time.perf_counter() - begin
+    del kept
+    return seconds
+
+
+def memory_of(way: str, paths: list[str]) -> float:
+    """Return the peak above what the process had before; watching costs time, so this is a run of its own."""
+    function = warmed(way, Path(paths[0]).parent)
     base, peak, stop = anonymous_megabytes(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -174,72 +189,77 @@ def measure(way: str, paths: list[str]) -> tuple[float, float]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    begin = time.perf_counter()
     kept = function(paths)
-    seconds = time.perf_counter() - begin
+    peak = max(peak, anonymous_megabytes())
     stop.set()
     thread.join()
     del kept
-    return seconds, max(peak, base) - base
+    return peak - base
 
 
-def in_a_process(way: str, paths: list[Path]) -> tuple[float, float]:
-    command = [sys.executable, __file__, "--child", way, *map(str, paths)]
+def in_a_process(what: str, way: str, paths: list[Path]) -> float:
+    command = [sys.executable, __file__, what, way, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    seconds, megabytes = json.loads(done.stdout.splitlines()[-1])
-    return seconds, megabytes
+    return float(done.stdout.splitlines()[-1])
 
 
-def table(title: str, ways: Ways, paths: list[Path], rounds: int, floor: float | None = None) -> float:
-    """Print one table and return the floor in seconds."""
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+def compare(
+    title: str, ways: list[str], paths: list[Path], rounds: int, *, memory: bool = True
+) -> tuple[str, dict[str, list[float]]]:
+    """Return one table, in Markdown, and its seconds."""
+    seconds: dict[str, list[float]] = {way: [] for way in [FLOOR, *ways]}
     for path in paths:
-        path.read_bytes()  # into the page cache
+        read_bytes([str(path)])  # into the page cache
     for _ in range(rounds):
-        for way in ways:
-            found[way].append(in_a_process(way, paths))
-    floor = floor or statistics.median(seconds for seconds, _ in found["read the bytes (floor)"])
-    usual = next((w for w in ways if w.startswith("load all")), None)
-    reference = statistics.median(seconds for seconds, _ in found[usual]) if usual else float("nan")
+        for way, found in seconds.items():
+            found.append(in_a_process("time", way, paths))
     size = paths[0].stat().st_size / 1e6
-    print(f"\n{title}: {len(paths)} files of {size:.0f} MB, {rounds} rounds, warm page cache")
-    print(f"{'':26}{'s':>8}{'spread':>15}{'x floor':>9}{'x usual':>9}{'anon MB':>9}{'x file':>8}")
-    for way, pairs in found.items():
-        times = sorted(seconds for seconds, _ in pairs)
-        middle, memory = statistics.median(times), max(megabytes for _, megabytes in pairs)
-        spread = f"{times[0]:.2f}-{times[-1]:.2f}"
-        ratios = f"{middle / floor:>9.2f}{middle / reference:>9.2f}{memory:>9.0f}{memory / size:>8.2f}"
-        print(f"{way:26}{middle:>8.3f}{spread:>15}{ratios}", flush=True)
-    return floor
+    floor, usual = (statistics.median(seconds[way]) for way in (FLOOR, USUAL if USUAL in seconds else ways[-1]))
+    lines = [f"### {title}: {len(paths)} files of {size:.0f} MB, {rounds} rounds, warm page cache", ""]
+    lines += [
+        "| | median s | fastest to slowest | x floor | x usual | anonymous MB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for way, found in seconds.items():
+        middle = statistics.median(found)
+        peak = f"{in_a_process('memory', way, paths):.0f}" if memory else ""
+        spread = f"{min(found):.3f} to {max(found):.3f}"
+        lines.append(f"| {way} | {middle:.3f} | {spread} | {middle / floor:.2f} | {middle / usual:.2f} | {peak} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines), seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mb", type=float, default=405.0, help="size of one file of weights, in MB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=None, help="where to write the files (a temporary directory)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        paths = write_checkpoints(folder, 8, options.mb, optimizer=False)
-        table("Weights only", WAYS, paths[:5], options.rounds)
-        table("To a file", {"read the bytes (floor)": read_bytes, **WRITING}, paths[:5], options.rounds)
-        print("\nTime over the number of files")
-        few = {way: WAYS[way] for way in ("read the bytes (floor)", "ours", "load all, add, divide")}
+def main(megabytes: float = 405.0, rounds: int = 5, folder: Path | None = None) -> None:
+    from benchmarks.harness import report
+
+    tables, data = [], {}
+
+    def add(title: str, *arguments: Any, **options: Any) -> None:
+        text, seconds = compare(title, *arguments, **options)
+        tables.append(text)
+        data[title] = seconds
+
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        paths = write_checkpoints(Path(name), 8, megabytes, optimizer=False)
+        add("Load and average", ["ours", "ours, float64", USUAL, *PEERS], paths[:5], rounds)
+        add("To a file", ["ours -> .ckpt", "ours -> .safetensors", "load all -> torch.save"], paths[:5], rounds)
         for count in (2, 4, 8):
-            table(f"{count} files", few, paths[:count], min(options.rounds, 3))
+            add(f"{count} inputs", ["ours", USUAL], paths[:count], min(rounds, 3), memory=False)
         for path in paths:
             path.unlink()
-        full = write_checkpoints(folder, 5, options.mb, optimizer=True)
-        table("With Adam states", {**few, "fairseq's way": fairseq}, full, options.rounds)
-
-
-def child(arguments: list[str]) -> None:
-    print(json.dumps(measure(arguments[0], arguments[1:])))
+        full = write_checkpoints(Path(name), 5, megabytes, optimizer=True)
+        add("With Adam states", ["ours", "ours -> .ckpt", USUAL, "fairseq's way"], full, rounds)
+    report("checkpoints", tables, data)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2:])
+    if sys.argv[1:2] in (["time"], ["memory"]):
+        print({"time": time_of, "memory": memory_of}[sys.argv[1]](sys.argv[2], sys.argv[3:]))
     else:
-        main()
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        parser = argparse.ArgumentParser(description="Checkpoint averaging beside the peers' ways.")
+        parser.add_argument("--mb", type=float, default=405.0, help="size of one file of weights, in MB")
+        parser.add_argument("--rounds", type=int, default=5)
+        parser.add_argument("--folder", type=Path, default=None, help="where to write the files")
+        options = parser.parse_args()
+        main(options.mb, options.rounds, options.folder)

@@ -301,11 +301,8 @@ class CheckpointAveraging(Callback):
         def recipe() -> Recipe:
             sources = [open_checkpoint(path, trust=True) for path in paths]  # the run's own files
             made = Recipe(sources, [1 / len(paths)] * len(paths), replace=dict(replace or {}))
-            for place in made.second_sets():
-                rank_zero_info(
-                    f"CheckpointAveraging: the files hold a second set of weights ({place}), as in a run with EMA. "
-                    f"What is averaged is their `state_dict`."
-                )
+            if made.ema_note():
+                rank_zero_info(f"CheckpointAveraging: the run has an EMA; {made.ema_note()}.")
             return made
 
         if trainer.world_size > 1 and is_sharded(Path(paths[-1])):

@@ -118,7 +118,8 @@ def plan_average(
         raise ValueError(f"At least two checkpoints are needed, found {len(selection.records)}.")
     shares = normalised(weights, len(selection.records))
     rows = [_row(record, selection, share) for record, share in zip(selection.records, shares, strict=True)]
-    return Plan(rows, selection.notes)
+    notes = sorted({f"A run with an EMA: {record.ema}." for record in selection.records if record.ema})
+    return Plan(rows, [*selection.notes, *notes])
 
 
 def _row(record: Record, selection: Selection, share: float) -> Row:

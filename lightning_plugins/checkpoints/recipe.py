@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_plugins.checkpoints.compare import Differences, differences
 from lightning_plugins.checkpoints.safetensors_file import SafetensorsWriter
-from lightning_plugins.checkpoints.source import Checkpoint, CheckpointError, second_sets
+from lightning_plugins.checkpoints.source import EMA_RECORD, Checkpoint, CheckpointError, ema_note, second_sets
 from lightning_plugins.checkpoints.writing import Slot, TorchArchive, bytes_of, replacing
 
 MANIFEST = "checkpoint_averaging"
@@ -38,6 +38,7 @@ _DROPPED = (
     "current_model_state",
     "averaging_state",
     "MixedPrecision",
+    EMA_RECORD,
 )
 
 
@@ -226,16 +227,17 @@ class Recipe:
 
     def header(self) -> dict[str, Any]:
         """Return what a written checkpoint holds beside the weights: the newest file's, without what training needs."""
-        dropped = {*_DROPPED, *(place.partition("/")[0] for place in self.second_sets())}
+        second = second_sets(self.newest.header, self.newest.specs)
+        dropped = {*_DROPPED, *(place.partition("/")[0] for place in second)}
         header = {key: value for key, value in self.newest.header.items() if key not in dropped}
         if "pytorch-lightning_version" not in header:  # load_from_checkpoint asks for it; a plain state dict has none
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 header["pytorch-lightning_version"] = importlib.metadata.version("lightning")
         return header
 
-    def second_sets(self) -> list[str]:
-        """Return where the newest file holds a second set of the weights, as it does in a run with EMA."""
-        return second_sets(self.newest.header, self.newest.specs)
+    def ema_note(self) -> str | None:
+        """Return what is known of the averaged weights if the newest file is of a run with an EMA."""
+        return ema_note(self.newest.header, self.newest.specs)
 
     def _write_safetensors(self, file: Any, tensors: Iterable[tuple[str, Tensor]], manifest: dict[str, Any]) -> None:
         if self.newest.extras:
@@ -265,6 +267,7 @@ class Recipe:
             "accumulated_in": str(self._accumulate).removeprefix("torch."),
             "left_out": sorted(self.differences.unshared),
             "replaced": sorted(self._replace),
+            "ema": self.ema_note(),
         }
 
 

@@ -7,7 +7,6 @@ a file names.
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 import warnings
@@ -21,7 +20,7 @@ from lightning_plugins.checkpoints.inert import Archive, StoredTensor, Unreadabl
 from lightning_plugins.checkpoints.recipe import MANIFEST
 from lightning_plugins.checkpoints.safetensors_file import parse_metadata, read_header
 from lightning_plugins.checkpoints.sharded import is_sharded
-from lightning_plugins.checkpoints.source import CheckpointError, as_count, unreadable
+from lightning_plugins.checkpoints.source import CheckpointError, as_count, ema_note, unreadable
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -38,6 +37,7 @@ class Record:
         scores: Name of a file -> score: what ModelCheckpoint had kept when this one was written.
         mode: ``"min"`` or ``"max"``: which scores are better.
         manifest: What it is the average of, ``None`` for an ordinary checkpoint.
+        ema: What its ``state_dict`` holds, if it is of a run with an EMA.
     """
 
     path: Path
@@ -47,6 +47,7 @@ class Record:
     scores: Mapping[str, float] = field(default_factory=dict)
     mode: str = "min"
     manifest: Mapping[str, Any] | None = None
+    ema: str | None = None
 
 
 def read_record(path: str | Path) -> Record:
@@ -92,7 +93,14 @@ def _torch_record(path: Path, file_path: Path) -> Record:
         scores,
         mode,
         manifest if isinstance(manifest, dict) else None,
+        _ema(content),
     )
+
+
+def _ema(content: dict[str, Any]) -> str | None:
+    state = content.get("state_dict")
+    rest = {key: value for key, value in content.items() if key != "state_dict"}
+    return ema_note(rest, state) if isinstance(state, dict) else None
 
 
 def _scores(archive: Archive, callbacks: Any) -> tuple[float | None, dict[str, float], str]:
@@ -304,8 +312,3 @@ def _best(records: list[Record], scores: Mapping[Path, float], mode: str, count:
     sign = 1 if mode == "min" else -1
     ranked = sorted(scored, key=lambda record: (sign * scores[record.path], -(record.step or 0)))
     return sorted(ranked[:count], key=lambda record: record.step or 0)
-
-
-def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """Return a manifest as JSON, for a log or a terminal."""
-    return json.dumps(manifest, indent=2)

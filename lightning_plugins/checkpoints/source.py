@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from torch import Tensor
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 """Where a state dict lies inside a checkpoint: Lightning's name, then those of Fabric and of plain training loops."""
+
+
+EMA_RECORD = "lightning_plugins_ema"
+"""Where a run with this package's EMA says what a file's ``state_dict`` is; read here, never written."""
 
 
 class CheckpointError(ValueError):
@@ -93,19 +97,29 @@ def unreadable(path: Path, error: Exception | str) -> str:
     return f"{path} cannot be read as a checkpoint: {reason}"
 
 
-def second_sets(header: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
-    """Return where ``header`` holds another set of the same weights, as EMA callbacks keep beside ``state_dict``.
+def ema_note(header: Mapping[str, Any], names: Container[str]) -> str | None:
+    """Return what is known of the weights in ``state_dict`` if the file is of a run with an EMA, else ``None``.
+
+    The record of this package's EMA says which weights they are. Other callbacks, Lightning's own among them, are told
+    by a second set of the same weights somewhere in the file.
 
     Args:
         header: A checkpoint without its state dict.
         names: The state dict's names.
-
-    Returns:
-        The places, as ``"current_model_state"`` or ``"callbacks/EMA/raw"``.
     """
+    record = header.get(EMA_RECORD)
+    if isinstance(record, Mapping) and record.get("state_dict") in ("average", "raw"):
+        kind = "EMA's averaged weights" if record["state_dict"] == "average" else "the raw weights, not EMA's average"
+        return f"`state_dict`, which is averaged, holds {kind}"
+    places = ", ".join(second_sets(header, names))
+    return f"a second set of weights (`{places}`) lies beside `state_dict`, which is averaged" if places else None
+
+
+def second_sets(header: Mapping[str, Any], names: Container[str]) -> list[str]:
+    """Return where ``header`` holds another set of the same weights, as ``"current_model_state"`` or ``"ema/raw"``."""
     found = []
     for place, mapping in _mappings(header):
-        tensors = [str(key) for key, value in mapping.items() if isinstance(value, Tensor)]
+        tensors = [str(key) for key, value in mapping.items() if hasattr(value, "dtype")]
         known = sum(key in names or key.partition(".")[2] in names for key in tensors)
         if tensors and 2 * known > len(tensors):
             found.append(place)

@@ -14,7 +14,7 @@ import torch
 
 from lightning_plugins import average_checkpoints
 from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.checkpoints import CheckpointError, read_manifest, weights_digest
+from lightning_plugins.checkpoints import CheckpointError, plan_average, read_manifest, weights_digest
 from tests.support.checkpoints_models import Regressor, assert_is_mean, float64_mean, write_files
 
 
@@ -244,6 +244,21 @@ def test_training_state_is_dropped_and_the_rest_is_kept(tmp_path):
     assert loaded["hyper_parameters"]["width"] == 4
     assert loaded["hyper_parameters"]["scale"].tolist() == [1.0, 2.0]
     assert loaded["my_own_key"] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["average", "raw"])
+def test_the_record_of_an_ema_says_what_is_averaged_and_is_not_kept(tmp_path, kind):
+    """As our EMA writes it, weights-only, with the other set nowhere in the file."""
+    paths = write_files(tmp_path, 2)
+    for path in paths:
+        torch.save(
+            torch.load(path) | {"lightning_plugins_ema": {"version": 1, "state_dict": kind, "name": "ema"}}, path
+        )
+    written = average_checkpoints(paths, tmp_path / "out.ckpt")
+    words = {"average": "EMA's averaged weights", "raw": "the raw weights, not EMA's average"}
+    assert read_manifest(written)["ema"] == f"`state_dict`, which is averaged, holds {words[kind]}"
+    assert "lightning_plugins_ema" not in torch.load(written)
+    assert len(plan_average(paths).notes) == 1
 
 
 def test_safetensors_and_plain_and_lightning_inputs_mix(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_plugins import CheckpointAveraging, select_checkpoints
 from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.checkpoints import read_manifest
+from lightning_plugins.checkpoints import plan_average, read_manifest
 from tests.support.checkpoints_models import (
     NAMESPACES,
     Regressor,
@@ -260,8 +260,11 @@ def test_with_ema_the_files_state_dict_is_averaged_and_that_is_said(tmp_path, sa
     trainer(tmp_path, callbacks=[averaging, checkpoint, EMAWeightAveraging(decay=0.5)]).fit(
         Regressor(), loader(), **VALIDATION
     )
-    assert any("second set of weights (current_model_state), as in a run with EMA" in line for line in said)
+    note = "a second set of weights (`current_model_state`) lies beside `state_dict`, which is averaged"
+    assert f"CheckpointAveraging: the run has an EMA; {note}." in said
+    assert read_manifest(averaging.path)["ema"] == note
     files = sources(averaging.path)
+    assert plan_average(files).notes == [f"A run with an EMA: {note}."]
     assert_is_mean(load_state(averaging.path), float64_mean(files))
     assert "current_model_state" in torch.load(files[0], weights_only=False)
     assert not {"current_model_state", "averaging_state"} & set(torch.load(averaging.path))

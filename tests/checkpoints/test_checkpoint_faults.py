@@ -114,14 +114,14 @@ def test_the_file_gets_the_usual_permissions(tmp_path):
 
 
 def test_memory_is_one_tensor_however_many_files_and_states(tmp_path):
-    """Anonymous memory, which is what can run out, in a process of its own: five files of four 8 MB tensors."""
+    """Anonymous memory, which is what can run out, in a process of its own: three files of six 8 MB tensors."""
     paths = []
-    for i in range(5):
-        state = {f"w{k}": torch.randn(2_000_000) for k in range(4)}
+    for i in range(3):
+        state = {f"w{k}": torch.randn(2_000_000) for k in range(6)}
         content = {
             "state_dict": state,
             "global_step": i,
-            "optimizer_states": [dict.fromkeys(range(2), torch.ones(4_000_000))],
+            "optimizer_states": [{0: torch.ones(12_000_000)}],
         }
         torch.save(content, tmp_path / f"{i}.ckpt")
         paths.append(str(tmp_path / f"{i}.ckpt"))
@@ -155,9 +155,9 @@ print(peak - base)
         command = [sys.executable, "-c", program, output, *paths]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
         peaks[output] = float(done.stdout)
-    model = 4 * 8 * 1e6 / 2**20
+    model = 6 * 8 * 1e6 / 2**20
     assert peaks["-"] < 1.25 * model
-    assert peaks[str(tmp_path / "out.ckpt")] < 0.75 * model  # one of four tensors, and what Python needs
+    assert peaks[str(tmp_path / "out.ckpt")] < 0.75 * model  # one of six tensors, and what Python needs
     assert peaks[str(tmp_path / "out.safetensors")] < 0.75 * model
 
 
