@@ -102,12 +102,22 @@ class Recipe:
             ties[name] = name if None in alias else first.setdefault(alias, name)
         return ties
 
-    def tensor(self, name: str, advance: Advance | None = None) -> Tensor:
-        """Return one tensor of the result, contiguous."""
+    def tensor(self, name: str, advance: Advance | None = None, scratch: Tensor | None = None) -> Tensor:
+        """Return one tensor of the result, contiguous; it lies in ``scratch`` if one is given."""
         if name in self._replace:
             return self.replaced(name)
         spec = self.specs[name]
-        return self.part(name, 0, spec.numel, advance).view(spec.shape)
+        result = torch.empty(spec.numel, dtype=spec.dtype) if scratch is None else self.cut(name, scratch)
+        return self.part(name, 0, spec.numel, advance, result).view(spec.shape)
+
+    def scratch(self) -> Tensor:
+        """Return memory for any one tensor of the result: one block, used again, leaves no holes behind."""
+        return torch.empty(max((spec.nbytes for spec in self.specs.values()), default=0), dtype=torch.uint8)
+
+    def cut(self, name: str, scratch: Tensor) -> Tensor:
+        """Return the beginning of ``scratch`` as one flattened tensor of the result."""
+        spec = self.specs[name]
+        return scratch[: spec.nbytes].view(spec.dtype)
 
     def replaced(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Return the tensor that was given instead of a mean; ``tensor`` if none was."""
@@ -116,12 +126,15 @@ class Recipe:
         spec = self.specs[name]
         return self._replace[name].to("cpu", spec.dtype).reshape(spec.shape).contiguous()
 
-    def part(self, name: str, start: int, stop: int, advance: Advance | None = None) -> Tensor:
-        """Return elements ``start`` to ``stop`` of one flattened tensor of the result."""
-        result = torch.empty(stop - start, dtype=self.specs[name].dtype)
+    def part(
+        self, name: str, start: int, stop: int, advance: Advance | None = None, result: Tensor | None = None
+    ) -> Tensor:
+        """Return elements ``start`` to ``stop`` of one flattened tensor, in ``result`` if that is given."""
+        if result is None:
+            result = torch.empty(stop - start, dtype=self.specs[name].dtype)
         width = sum(source.specs[name].dtype.itemsize for source in self.sources)
 
-        def fill(begin: int) -> None:
+        def fill(begin: int, result: Tensor = result) -> None:
             piece = result[begin : begin + _CHUNK]
             mean = self.mean(name, start + begin, start + begin + len(piece), piece)
             if mean.data_ptr() != piece.data_ptr():
@@ -201,10 +214,12 @@ class Recipe:
             output: The file.
             overwrite: Whether it may be replaced.
             advance: Is told how many bytes have been read.
-            tensors: The result's tensors in the order of ``specs``, if somebody else makes them.
+            tensors: The result's tensors in the order of ``specs``, if somebody else makes them. Each is written before
+                the next is asked for.
         """
         if tensors is None:
-            tensors = ((name, self.tensor(name, advance)) for name in self.specs)
+            scratch = self.scratch()
+            tensors = ((name, self.tensor(name, advance, scratch)) for name in self.specs)
         manifest = self.manifest(output.parent)
         with replacing(output, overwrite=overwrite) as file:
             if output.suffix == ".safetensors":
@@ -221,7 +236,6 @@ class Recipe:
                 digest.add(name, tensor, content)
                 tied = slots.get(self._first[name])
                 slots[name] = tied or Slot(archive.add(content), tensor.dtype, tuple(tensor.shape))
-                del tensor, content  # before the next one is made
             manifest["digest"] = digest.text()
             archive.finish({**self.header(), "state_dict": self._completed(slots), MANIFEST: manifest})
 
@@ -252,7 +266,6 @@ class Recipe:
             content = bytes_of(tensor)
             digest.add(name, tensor, content)
             writer.add(content)
-            del tensor, content  # before the next one is made
         writer.finish(digest.text())
 
     def manifest(self, folder: Path) -> dict[str, Any]:

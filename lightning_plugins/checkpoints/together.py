@@ -66,9 +66,10 @@ def _gathered(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the whole tensors on rank zero, in order; on the others only send."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
+    scratch = recipe.scratch() if rank == 0 else torch.empty(0, dtype=torch.uint8)
     for name, ranges in parts.items():
         spec = recipe.specs[name]
-        whole = torch.empty(spec.numel if rank == 0 else 0, dtype=spec.dtype)
+        whole = recipe.cut(name, scratch)
         for number, (start, stop) in enumerate(ranges):
             owner = number % world
             if owner == rank == 0:

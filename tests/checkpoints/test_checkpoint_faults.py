@@ -157,8 +157,8 @@ print(peak - base)
         peaks[output] = float(done.stdout)
     model = 6 * 8 * 1e6 / 2**20
     assert peaks["-"] < 1.25 * model
-    assert peaks[str(tmp_path / "out.ckpt")] < 0.75 * model  # one of six tensors, and what Python needs
-    assert peaks[str(tmp_path / "out.safetensors")] < 0.75 * model
+    assert peaks[str(tmp_path / "out.ckpt")] < 0.5 * model  # one of six tensors, and what Python needs
+    assert peaks[str(tmp_path / "out.safetensors")] < 0.5 * model
 
 
 def test_a_copied_checkpoint_needs_no_time_of_its_own(tmp_path):
