@@ -7,10 +7,13 @@ files of the future that it lost; both are told apart from the run's own and lef
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lightning_plugins._validation import LightningPluginsWarning
 from lightning_plugins.checkpoints.selection import Record, found_in, one_per_step, read_record
+from lightning_plugins.checkpoints.source import CheckpointError
 
 Signature = list[int]
 """What changes when a file is written anew: time of change in nanoseconds, size."""
@@ -32,20 +35,33 @@ def foreign_files(folder: Path, after_step: int) -> dict[str, Signature]:
     """
     if not folder.is_dir():
         return {}
-    records = [read_record(path) for path in found_in(folder)]
     return {
-        record.path.name: signature(record.path)
-        for record in records
-        if after_step == 0 or (record.step is not None and record.step > after_step)
+        path.name: signature(path)
+        for path in found_in(folder)
+        if after_step == 0 or (record := _record(path)) is None or _step(record) > after_step
     }
 
 
 def own_records(folder: Path, foreign: Mapping[str, Signature]) -> list[Record]:
-    """Return the run's checkpoints in ``folder``, one per step, in the order of steps; averages are none."""
+    """Return the run's checkpoints in ``folder``, one per step, in the order of steps; averages are none.
+
+    A file that cannot be read is left out with a warning: a kill can cut one off, and the others are still good.
+    """
     if not folder.is_dir():
         return []
     paths = [path for path in found_in(folder) if foreign.get(path.name) != signature(path)]
-    return one_per_step(record for record in map(read_record, paths) if record.manifest is None)
+    records = {path: _record(path) for path in paths}
+    damaged = [path.name for path, record in records.items() if record is None]
+    if damaged:
+        warnings.warn(f"Left out, as they cannot be read: {', '.join(damaged)}.", LightningPluginsWarning, stacklevel=2)
+    return one_per_step(record for record in records.values() if record is not None and record.manifest is None)
+
+
+def _record(path: Path) -> Record | None:
+    try:
+        return read_record(path)
+    except CheckpointError:
+        return None
 
 
 def last_records(records: Iterable[Record], count: int) -> list[Record]:

@@ -201,6 +201,22 @@ def test_files_of_another_run_in_the_directory_are_left_alone(tmp_path):
     assert all(path.read_bytes() == content for path, content in old.items())
 
 
+def test_damaged_files_do_not_end_a_run(tmp_path):
+    """One that lay there before is another run's; one that a kill cut off in this run is left out with a warning."""
+
+    class Cutter(NAMESPACES["lightning.pytorch"].Callback):
+        def on_train_end(self, trainer, pl_module):
+            file = tmp_path / "epoch=2-step=12.ckpt"
+            file.write_bytes(file.read_bytes()[:500])
+
+    (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    averaging = CheckpointAveraging(last=3)
+    callbacks = [Cutter(), averaging, model_checkpoint(tmp_path, save_top_k=-1)]
+    with pytest.warns(LightningPluginsWarning, match=r"Left out, as they cannot be read: epoch=2-step=12\.ckpt\."):
+        trainer(tmp_path, callbacks=callbacks).fit(Regressor(), loader(), **VALIDATION)
+    assert [file["epoch"] for file in read_manifest(averaging.path)["files"]] == [0, 1, 3]
+
+
 class Crash(Regressor):
     at_epoch = -1
 
