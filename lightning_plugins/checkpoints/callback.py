@@ -33,6 +33,7 @@ from lightning_plugins.checkpoints.pool import (
 from lightning_plugins.checkpoints.recipe import Recipe
 from lightning_plugins.checkpoints.selection import Record, read_manifest
 from lightning_plugins.checkpoints.sharded import is_sharded
+from lightning_plugins.checkpoints.source import CheckpointError
 from lightning_plugins.checkpoints.together import on_rank_zero, write_together
 from lightning_plugins.checkpoints.trial import (
     can_refresh,
@@ -145,21 +146,22 @@ class CheckpointAveraging(Callback):
                 "CheckpointAveraging(refresh_batch_norm=True) runs `training_step` for its forward pass, which manual "
                 "optimisation and `dataloader_iter` do not allow; pass False."
             )
-        twins = [c for c in trainer.callbacks if getattr(c, "state_key", None) == self.state_key]  # type: ignore[attr-defined]
-        if len(twins) > 1:
-            raise MisconfigurationException(
-                f"Two CheckpointAveraging callbacks would write {self.output}; give them different `output` names."
-            )
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
+            if other is not self and isinstance(other, CheckpointAveraging) and Path(other.output) == Path(self.output):
+                raise MisconfigurationException(
+                    f"Two CheckpointAveraging callbacks would write {self.output}; give them different `output` names."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose whose files will be averaged, now that directories and the run's position are known."""
+        self.path, self.scores, self.metric = None, None, None
         self._folder = None if trainer.fast_dev_run else self._checkpoint_folder(trainer)  # type: ignore[attr-defined]
         if self._folder is None:
             return
         checkpoint = self._followed(trainer)
         self._own_pool = checkpoint is None or capacity(checkpoint) < self.count
+        self._check_output(self._target)
         if trainer.is_global_zero:
-            self._check_output(self._target)
             found = foreign_files(self._pool_folder, trainer.global_step)
             self._foreign = {**(self._foreign if trainer.global_step else {}), **found}
         if self._own_pool:
@@ -240,7 +242,11 @@ class CheckpointAveraging(Callback):
         return own if self._own_pool else self._folder or Path()
 
     def _check_output(self, target: Path) -> None:
-        if target.exists() and (target.is_dir() or read_manifest(target) is None):
+        try:
+            is_ours = not target.exists() or (target.is_file() and read_manifest(target) is not None)
+        except CheckpointError:
+            is_ours = False
+        if not is_ours:
             raise MisconfigurationException(
                 f"`output` of CheckpointAveraging is a file that it did not write: {target}. Choose another name."
             )

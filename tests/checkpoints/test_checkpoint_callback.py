@@ -385,8 +385,11 @@ def test_wrong_arguments_are_refused_at_construction(options, error, message):
 def test_what_clashes_with_the_trainer_is_refused_at_setup(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"CheckpointAveraging\(best=2\) needs a ModelCheckpoint with"):
         trainer(tmp_path, callbacks=[CheckpointAveraging(best=2)]).fit(Regressor(), loader(), **VALIDATION)
-    torch.save({"state_dict": Regressor().state_dict()}, tmp_path / "mine.ckpt")
+    (tmp_path / "mine.ckpt").write_bytes(b"PK\x03\x04 something else")
     mine = trainer(tmp_path, callbacks=[CheckpointAveraging(output=str(tmp_path / "mine.ckpt"))])
+    with pytest.raises(MisconfigurationException, match="is a file that it did not write"):
+        mine.fit(Regressor(), loader(), **VALIDATION)
+    torch.save({"state_dict": Regressor().state_dict()}, tmp_path / "mine.ckpt")
     with pytest.raises(MisconfigurationException, match="is a file that it did not write"):
         mine.fit(Regressor(), loader(), **VALIDATION)
     run = trainer(tmp_path, callbacks=[CheckpointAveraging()])
@@ -402,6 +405,11 @@ def test_two_instances_need_different_outputs(tmp_path):
     twins = [CheckpointAveraging(last=2), CheckpointAveraging(last=3)]
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         trainer(tmp_path, callbacks=twins)
+    disguised = [CheckpointAveraging(last=2), CheckpointAveraging(last=3, output="./averaged.ckpt")]
+    with pytest.raises(
+        MisconfigurationException, match=r"callbacks would write averaged\.ckpt; give"
+    ):
+        trainer(tmp_path, callbacks=disguised).fit(Regressor(), loader(), **VALIDATION)
 
 
 def test_pickle_and_state_before_and_after_a_fit(tmp_path):
