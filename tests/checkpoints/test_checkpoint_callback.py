@@ -406,9 +406,7 @@ def test_two_instances_need_different_outputs(tmp_path):
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         trainer(tmp_path, callbacks=twins)
     disguised = [CheckpointAveraging(last=2), CheckpointAveraging(last=3, output="./averaged.ckpt")]
-    with pytest.raises(
-        MisconfigurationException, match=r"callbacks would write averaged\.ckpt; give"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"callbacks would write averaged\.ckpt; give"):
         trainer(tmp_path, callbacks=disguised).fit(Regressor(), loader(), **VALIDATION)
 
 
