@@ -18,6 +18,12 @@ if TYPE_CHECKING:
         MicroBatching as MicroBatching,
         Tokens as Tokens,
     )
+    from lightning_plugins.checkpoints import (
+        CheckpointAveraging as CheckpointAveraging,
+        average_checkpoints as average_checkpoints,
+        greedy_soup as greedy_soup,
+        select_checkpoints as select_checkpoints,
+    )
     from lightning_plugins.ema import (
         EMA as EMA,
         ConstantDecay as ConstantDecay,
@@ -30,12 +36,6 @@ if TYPE_CHECKING:
         WarmupDecay as WarmupDecay,
         extract_weights as extract_weights,
         synthesize_ema as synthesize_ema,
-    )
-    from lightning_plugins.checkpoints import (
-        CheckpointAveraging as CheckpointAveraging,
-        average_checkpoints as average_checkpoints,
-        greedy_soup as greedy_soup,
-        select_checkpoints as select_checkpoints,
     )
     from lightning_plugins.schedules import (
         Constant as Constant,
@@ -79,6 +79,12 @@ _TECHNIQUES = {
         "MicroBatching",
         "Tokens",
     ],
+    "checkpoints": [
+        "CheckpointAveraging",
+        "average_checkpoints",
+        "greedy_soup",
+        "select_checkpoints",
+    ],
     "ema": [
         "ConstantDecay",
         "DebiasedDecay",
@@ -91,12 +97,6 @@ _TECHNIQUES = {
         "WarmupDecay",
         "extract_weights",
         "synthesize_ema",
-    ],
-    "checkpoints": [
-        "CheckpointAveraging",
-        "average_checkpoints",
-        "greedy_soup",
-        "select_checkpoints",
     ],
     "schedules": [
         "Constant",
