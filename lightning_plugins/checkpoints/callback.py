@@ -307,7 +307,7 @@ class CheckpointAveraging(Callback):
         def recipe() -> Recipe:
             sources = [open_checkpoint(path, trust=True) for path in paths]  # the run's own files
             made = Recipe(sources, [1 / len(paths)] * len(paths), replace=dict(replace or {}))
-            if made.ema_note():
+            if made.ema_note() and target == self._target:  # once, not for the draft
                 rank_zero_info(f"CheckpointAveraging: the run has an EMA; {made.ema_note()}.")
             return made
 

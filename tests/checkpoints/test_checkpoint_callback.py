@@ -277,7 +277,7 @@ def test_with_ema_the_files_state_dict_is_averaged_and_that_is_said(tmp_path, sa
         Regressor(), loader(), **VALIDATION
     )
     note = "a second set of weights (`current_model_state`) lies beside `state_dict`, which is averaged"
-    assert f"CheckpointAveraging: the run has an EMA; {note}." in said
+    assert said.count(f"CheckpointAveraging: the run has an EMA; {note}.") == 1
     assert read_manifest(averaging.path)["ema"] == note
     files = sources(averaging.path)
     assert plan_average(files).notes == [f"A run with an EMA: {note}."]
