@@ -15,6 +15,7 @@ import pytorch_lightning
 import lightning_plugins
 from lightning_plugins import (
     EMA,
+    CheckpointAveraging,
     ClassificationReport,
     CSVStatisticsLogger,
     GradientAccumulation,
@@ -30,6 +31,10 @@ from lightning_plugins._lightning import Callback, MisconfigurationException
 PACKAGE = Path(lightning_plugins.__file__).parent
 # A row for every callback: how to make two that may stand side by side. A missing row fails.
 CALLBACKS = {
+    "CheckpointAveraging": [
+        lambda: CheckpointAveraging(last=2),
+        lambda: CheckpointAveraging(best=3, output="best.ckpt"),
+    ],
     "EMA": [EMA, lambda: EMA(name="slow")],
     "PostHocEMA": [PostHocEMA, lambda: PostHocEMA((0.07, 0.12))],
     "GradientAccumulation": [lambda: GradientAccumulation(4), lambda: GradientAccumulation(effective_batch_size=256)],
