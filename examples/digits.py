@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plugins import (
     EMA,
+    CheckpointAveraging,
     ClassificationReport,
     CSVStatisticsLogger,
     GradientAccumulation,
@@ -171,6 +172,7 @@ def main() -> None:
         folder = unused_folder(options.output)
         best = ModelCheckpoint(folder, "best", monitor="val_accuracy", mode="max")
         last = ModelCheckpoint(folder, "last")
+        averaging = CheckpointAveraging(last=5)
         callbacks: list[Callback] = [
             *([GradientAccumulation(effective_batch_size=size)] if (size := options.effective_batch_size) else []),
             *([MicroBatching(size)] if (size := options.micro_batch_size) else []),
@@ -181,6 +183,7 @@ def main() -> None:
             TensorBoardStatisticsLogger(str(folder / "tensorboard")),
             best,
             last,
+            averaging,
             TQDMProgressBar(refresh_rate=10),
         ]
         trainer = Trainer(
@@ -213,6 +216,7 @@ def main() -> None:
         "raw, last step": extract_weights(last.best_model_path, "raw"),
         "EMA, last step": extract_weights(last.best_model_path, "average"),
         "best single (EMA)": extract_weights(best.best_model_path, "average"),
+        "last 5 averaged": extract_weights(averaging.path, "raw"),
     }
     accuracy = {}
     for name, state in weights.items():

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from lightning_plugins._files import check_output
 from lightning_plugins._validation import LightningPluginsWarning, real_number
 from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.recipe import Advance, Recipe
-from lightning_plugins.checkpoints.writing import check_output
 
 _LONG = 1 << 30  # bytes read from which on a progress bar is worth its line
 

@@ -21,10 +21,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_plugins._files import replacing
 from lightning_plugins.checkpoints.compare import Differences, differences
 from lightning_plugins.checkpoints.safetensors_file import SafetensorsWriter
 from lightning_plugins.checkpoints.source import EMA_RECORD, Checkpoint, CheckpointError, ema_note, second_sets
-from lightning_plugins.checkpoints.writing import Slot, TorchArchive, bytes_of, replacing
+from lightning_plugins.checkpoints.writing import Slot, TorchArchive, bytes_of
 
 MANIFEST = "checkpoint_averaging"
 """The key of the manifest in a written checkpoint (a JSON text in a ``.safetensors`` file's metadata)."""

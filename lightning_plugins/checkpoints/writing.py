@@ -2,78 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import pickle
 import struct
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-
-
-@contextlib.contextmanager
-def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; when the block ends well, sync it and rename it to ``path``.
-
-    Whenever the process dies, ``path`` is the old file, or the whole new one, or does not exist. After ``kill -9`` a
-    hidden ``.<name>.*.tmp`` can stay behind; on any exception it is removed.
-
-    Args:
-        path: The file to write.
-        overwrite: Whether an existing file may be replaced.
-
-    Raises:
-        FileNotFoundError: If its directory does not exist.
-        FileExistsError: If it exists and may not be replaced.
-    """
-    check_output(path, overwrite=overwrite)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it the owner's alone
-        check_output(path, overwrite=overwrite)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raise if ``path`` cannot become a new file: see :func:`replacing`."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"The directory of `output`, {path.parent}, does not exist.")
-    if path.is_dir():
-        raise FileExistsError(f"`output` is a directory: {path}.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite on the command line) to replace it.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system can open or sync a directory; the rename itself is done
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @dataclass(frozen=True)

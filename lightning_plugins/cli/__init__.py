@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from lightning_plugins._version import __version__
-from lightning_plugins.cli import extract, inspect, plot, schedule, synthesize
+from lightning_plugins.cli import average, extract, inspect, plot, schedule, synthesize
 
-_COMMANDS = (extract, synthesize, schedule, plot, inspect)
+_COMMANDS = (average, extract, synthesize, schedule, plot, inspect)
 _BAD_INPUT = 2
 
 

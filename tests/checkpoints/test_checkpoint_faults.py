@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_plugins import average_checkpoints
-from lightning_plugins.checkpoints.writing import replacing
+from lightning_plugins._files import replacing
 from tests.support.checkpoints_models import assert_is_mean, float64_mean, load_state, write_files
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,94 @@
+"""``average``: a table of what goes in, then one file that loads."""
+
+import pytest
+import torch
+
+from lightning_plugins import average_checkpoints
+from lightning_plugins.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five checkpoints as Lightning lays them out."""
+    for step in range(1, 6):
+        weights = {"weight": torch.full((3,), float(step)), "count": torch.tensor(step)}
+        content = {"state_dict": weights, "global_step": step, "epoch": step - 1, "pytorch-lightning_version": "2.6.6"}
+        torch.save(content, tmp_path / f"step={step}.ckpt")
+    return tmp_path
+
+
+def test_averages_the_last_and_says_what_went_in(folder, capsys):
+    output = folder / "out" / "averaged.ckpt"
+    output.parent.mkdir()
+    assert main(["average", str(folder), "--last", "3", "--output", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["step", "epoch", "score", "weight", "MB", "checkpoint"]
+    assert [line.split()[0] for line in lines[1:4]] == ["3", "4", "5"]
+    assert lines[-1] == str(output)
+    averaged = torch.load(output, weights_only=True)["state_dict"]
+    assert averaged["weight"].tolist() == [4.0] * 3
+    assert averaged["count"].item() == 5
+
+
+def test_weights_and_steps(folder):
+    output = folder / "out.safetensors"
+    command = ["average", str(folder), "--steps", "2:4", "--weights", "1,0,3", "--output", str(output)]
+    assert main(command) == 0
+    paths = [folder / f"step={step}.ckpt" for step in (2, 3, 4)]
+    expected = average_checkpoints(paths, weights=[1, 0, 3])
+    assert expected["weight"].tolist() == [3.5] * 3
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(output)["weight"], expected["weight"])
+
+
+def test_a_dry_run_writes_nothing(folder, capsys):
+    before = sorted(folder.iterdir())
+    assert main(["average", str(folder), "--last", "2", "--dry-run"]) == 0
+    assert "step=5.ckpt" in capsys.readouterr().out
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["DIR", "--last", "3"], "--output must name the file to write; or pass --dry-run"),
+        (["DIR", "--last", "1", "--output", "OUT"], "At least two checkpoints are needed"),
+        (["nowhere", "--output", "OUT"], "nowhere does not exist"),
+        (["DIR", "--steps", "a:b", "--output", "OUT"], "`steps` must be written A:B"),
+        (["DIR", "--last", "2", "--weights", "1,x", "--output", "OUT"], "--weights must be numbers with commas"),
+        (["DIR", "--last", "2", "--weights", "1", "--output", "OUT"], "`weights`"),
+        (["DIR", "--last", "2", "--output", "DIR/step=1.ckpt"], "exists; pass overwrite=True (--overwrite"),
+    ],
+)
+def test_bad_input_is_one_line_status_2_and_no_output(folder, tmp_path, capsys, arguments, message):
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    words = [word.replace("DIR", str(folder)).replace("OUT", str(folder / "out.ckpt")) for word in arguments]
+    assert main(["average", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-plugins: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_last_and_best_exclude_each_other(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["average", str(folder), "--last", "2", "--best", "2", "--output", "x.ckpt"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_pickle_that_would_run_code_is_refused_unless_trusted(folder, capsys):
+    class Payload:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    paths = [folder / "a.ckpt", folder / "b.ckpt"]
+    for path in paths:
+        torch.save({"state_dict": {"weight": torch.ones(2)}, "payload": Payload()}, path)
+    command = ["average", *map(str, paths), "--output", str(folder / "out.ckpt")]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert "code ran" not in captured.out
+    assert "trust" in captured.err
+    assert not (folder / "out.ckpt").exists()
