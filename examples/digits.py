@@ -216,8 +216,9 @@ def main() -> None:
         "raw, last step": extract_weights(last.best_model_path, "raw"),
         "EMA, last step": extract_weights(last.best_model_path, "average"),
         "best single (EMA)": extract_weights(best.best_model_path, "average"),
-        "last 5 averaged": extract_weights(averaging.path, "raw"),
     }
+    if averaging.path is not None:  # it takes two epochs
+        weights["averaged (EMA)"] = torch.load(averaging.path)["state_dict"]
     accuracy = {}
     for name, state in weights.items():
         tested = Classifier(**module.hparams)

@@ -378,5 +378,6 @@ class CheckpointAveraging(Callback):
             )
         elif self._compares(trainer):
             rank_zero_info(
-                "CheckpointAveraging: no comparison, as validation logs neither the monitored metric nor a loss."
+                "CheckpointAveraging: no comparison, as validation logs neither the monitored metric nor a loss, and "
+                "returns none."
             )

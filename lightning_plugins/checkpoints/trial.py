@@ -7,6 +7,7 @@ Trainers of both namespaces. No callback and no logger hears of it.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import math
@@ -178,12 +179,40 @@ def is_sharded_module(module: nn.Module) -> bool:
 
 
 def validate(trainer: Any) -> dict[str, float]:
-    """Run the fit's own validation loop, inside :func:`no_trace`, and return the numbers that it logged."""
+    """Run the fit's own validation loop, inside :func:`no_trace`, and return the numbers that it logged.
+
+    ``"returned loss"`` is among them if ``validation_step`` returns a loss: the mean over its batches.
+    """
     connector = trainer._logger_connector
     connector._callback_metrics = {}
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    return numbers(connector._callback_metrics)
+    with _returned_losses(trainer.lightning_module) as losses:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    returned = {"returned loss": torch.stack(losses).mean()} if losses else {}
+    return numbers({**returned, **connector._callback_metrics})
+
+
+@contextmanager
+def _returned_losses(pl_module: Any) -> Iterator[list[Tensor]]:
+    """Collect the losses that ``validation_step`` returns, alone or under ``"loss"``."""
+    step, losses = pl_module.validation_step, []
+    replaced = "validation_step" in vars(pl_module)
+
+    @functools.wraps(step)
+    def collecting(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            losses.append(loss.detach().float().reshape(()))
+        return output
+
+    object.__setattr__(pl_module, "validation_step", collecting)
+    try:
+        yield losses
+    finally:
+        object.__delattr__(pl_module, "validation_step")
+        if replaced:
+            object.__setattr__(pl_module, "validation_step", step)
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -151,6 +151,27 @@ def test_without_any_model_checkpoint_own_files_are_written(tmp_path):
     assert len(sources(averaging.path)) == 2
 
 
+@pytest.mark.parametrize("form", ["tensor", "mapping"])
+def test_compares_by_the_loss_that_validation_returns_when_nothing_is_logged(tmp_path, form):
+    class Silent(Regressor):
+        def validation_step(self, batch, batch_idx):
+            loss = self._loss(batch)
+            return loss if form == "tensor" else {"loss": loss}
+
+    averaging = CheckpointAveraging(last=3)
+    module = Silent()
+    trainer(tmp_path, callbacks=[averaging, model_checkpoint(tmp_path, save_top_k=-1)]).fit(
+        module, loader(), **VALIDATION
+    )
+    assert averaging.metric == "returned loss"
+    averaged = Silent()
+    averaged.load_state_dict(load_state(averaging.path))
+    with torch.no_grad():
+        losses = [averaged._loss(batch).item() for batch in VALIDATION["val_dataloaders"]]
+    assert averaging.scores["average"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert "validation_step" not in vars(module)
+
+
 def test_safetensors_and_absolute_outputs(tmp_path):
     output = tmp_path / "elsewhere" / "mean.safetensors"
     output.parent.mkdir()

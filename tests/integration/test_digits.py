@@ -20,7 +20,7 @@ PROGRAM = ROOT / "examples" / "digits.py"
 TRIAL = ["--accelerator", "cpu", "--epochs", "2", "--limit-batches", "10"]
 
 
-WEIGHTS = ["raw, last step", "EMA, last step", "best single (EMA)"]
+WEIGHTS = ["raw, last step", "EMA, last step", "best single (EMA)", "averaged (EMA)"]
 
 
 def run(folder, *arguments):
@@ -83,7 +83,15 @@ def test_it_ends_with_a_table_and_the_paths_of_its_files(trial):
     assert list(accuracies(done.stdout)) == WEIGHTS
     assert re.search(r"precision +recall +f1-score +support", done.stdout)
     assert re.search(r"^20 steps in \d+\.\d seconds\. Written:$", done.stdout, re.MULTILINE)
-    names = ["best.ckpt", "last.ckpt", "learning-rate.png", "log.csv", "tensorboard"]
+    names = [
+        "averaged.ckpt",
+        "averaged_pool",
+        "best.ckpt",
+        "last.ckpt",
+        "learning-rate.png",
+        "log.csv",
+        "tensorboard",
+    ]
     assert sorted(path.name for path in written.iterdir()) == names
     assert done.stdout.split("Written:")[1].split() == [f"runs/{written.name}/{name}" for name in names]
     assert (written / "learning-rate.png").read_bytes().startswith(b"\x89PNG")
@@ -182,7 +190,7 @@ def torchvision(monkeypatch):
 def test_cifar10_trains_where_torchvision_and_the_data_are(program, capsys):
     Path("data").mkdir()
     program.main("--data", "cifar10", *TRIAL, "--epochs", "1", "--limit-batches", "1", "--batch-size", "4")
-    assert list(accuracies(capsys.readouterr().out)) == WEIGHTS
+    assert list(accuracies(capsys.readouterr().out)) == WEIGHTS[:3]  # one epoch is nothing to average
 
 
 @pytest.mark.usefixtures("torchvision")
