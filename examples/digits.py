@@ -170,7 +170,7 @@ def main() -> None:
         seed_everything(options.seed, workers=True, verbose=False)
         splits = digits() if options.data == "digits" else cifar10(options.data_dir)
         folder = unused_folder(options.output)
-        best = ModelCheckpoint(folder, "best", monitor="val_accuracy", mode="max")
+        best = ModelCheckpoint(folder, "best", monitor="val_loss")
         last = ModelCheckpoint(folder, "last")
         averaging = CheckpointAveraging(last=5)
         callbacks: list[Callback] = [

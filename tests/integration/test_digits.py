@@ -113,11 +113,13 @@ def test_the_rates_in_the_log_are_the_formula(trial):
     assert [float(row["lr"]) for row in rows] == pytest.approx(expected)
 
 
-def test_last_is_the_end_of_the_run_and_best_the_highest_validation_accuracy(trial):
+def test_last_is_the_end_of_the_run_and_best_the_lowest_validation_loss(trial):
     files = {name: torch.load(trial[1] / f"{name}.ckpt", weights_only=True) for name in ("last", "best")}
-    ends = {row["step"]: float(row["accuracy"]) for row in logged(trial[1]) if row["phase"] == "validation"}
-    highest = max(ends, key=lambda step: (ends[step], -int(step)))
-    assert {name: file["global_step"] for name, file in files.items()} == {"last": 20, "best": int(highest)}
+    ends = {row["step"]: float(row["loss"]) for row in logged(trial[1]) if row["phase"] == "validation"}
+    assert {name: file["global_step"] for name, file in files.items()} == {
+        "last": 20,
+        "best": int(min(ends, key=ends.get)),
+    }
 
 
 def test_tensorboard_has_training_and_validation_side_by_side(trial):
