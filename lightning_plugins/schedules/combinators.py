@@ -175,6 +175,9 @@ class Product(Schedule):
         return max(self.left._needed_steps(), self.right._needed_steps())
 
 
+_LONGEST = 2.0**62  # steps; no run gets there
+
+
 class _Cycles:
     """Cycles that grow: each lasts ``multiplier`` times as long as the one before, rounded down to whole steps."""
 
@@ -186,7 +189,7 @@ class _Cycles:
         """Return the number of the cycle that ``step`` is in, the position inside it, and its length."""
         while step >= self._begins[-1] + self._lengths[-1]:
             begin, length = self._begins[-1], self._lengths[-1]
-            grown = int(length * self._multiplier)
+            grown = int(min(length * self._multiplier, _LONGEST))
             if grown == length:  # from here on all are of one length
                 count, position = divmod(step - begin, length)
                 return len(self._begins) - 1 + int(count), position, length
@@ -208,7 +211,7 @@ class Cycled(_OfOne):
         period: Duration of the first cycle, at least 1.
         count: Number of cycles, at least 1; ``None``: without end.
         multiplier: Each cycle's length over the previous one's, at least 1.
-        decay: Each cycle's height over the previous one's, at least 0.
+        decay: Each cycle's height over the previous one's, in [0, 1].
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -231,6 +234,7 @@ class Cycled(_OfOne):
     def _check(self) -> None:
         super()._check()
         real_number("multiplier", self.multiplier, at_least=1)
+        real_number("decay", self.decay, at_least=0, at_most=1)
         if self.count is not None:
             self.__dict__["count"] = whole_number("count", self.count, at_least=1, unit="cycles")
 
@@ -265,7 +269,7 @@ class CosineRestarts(Schedule):
     Args:
         first: Duration of the first cycle, at least 1.
         multiplier: Each cycle's length over the previous one's, at least 1.
-        decay: Each cycle's peak over the previous one's, at least 0.
+        decay: Each cycle's peak over the previous one's, in [0, 1].
         end: Factor towards which every cycle falls, at least 0.
 
     Raises:
@@ -290,6 +294,7 @@ class CosineRestarts(Schedule):
 
     def _check(self) -> None:
         real_number("multiplier", self.multiplier, at_least=1)
+        real_number("decay", self.decay, at_least=0, at_most=1)
 
     def _prepare(self) -> dict[str, Any]:
         return {"_cycles": _Cycles(_at_least_one("first", self.first), self.multiplier)}

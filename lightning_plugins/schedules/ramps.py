@@ -187,7 +187,8 @@ class Exponential(_Ramp):
     def _factor(self, step: float) -> float:
         if step >= self._length:
             return self.end
-        return float(self.start * (self.end / self.start) ** (step / self._length))
+        x = step / self._length
+        return float(self.start ** (1 - x) * self.end**x)  # end / start might overflow
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ CASES = [
     (lambda: Segments([Segment(lambda x: 1.0, end=1, steps=3)]), ValueError, r"`segments\[0\].shape` must have diff"),
     (lambda: CosineRestarts(0), ValueError, r"`first` must be at least 1 steps, got 0"),
     (lambda: CosineRestarts(5, multiplier=0.5), ValueError, r"`multiplier` must be at least 1, got 0\.5"),
+    (lambda: CosineRestarts(5, decay=1.5), ValueError, r"`decay` must be at least 0 and at most 1, got 1\.5"),
+    (lambda: Constant().cycle(5, decay=2), ValueError, r"`decay` must be at least 0 and at most 1, got 2"),
     (lambda: Constant().cycle(0), ValueError, r"`period` must be at least 1 steps, got 0"),
     (lambda: Constant().cycle(5, count=0), ValueError, r"`count` must be at least 1 cycles, got 0"),
     (lambda: Constant().cycle("1%").resolve(10), ValueError, r"`period` must be at least 1 steps, got 0"),
