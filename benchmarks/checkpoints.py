@@ -202,8 +202,9 @@ def memory_of(way: str, paths: list[str]) -> float:
 
 
 def in_a_process(what: str, way: str, paths: list[Path]) -> float:
-    command = [sys.executable, __file__, what, way, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    command = [sys.executable, "-m", "benchmarks.checkpoints", what, way, *map(str, paths)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=600)
     return float(done.stdout.splitlines()[-1])
 
 
@@ -262,7 +263,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["time"], ["memory"]):
         print({"time": time_of, "memory": memory_of}[sys.argv[1]](sys.argv[2], sys.argv[3:]))
     else:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
         parser = argparse.ArgumentParser(description="Checkpoint averaging beside the peers' ways.")
         parser.add_argument("--mb", type=float, default=405.0, help="size of one file of weights, in MB")
         parser.add_argument("--rounds", type=int, default=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,17 +27,17 @@ class StatisticsReader(Callback):
         self._writes = False  # this rank, in this fit
         self._restored: dict[str, Any] | None = None
 
+    @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
         """Take rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def phase_end(self, row: Row) -> None:
         """Learn that a phase ended with ``row``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Write what is left and let go of the files."""
-        raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the recorder."""
