@@ -27,6 +27,7 @@ from lightning_plugins import (
     WarmupCosine,
 )
 from lightning_plugins._lightning import Callback, MisconfigurationException
+from tests.support.training import loader, make_module, make_trainer
 
 PACKAGE = Path(lightning_plugins.__file__).parent
 # A row for every callback: how to make two that may stand side by side. A missing row fails.
@@ -154,3 +155,23 @@ def test_every_technique_has_a_card(technique):
 def test_files_have_one_subject():
     long = {path.name: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 420}
     assert not long
+
+
+def test_a_hook_that_is_not_defined_costs_nothing_and_still_answers_super(namespace, tmp_path):
+    called = []
+
+    class Ours(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            super().on_after_backward(trainer, pl_module)
+            called.append("after backward")
+
+    class Theirs(Ours):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            called.append("batch end")
+
+    assert Callback().on_after_backward is None
+    assert Ours().on_train_batch_end is None
+    assert Ours().on_before_zero_grad is None
+    make_trainer(tmp_path, namespace, callbacks=[Theirs()]).fit(make_module(namespace), loader(1))
+    assert called == ["after backward", "batch end"]

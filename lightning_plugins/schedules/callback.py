@@ -105,6 +105,8 @@ class LearningRateScheduler(Callback):
         self.resolved: Schedule | None = None
         self._schedulers: list[_TrainerLR] = []
         self._accumulation = 0
+        self._epoch_begins = True
+        self._announces = False  # whether steps may be skipped unseen: manual optimisation under a gradient scaler
         self._plateau_state = PlateauState()
         self._metric: Any = None  # the monitored metric as last seen: a new one is another object
         self._validated = False  # whether it is validation that logs it
@@ -145,18 +147,25 @@ class LearningRateScheduler(Callback):
         for scheduler in self._schedulers:
             scheduler.scale = self._plateau_state.factor
             scheduler.seek(scheduler.position if scheduler.restored else taken)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._epoch_begins, self._announces = True, scaled and not pl_module.automatic_optimization
         self._plan(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stretch the schedule if somebody changed the accumulation without announcing it."""
-        if batch_idx == 0:
-            self._step_aside(trainer)
-        if trainer.accumulate_grad_batches != self._accumulation:
-            self._plan(trainer, pl_module, batch_idx)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look around before the epoch's first step; other callbacks may still act before it."""
+        self._epoch_begins = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """In manual optimisation, announce a step that the gradient scaler may skip."""
-        if not pl_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        """Look around before a step: has somebody changed the accumulation, or taken our place?
+
+        In manual optimisation, announce a step that the gradient scaler may skip.
+        """
+        if trainer.accumulate_grad_batches != self._accumulation:
+            self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
+        if self._epoch_begins:
+            self._epoch_begins = False
+            self._step_aside(trainer)
+        if self._announces:
             for scheduler in self._schedulers:
                 if scheduler.optimizer is optimizer:
                     scheduler.announce()
