@@ -230,6 +230,7 @@ def main() -> None:
         images, target = splits[2].tensors
         with torch.no_grad():
             reading.update(tested.to(images).eval()(images), target)
+        (folder / "report.txt").write_text(str(reading.compute()))
         report(accuracy, str(reading.compute()), trainer.global_step, seconds, folder)
 
 

@@ -90,10 +90,12 @@ def test_it_ends_with_a_table_and_the_paths_of_its_files(trial):
         "last.ckpt",
         "learning-rate.png",
         "log.csv",
+        "report.txt",
         "tensorboard",
     ]
     assert sorted(path.name for path in written.iterdir()) == names
     assert done.stdout.split("Written:")[1].split() == [f"runs/{written.name}/{name}" for name in names]
+    assert (written / "report.txt").read_text().strip() in done.stdout
     assert (written / "learning-rate.png").read_bytes().startswith(b"\x89PNG")
 
 
