@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# A busy machine is slow, and that is no property of what is tested.
-settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is slow, and that is no property of what is tested. The gate tries the same examples each time; whoever
+# runs the tests by hand looks for new ones.
+settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
 settings.load_profile("busy machine")
 
 
