@@ -117,8 +117,9 @@ class LearningRateScheduler(Callback):
         return self._state_key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the plateau's state; the position comes with the Trainer's schedulers."""
-        self._plateau_state = PlateauState(*state_dict["plateau"])
+        """Take over the plateau's state, if there still is one; the position comes with the Trainer's schedulers."""
+        if self.plateau is not None:
+            self._plateau_state = PlateauState(*state_dict["plateau"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put a scheduler beside each optimizer; it is told its schedule when the run's length is known."""
@@ -140,8 +141,10 @@ class LearningRateScheduler(Callback):
         taken = trainer.global_step
         if not pl_module.automatic_optimization:
             taken //= max(len(trainer.optimizers), 1)  # there global_step counts every optimizer's
-        if taken == 0:
+        self.resolved = None  # every fit logs its schedule
+        if taken == 0:  # a new run, whatever this callback did before
             self.lrs.clear()
+            self._plateau_state = PlateauState()
         elif not all(scheduler.restored for scheduler in self._schedulers):
             rank_zero_info(f"LearningRateScheduler joins a run that has taken {taken} steps, and starts there.")
         for scheduler in self._schedulers:

@@ -120,3 +120,20 @@ def test_the_state_survives_a_resume(tmp_path):
     assert resumed == whole[6:]
     fresh, _ = plateau_rates(tmp_path, values[3:], epochs=3)
     assert fresh != whole[6:]
+
+
+def test_a_fit_in_another_trainer_starts_without_the_last_ones_reductions(tmp_path):
+    callback = LearningRateScheduler(Linear(2, 0.5, 1), plateau=Plateau("metric", factor=0.5, patience=0))
+    for _ in range(2):
+        logged = Logged([1.0, 1.0, 1.0])
+        make_trainer(tmp_path, callbacks=[callback], max_epochs=3).fit(logged.module, loader(2), loader(2))
+        assert rates(logged.module) == pytest.approx([0.05, 0.075, 0.1, 0.1, 0.05, 0.05])
+
+
+def test_a_plateau_that_is_removed_no_longer_scales(tmp_path):
+    _, trainer = plateau_rates(tmp_path, [1.0, 1.0, 1.0], epochs=3)
+    trainer.save_checkpoint(tmp_path / "third.ckpt")
+    module = make_module()
+    trainer = make_trainer(tmp_path, callbacks=[LearningRateScheduler(Linear(2, 0.5, 1))], max_epochs=4)
+    trainer.fit(module, loader(2), ckpt_path=tmp_path / "third.ckpt")
+    assert rates(module) == pytest.approx([0.1, 0.1])
