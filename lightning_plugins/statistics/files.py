@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from lightning_plugins._files import replacing
+
 
 class GrowingFile:
     """A local file to which whole records are appended.
@@ -90,12 +92,5 @@ def replace_file(path: Path, *parts: bytes) -> None:
     Raises:
         OSError: If it could not be written; the old file is then untouched.
     """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as handle:
-            handle.writelines(parts)
-            handle.flush()
-            os.fsync(handle.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, overwrite=True) as handle:
+        handle.writelines(parts)
