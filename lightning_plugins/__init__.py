@@ -37,6 +37,16 @@ if TYPE_CHECKING:
         extract_weights as extract_weights,
         synthesize_ema as synthesize_ema,
     )
+    from lightning_plugins.events import (
+        CancelBatch as CancelBatch,
+        CancelEpoch as CancelEpoch,
+        CancelFit as CancelFit,
+        CancelTraining as CancelTraining,
+        CancelValidation as CancelValidation,
+        Event as Event,
+        EventCallback as EventCallback,
+        on_events as on_events,
+    )
     from lightning_plugins.schedules import (
         Constant as Constant,
         Cosine as Cosine,
@@ -97,6 +107,16 @@ _TECHNIQUES = {
         "WarmupDecay",
         "extract_weights",
         "synthesize_ema",
+    ],
+    "events": [
+        "CancelBatch",
+        "CancelEpoch",
+        "CancelFit",
+        "CancelTraining",
+        "CancelValidation",
+        "Event",
+        "EventCallback",
+        "on_events",
     ],
     "schedules": [
         "Constant",

@@ -29,6 +29,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "cancelling_callbacks",
     "logged_by_module",
     "rank_zero_info",
     "rank_zero_only",
@@ -97,6 +98,11 @@ else:
 def torch_optimizers(trainer: Trainer) -> list[Optimizer]:
     """Return the run's optimizers without Lightning's wrappers, in the order of ``configure_optimizers``."""
     return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
+
+
+def cancelling_callbacks(trainer: Trainer) -> list[Any]:
+    """Return the callbacks that can cancel a batch: while a ``batch_cancelled`` is true, the batch counts nowhere."""
+    return [callback for callback in trainer.callbacks if hasattr(callback, "batch_cancelled")]  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from lightning_plugins._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    cancelling_callbacks,
     rank_zero_info,
     sum_over_ranks,
 )
@@ -96,6 +98,7 @@ class StatisticsRecorder(Callback):
         # not `self.log`: Lightning hangs the module's function of that name on every callback
         self._publisher = Publisher(self._ledger, log=log)
         self._latest: dict[str, Row] = {}
+        self._newest: Row | None = None  # of the phase that runs, or has run last
         self._cancelling: list[Any] = []
         self._restored: dict[str, Any] | None = None
         self._told: set[str] = set()
@@ -112,6 +115,20 @@ class StatisticsRecorder(Callback):
     def names(self) -> tuple[str, ...]:
         """The statistics' names in order, ``loss`` first."""
         return self._statistics.names
+
+    @property
+    def last_statistics(self) -> dict[str, float]:
+        """The statistics of the phase that runs or has run last, by name; nothing before its first batch.
+
+        Waits for the device. With several ranks the values are this one's until the phase ends, then those of all.
+        """
+        row = self._newest
+        if row is None:
+            return {}
+        if row.values is None:
+            row = dataclasses.replace(row, snapshot=self._sums[row.phase].snapshot(with_metrics=True))
+            evaluate(self._statistics, [row])
+        return dict(row.values or {})
 
     @property
     def state_key(self) -> str:
@@ -151,13 +168,14 @@ class StatisticsRecorder(Callback):
         """Begin the validation's statistics."""
         self._sums[VALIDATION].reset()
         self._latest.pop(VALIDATION, None)
+        self._newest = None
         self._batch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the run's clock and take up what a checkpoint brought."""
         self._started, self._running = time.monotonic(), True
         self._publisher.start(trainer)
-        self._cancelling = [callback for callback in trainer.callbacks if hasattr(callback, "batch_cancelled")]  # type: ignore[attr-defined]
+        self._cancelling = cancelling_callbacks(trainer)
         if self._restored is not None:
             self._restore(self._restored, pl_module.device, chief=trainer.is_global_zero)
             self._restored = None
@@ -166,6 +184,7 @@ class StatisticsRecorder(Callback):
         """Begin the epoch's statistics; a resume in mid-epoch does not come here and goes on."""
         self._sums[TRAIN].reset()
         self._latest.pop(TRAIN, None)
+        self._newest = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Read the rate that this batch is trained with, before schedulers move it, and the loss's divisor."""
@@ -183,6 +202,8 @@ class StatisticsRecorder(Callback):
             self._note(trainer, TRAIN, batch_idx + 1, _whole(batches))
             if self.every == "batch":
                 self._publisher.running(trainer, self._latest[TRAIN], self._sums[TRAIN])
+        else:
+            self._sources.forget()
         if trainer.is_last_batch or batch_idx + 1 == batches:
             self._end_phase(trainer, TRAIN)
 
@@ -203,6 +224,7 @@ class StatisticsRecorder(Callback):
         if _loss_of(outputs) is None:
             self._tell_once("StatisticsRecorder: the step returns no loss, so validation has none either.")
         if self._was_cancelled() or not self._can_use(outputs):
+            self._sources.forget()
             return
         self._add(self._sums[VALIDATION], outputs, batch, 1)
         loaders = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
@@ -308,7 +330,7 @@ class StatisticsRecorder(Callback):
             wall_time=time.time(),
             snapshot=self._sums[phase].snapshot(with_metrics=self.every == "batch"),
         )
-        self._latest[phase] = row
+        self._latest[phase] = self._newest = row
         if self.every == "batch" and self._fits:
             self._ledger.add(row)
 
@@ -324,6 +346,7 @@ class StatisticsRecorder(Callback):
         if self._fits:
             self._ledger.flush()
         evaluate(self._statistics, [finished], self._ledger.reduce)
+        self._newest = finished
         if self._fits:
             self._ledger.end_phase(finished)
         self._publisher.finished(trainer, finished)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_plugins._lightning import Callback, LightningModule, Trainer, sum_over_ranks
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
 from lightning_plugins._validation import real_number, whole_number
 from lightning_plugins.statistics.confusion import ConfusionMatrix, Report
 from lightning_plugins.statistics.files import replace_file
@@ -150,7 +150,7 @@ class ClassificationReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or any(callback.batch_cancelled for callback in cancelling_callbacks(trainer)):
             self._sources.forget()
             return
         self.update(self._sources.predictions(outputs, batch), self._sources.targets(outputs, batch))

@@ -8,16 +8,26 @@ import torch
 
 from lightning_plugins import (
     EMA,
+    CancelBatch,
     CSVStatisticsLogger,
+    Event,
     GradientAccumulation,
     LearningRateScheduler,
     StatisticsRecorder,
     TensorBoardStatisticsLogger,
     WarmupCosine,
+    on_events,
 )
 from tests.support.training import loader, make_module, make_trainer, rates
 
-ORDERS = [(0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0), (3, 0, 5, 1, 4, 2), (2, 4, 0, 3, 5, 1)]
+ORDERS = [(0, 1, 2, 3, 4, 5, 6), (6, 5, 4, 3, 2, 1, 0), (3, 0, 5, 1, 6, 4, 2), (2, 4, 0, 6, 3, 5, 1)]
+CANCELLED = 5  # the batch of every epoch that a function of events cancels
+
+
+@on_events(Event.BATCH_START)
+def cancel_one(loop, event):
+    if loop.batch_index == CANCELLED:
+        raise CancelBatch
 
 
 def stack(path):
@@ -28,6 +38,7 @@ def stack(path):
         StatisticsRecorder(),
         CSVStatisticsLogger(str(path / "log.csv")),
         TensorBoardStatisticsLogger(str(path / "tensorboard")),
+        cancel_one,
     ]
 
 
@@ -79,7 +90,8 @@ def test_the_run_is_the_one_that_was_asked_for(reference):
     assert trainer.global_step == 9
     schedule = WarmupCosine(2, total=9)
     assert used == pytest.approx([0.1 * schedule(step) for step in range(9)])
-    assert [row["phase"] for row in rows] == (["train"] * 10 + ["validation"] * 4) * 3
+    assert [row["phase"] for row in rows] == (["train"] * 9 + ["validation"] * 4) * 3
+    assert str(CANCELLED + 1) not in {row["batch"] for row in rows if row["phase"] == "train"}
     assert not same(raw, average)
 
 

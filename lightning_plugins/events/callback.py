@@ -1,0 +1,268 @@
+"""The callback that calls functions of (loop, event)."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_plugins._lightning import Callback, LightningModule, Trainer, sum_over_ranks
+from lightning_plugins.events.course import Course
+from lightning_plugins.events.events import Event
+from lightning_plugins.events.loop import TrainingLoop
+
+_CHECKPOINT_KEY = "lightning_plugins_events"
+
+
+class EventCallback(Callback):
+    """Calls ``function(loop, event)`` at the events of a fit; the function may read the run, change it or cancel.
+
+    The events are those of :class:`Event`; ``loop`` is a :class:`~lightning_plugins.events.TrainingLoop`. The function
+    cancels a part of the fit by raising :class:`CancelBatch`, :class:`CancelTraining`, :class:`CancelValidation`,
+    :class:`CancelEpoch` or :class:`CancelFit`; the Trainer, the module's mode, averages, schedules and statistics stay
+    consistent. The sanity check, ``validate``, ``test`` and ``predict`` have no events.
+
+    When: after the other callbacks' hooks of the same moment and before checkpoints are written, wherever it stands in
+    the list: statistics are those of the batch that ends, gradients at ``UPDATE_START`` are those of the whole window.
+    Several callbacks hear of an event in their order, up to one that cancels.
+
+    Checkpoint: nothing but that the epoch at hand was cut short, so that a resume does not go on with it. A run that
+    resumes in mid-epoch has no ``EPOCH_START`` and ``TRAINING_START`` for that epoch.
+
+    Distributed: the functions run on every rank; an action of one rank counts on all, the strongest if they differ.
+
+    Cost: about one hook's per event. With several processes one reduction of five numbers, with a wait for its result,
+    at each event that somebody listens to: name the ``events`` you need.
+
+    Args:
+        function: Called with the loop and the event; what it returns is ignored. A function of a module's top level, so
+            that the callback can be pickled.
+        events: The events to call it for, as :class:`Event`, values (``"batchEnd"``) or names (``"BATCH_END"``);
+            ``None``: all twelve.
+
+    Raises:
+        TypeError: If ``function`` cannot be called.
+        ValueError: If ``events`` is empty or names something else; in the run, if an action is raised where it has no
+            meaning.
+
+    Example:
+        >>> def stop_when_good_enough(loop, event):
+        ...     if loop.last_statistics["loss"] < 0.1:
+        ...         raise CancelFit
+        >>> EventCallback(stop_when_good_enough, events=[Event.VALIDATION_END]).events
+        (<Event.VALIDATION_END: 'validationEnd'>,)
+
+    References:
+        Swift for TensorFlow, swift-models, ``TrainingLoop`` callbacks. Differs: ``last_output`` and ``last_loss`` are
+        never the previous batch's, so that a cancelled batch is not counted twice; an action without a meaning names
+        itself; ranks agree.
+    """
+
+    def __init__(
+        self, function: Callable[[TrainingLoop, Event], Any], *, events: Iterable[Event | str] | None = None
+    ) -> None:
+        if not callable(function):
+            raise TypeError(f"`function` must be a function of (loop, event), got {function!r}.")
+        if isinstance(events, str):  # an Event is one too
+            events = (events,)
+        self.function = function
+        self.events = tuple(Event) if events is None else tuple(dict.fromkeys(Event.named(name) for name in events))
+        if not self.events:
+            raise ValueError("`events` must name at least one event, got none. Leave it out for all of them.")
+        names = ",".join(event.value for event in self.events) if events is not None else "all"
+        self._key = f"{type(self).__qualname__}{{function={_name_of(function)}, events={names}}}"
+        self._cut_epoch: int | None = None
+        self._course: Course | None = None  # of the first such callback in a Trainer; it speaks for the others
+
+    def __call__(self, loop: TrainingLoop, event: Event) -> Any:
+        """Call the function, so that a decorated one can be used as before."""
+        return self.function(loop, event)
+
+    @property
+    def batch_cancelled(self) -> bool:
+        """Whether the batch at hand was cancelled; whoever counts batches leaves it out."""
+        return self._course is not None and self._course.batch_cancelled
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks apart by their function and events."""
+        return self._key
+
+    # hooks, in the order in which they fire
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the place after the other callbacks and before those that write checkpoints."""
+        if stage == "fit":
+            trainer.callbacks = _events_late(trainer)  # type: ignore[attr-defined]  # set by the callback connector
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin; not before, since a resumed run knows only now where it stands."""
+        callbacks = [found for found in trainer.callbacks if isinstance(found, EventCallback)]  # type: ignore[attr-defined]
+        if callbacks[0] is self:
+            listeners = {event: [found.function for found in callbacks if event in found.events] for event in Event}
+            self._course = Course(trainer, listeners, sum_over_ranks(trainer), self._cut_epoch)
+            self._course.fit_starts()
+        self._cut_epoch = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """``EPOCH_START`` and ``TRAINING_START``."""
+        if self._course is not None:
+            self._course.epoch_starts()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """``BATCH_START``."""
+        if self._course is not None:
+            self._course.training_batch_starts(batch, batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """``UPDATE_START``."""
+        if self._course is not None:
+            self._course.update_starts()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """``BATCH_END``, and ``TRAINING_END`` after the epoch's last batch."""
+        if self._course is not None:
+            self._course.training_batch_ends(outputs)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """``VALIDATION_START``; before it ``TRAINING_END`` if the last batch did not know that it was."""
+        if self._course is not None:
+            self._course.validation_starts()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """``BATCH_START``."""
+        if self._course is not None:
+            self._course.validation_batch_starts(batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """``BATCH_END``; ``INFERENCE_PREDICTION_END`` came within the step."""
+        if self._course is not None:
+            self._course.validation_batch_ends(outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """``VALIDATION_END``."""
+        if self._course is not None:
+            self._course.validation_ends()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """``EPOCH_END``."""
+        if self._course is not None:
+            self._course.epoch_ends()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """``FIT_END``."""
+        if self._course is not None:
+            self._course.fit_ends()
+        self._close()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save that the epoch was cut short: Lightning's counters look as in its middle."""
+        if self._course is not None and self._course.cut_epoch is not None:
+            checkpoint[_CHECKPOINT_KEY] = {"version": 1, "cut_epoch": self._course.cut_epoch}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take that from a checkpoint."""
+        self._cut_epoch = checkpoint.get(_CHECKPOINT_KEY, {}).get("cut_epoch")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module and the Trainer as they were; ``FIT_END`` does not come."""
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The same."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._course is not None:
+            self._course.close()
+            self._course = None
+
+    # pickling
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Remember a decorated function by its name, which leads to this callback and not to the function."""
+        state = {**self.__dict__, "_course": None}
+        if getattr(_by_name(self.function), "function", None) is self.function:
+            state["function"] = _Decorated(self.function.__module__, self.function.__qualname__)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find a decorated function again."""
+        function = state["function"]
+        self.__dict__.update(state, function=function.find() if isinstance(function, _Decorated) else function)
+
+
+def on_events(*events: Event | str) -> Callable[[Callable[[TrainingLoop, Event], Any]], EventCallback]:
+    """Make a callback of a function of (loop, event), called for ``events`` only.
+
+    Args:
+        events: As in :class:`EventCallback`; at least one.
+
+    Returns:
+        A decorator that returns an :class:`EventCallback`, ready for a Trainer's list.
+
+    Raises:
+        ValueError: If there is none, or one that does not exist.
+
+    Example:
+        >>> @on_events(Event.EPOCH_END)
+        ... def say_so(loop, event):
+        ...     print(f"epoch {loop.epoch_index + 1} of {loop.epoch_count}")
+        >>> say_so.events
+        (<Event.EPOCH_END: 'epochEnd'>,)
+    """
+    chosen = tuple(Event.named(event) for event in events)
+    return lambda function: EventCallback(function, events=chosen)
+
+
+def _events_late(trainer: Trainer) -> list[Any]:
+    """Return the Trainer's callbacks with those of events between the others and those that write checkpoints."""
+    callbacks, writers = trainer.callbacks, trainer.checkpoint_callbacks  # type: ignore[attr-defined]
+    others = [found for found in callbacks if not isinstance(found, EventCallback)]
+    place = next((index for index, found in enumerate(others) if found in writers), len(others))
+    return [*others[:place], *(found for found in callbacks if isinstance(found, EventCallback)), *others[place:]]
+
+
+class _Decorated:
+    """The name of a function whose place in its module an :class:`EventCallback` has taken."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    def find(self) -> Callable[[TrainingLoop, Event], Any]:
+        """Return the function."""
+        __import__(self.module)
+        callback: EventCallback = operator.attrgetter(self.name)(sys.modules[self.module])
+        return callback.function
+
+
+def _by_name(function: Any) -> Any:
+    """Return what stands in a function's module under its name."""
+    try:
+        return operator.attrgetter(function.__qualname__)(sys.modules[function.__module__])
+    except (AttributeError, KeyError):
+        return None
+
+
+def _name_of(function: Any) -> str:
+    """Return a name for ``function`` that is the same in another process."""
+    if isinstance(function, functools.partial):
+        return _name_of(function.func)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -1,0 +1,108 @@
+"""What one rank cancels is cancelled on all, under DDP and FSDP2 on two processes."""
+
+import pytest
+import torch
+
+from tests.support.events_ranks import all_cases, without_a_meaning
+from tests.support.events_runs import CANCELLED_BATCH, TRAINING_BATCH, VALIDATION, batches, make_regression
+from tests.support.ranks import run_ranks
+
+EPOCH = ["epochStart", "trainingStart", *TRAINING_BATCH * 6, "trainingEnd", *VALIDATION, "epochEnd"]
+CASES = {
+    "a batch": (
+        ("CancelBatch", "batchStart", "training", 1),
+        ["epochStart", "trainingStart", *TRAINING_BATCH, *CANCELLED_BATCH, *TRAINING_BATCH * 4, *EPOCH[20:]],
+        [[0], [2], [3], [4], [5]],
+    ),
+    "an update": (("CancelBatch", "updateStart", "training", 1), EPOCH, [[0], [2], [3], [4], [5]]),
+    "a training": (
+        ("CancelTraining", "batchEnd", "training", 2),
+        ["epochStart", "trainingStart", *TRAINING_BATCH * 3, "trainingEnd", *VALIDATION, "epochEnd"],
+        [[0], [1], [2]],
+    ),
+    "a validation": (
+        ("CancelValidation", "inferencePredictionEnd", "validation", 0),
+        [*EPOCH[:21], *VALIDATION[:3], "validationEnd", "epochEnd"],
+        [[0], [1], [2], [3], [4], [5]],
+    ),
+    "an epoch": (
+        ("CancelEpoch", "batchStart", "training", 2),
+        ["epochStart", "trainingStart", *TRAINING_BATCH * 2, "batchStart", "epochEnd"],
+        [[0], [1]],
+    ),
+    "a fit": (
+        ("CancelFit", "updateStart", "training", 2),
+        ["epochStart", "trainingStart", *TRAINING_BATCH * 2, *TRAINING_BATCH[:2]],
+        [[0], [1]],
+    ),
+}
+
+
+def by_hand(windows, rate):
+    """Return the weights and their average after a plain loop over windows of both ranks' batches."""
+    data = [list(batches(6, seed=10 + rank)) for rank in range(2)]
+    module = make_regression()
+    average = {name: value.clone() for name, value in module.state_dict().items()}
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for step, window in windows:
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.zero_grad()
+        parts = [(rank, index) for index in window for rank in range(2)]
+        for rank, index in parts:
+            x, y = data[rank][index]
+            (torch.nn.functional.mse_loss(module.layer(x), y) / len(parts)).backward()
+        optimizer.step()
+        for name, value in module.state_dict().items():
+            average[name].lerp_(value, 0.5)
+    return module.state_dict(), average
+
+
+def close(lists, tensors):
+    return all(torch.allclose(torch.tensor(lists[name]), value, atol=1e-6) for name, value in tensors.items())
+
+
+HELD_BACK = ("CancelBatch", "batchStart", "training", 2, 3)
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def results(request):
+    """Both ranks' results of every case, under one strategy."""
+    cases = {name: arguments for name, (arguments, _, _) in CASES.items()}
+    return run_ranks(all_cases, request.param, {**cases, "held back": HELD_BACK})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_cancel_on_one_rank_is_one_on_all(results, case):
+    _, first_epoch, windows = CASES[case]
+    first, second = (found[case] for found in results)
+    assert first == second  # events, weights, average, steps and the mean loss, to the last bit
+    later = [] if case == "a fit" else EPOCH
+    assert first["events"] == ["fitStart", *first_epoch, *later, "fitEnd"]
+    assert first["training"]
+    # the schedule follows attempted steps: a cancelled batch has its place, a part that was left has none
+    attempted = {"a training": 3, "an epoch": 2, "a fit": 3}.get(case, 6)
+    steps = [(window[0], window) for window in windows]
+    if later:
+        steps += [(attempted + index, [index]) for index in range(6)]
+    weights, average = by_hand(steps, lambda step: 0.1 * (step / 2 if step < 2 else (12 - step) / 10))
+    assert close(first["weights"], weights)
+    assert close(first["average"], average)
+    assert first["step"] == attempted + (6 if later else 0)
+
+
+@pytest.mark.slow
+def test_gradients_that_were_held_back_do_not_reach_the_next_window(results):
+    """The batch that would have added them up over the ranks is the one that is cancelled."""
+    first, second = (found["held back"] for found in results)
+    assert first == second
+    windows = [(1, [3, 4, 5]), (2, [0, 1, 2]), (3, [3, 4, 5])]
+    weights, average = by_hand(windows, lambda step: 0.1 * (step / 2 if step < 2 else (4 - step) / 2))
+    assert close(first["weights"], weights)
+    assert close(first["average"], average)
+
+
+@pytest.mark.slow
+def test_an_action_without_a_meaning_on_one_rank_is_an_error_on_all():
+    for error in run_ranks(without_a_meaning):
+        assert error.startswith("CancelValidation has no meaning at training batchStart.")
