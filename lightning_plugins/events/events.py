@@ -71,7 +71,7 @@ class CancelTraining(CancelAction):
 
 
 class CancelValidation(CancelAction):
-    """Leave the validation: ``VALIDATION_END`` follows."""
+    """Leave the validation: ``VALIDATION_END`` follows, with metrics of the batches that it has seen."""
 
 
 class CancelEpoch(CancelAction):
