@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import plugins
 
 from lightning_plugins import (
     EMA,
@@ -213,3 +214,25 @@ def test_half_precision_steps_are_cancelled_too(tmp_path):
     assert same(weights(module), weights(other))
     _, trained, _ = fit(tmp_path, epochs=1, training=3, precision="bf16-mixed")
     assert not same(weights(module), weights(trained))
+
+
+@pytest.mark.parametrize("event", [Event.BATCH_START, Event.UPDATE_START], ids=lambda event: event.value)
+def test_a_gradient_scaler_takes_a_cancelled_batch_for_none(tmp_path, event):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    losses = []
+
+    def act(loop, found):
+        if found is Event.UPDATE_START:
+            losses.append((loop.last_loss.item(), loop.model.layer.bias.grad.norm().item()))
+        cancelling(event, 1, 4)(loop, found)
+
+    precision = plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    _, module, _ = fit(tmp_path, act, epochs=1, training=6, plugins=[precision])
+    data = list(batches(6))
+    expected = torch.nn.functional.mse_loss(make_regression().layer(data[0][0]), data[0][1]).item()
+    assert losses[0][0] == pytest.approx(expected, rel=1e-2)  # half precision; neither the loss nor ...
+    assert losses[0][1] < 2 * expected**0.5  # ... the gradient is scaled by 4
+    assert scaler.get_scale() == 4.0
+    kept, everything = trained_by_hand([[0], [2], [3], [5]]), trained_by_hand([[index] for index in range(6)])
+    assert all(torch.allclose(weights(module)[name], kept[name], atol=1e-2) for name in kept)
+    assert not any(torch.allclose(everything[name], kept[name], atol=1e-2) for name in kept)

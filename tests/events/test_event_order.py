@@ -228,6 +228,12 @@ def test_a_training_stopped_in_mid_epoch_ends_before_what_follows(tmp_path):
     stopped = ["epochStart", "trainingStart", *TRAINING_BATCH * 2, "trainingEnd", *VALIDATION, "epochEnd"]
     assert events == ["fitStart", *stopped, "fitEnd"]
 
+    # also where the flag is set after the batch's last event
+    module = make_regression()
+    module.on_train_batch_end = lambda outputs, batch, batch_idx: setattr(module.trainer, "should_stop", batch_idx == 1)
+    events, _, _ = fit(tmp_path, module=module)
+    assert events == ["fitStart", *stopped, "fitEnd"]
+
 
 def test_a_window_of_batches_has_one_update(tmp_path):
     events, _, _ = fit(tmp_path, epochs=1, accumulate_grad_batches=2)
