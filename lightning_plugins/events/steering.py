@@ -39,7 +39,11 @@ class Steering:
         return bool(self._epoch._is_training_done or stopped)
 
     def cancel_batch(self) -> None:
-        """Let the batch at hand pass without its step: it counts as a step that was attempted and changed nothing."""
+        """Let the batch at hand pass without its step: it counts as a step that was attempted and changed nothing.
+
+        Where it would have ended a window, whoever hears of the step drops the gradients of the window's other batches,
+        which no rank has seen of the others yet.
+        """
         self._check_strategy()
         optimization = self._epoch.automatic_optimization
 
@@ -49,8 +53,6 @@ class Steering:
             def closure() -> None:
                 if zero_grad is not None:  # the window begins here all the same
                     zero_grad()
-                if not self._epoch._should_accumulate():
-                    self.drop_gradients()  # of the window's other batches: no rank has seen the others' yet
 
             if self._epoch._should_accumulate():
                 closure()

@@ -61,14 +61,28 @@ def close(lists, tensors):
     return all(torch.allclose(torch.tensor(lists[name]), value, atol=1e-6) for name, value in tensors.items())
 
 
-HELD_BACK = ("CancelBatch", "batchStart", "training", 2, 3)
+# name -> the cancel, in windows of 3 batches; then the windows that take steps, at their positions
+HELD_BACK = {
+    "a window's last batch": (
+        ("CancelBatch", "batchStart", "training", 2, 3),
+        [(1, [3, 4, 5]), (2, [0, 1, 2]), (3, [3, 4, 5])],
+    ),
+    "an epoch before a batch": (
+        ("CancelEpoch", "batchStart", "training", 1, 3),
+        [(0, [0, 1, 2]), (1, [3, 4, 5])],
+    ),
+    "an epoch after a batch": (
+        ("CancelEpoch", "batchEnd", "training", 1, 3),
+        [(0, [0, 1, 2]), (1, [3, 4, 5])],
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def results(request):
     """Both ranks' results of every case, under one strategy."""
-    cases = {name: arguments for name, (arguments, _, _) in CASES.items()}
-    return run_ranks(all_cases, request.param, {**cases, "held back": HELD_BACK})
+    cases = {name: case[0] for name, case in {**CASES, **HELD_BACK}.items()}
+    return run_ranks(all_cases, request.param, cases)
 
 
 @pytest.mark.slow
@@ -92,11 +106,12 @@ def test_a_cancel_on_one_rank_is_one_on_all(results, case):
 
 
 @pytest.mark.slow
-def test_gradients_that_were_held_back_do_not_reach_the_next_window(results):
-    """The batch that would have added them up over the ranks is the one that is cancelled."""
-    first, second = (found["held back"] for found in results)
+@pytest.mark.parametrize("case", HELD_BACK)
+def test_gradients_that_were_held_back_do_not_reach_the_next_window(results, case):
+    """The batch that would have added them up over the ranks never comes."""
+    first, second = (found[case] for found in results)
     assert first == second
-    windows = [(1, [3, 4, 5]), (2, [0, 1, 2]), (3, [3, 4, 5])]
+    windows = HELD_BACK[case][1]
     weights, average = by_hand(windows, lambda step: 0.1 * (step / 2 if step < 2 else (4 - step) / 2))
     assert close(first["weights"], weights)
     assert close(first["average"], average)

@@ -14,6 +14,7 @@ from lightning_plugins import (
     CancelEpoch,
     CancelTraining,
     CancelValidation,
+    CheckpointAveraging,
     Event,
     EventCallback,
     LearningRateScheduler,
@@ -202,6 +203,11 @@ def test_a_validation_that_was_cancelled_reports_what_it_has_seen(tmp_path):
             raise CancelValidation
 
     _, module, trainer = fit(tmp_path, act, epochs=1, validation=4)
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    counts = vars(loop.batch_progress.current)
+    assert set(counts.values()) == {2}  # as after any validation, or a resume would go back to it
+    assert loop.batch_progress.is_last_batch
+    assert loop._has_run
     losses = [module.training_step(batch, 0) for batch in list(batches(4, seed=2))[:2]]
     assert trainer.callback_metrics["val_loss"].item() == pytest.approx(torch.stack(losses).mean().item())
 
@@ -278,3 +284,18 @@ def test_a_strategy_that_was_not_tested_is_refused_when_something_is_cancelled(t
     with pytest.raises(MisconfigurationException, match="Cancelling was not tested under Foreign; it works under"):
         fit(tmp_path, act, strategy=Foreign("cpu"))
     assert heard == [Event.FIT_START, Event.EPOCH_START, Event.TRAINING_START]
+
+
+def test_validations_of_other_callbacks_are_not_cancelled(tmp_path):
+    """CheckpointAveraging compares at the end of the fit; what was cancelled in the fit's own validation is over."""
+
+    def scores(folder, act):
+        parts = [averaging := CheckpointAveraging(last=2), unified_callbacks.ModelCheckpoint(folder, save_top_k=-1)]
+        fit(folder, act, callbacks=parts, enable_checkpointing=True)
+        return averaging.scores
+
+    def act(loop, event):
+        if loop.trainer.validating and event is Event.BATCH_START and loop.batch_index == 1:
+            raise CancelBatch
+
+    assert scores(tmp_path / "cancelled", act) == scores(tmp_path / "whole", None)
