@@ -93,6 +93,7 @@ def test_a_cancel_on_one_rank_is_one_on_all(results, case):
     assert first == second  # events, weights, average, steps and the mean loss, to the last bit
     later = [] if case == "a fit" else EPOCH
     assert first["events"] == ["fitStart", *first_epoch, *later, "fitEnd"]
+    assert first["outputs"] == [[2, 2]]  # predictions, also where the step itself runs as the module's forward
     assert first["training"]
     # the schedule follows attempted steps: a cancelled batch has its place, a part that was left has none
     attempted = {"a training": 3, "an epoch": 2, "a fit": 3}.get(case, 6)

@@ -17,6 +17,7 @@ from lightning_plugins import (
     CheckpointAveraging,
     Event,
     EventCallback,
+    GradientAccumulation,
     LearningRateScheduler,
     StatisticsRecorder,
     WarmupLinear,
@@ -156,6 +157,22 @@ def test_nothing_is_left_behind(tmp_path, end):
     assert not module._forward_hooks
     assert not {"training_step", "validation_step"} & set(vars(trainer.strategy))
     assert trainer.callbacks[0]._course is None
+
+
+def test_what_another_callback_has_taken_back_stays_so(tmp_path):
+    """GradientAccumulation(carry=True) decides about steps too, and lets go before the events do."""
+
+    def act(loop, event):
+        if event is Event.BATCH_START and loop.batch_index == 1:
+            raise CancelEpoch
+        if event is Event.EPOCH_END:
+            owners.append(loop.trainer.fit_loop.epoch_loop)
+            raise Boom
+
+    owners = []
+    with pytest.raises(Boom):
+        fit(tmp_path, act, callbacks=[GradientAccumulation(2, carry=True)])
+    assert not {"_should_accumulate", "_should_check_val_fx"} & set(vars(owners[0]))
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the first epoch has no step

@@ -30,9 +30,11 @@ ACTIONS = {
 
 def cancelled_on_one_rank(strategy, action, event, phase, index, accumulate=1):
     """Train for two epochs of 6 batches a rank; rank 1 alone cancels in the first epoch. Return what the rank sees."""
-    rank = None
+    rank, shapes = None, set()
 
     def act(loop, found):
+        if found in {Event.UPDATE_START, Event.INFERENCE_PREDICTION_END}:
+            shapes.add(tuple(loop.last_output.shape))
         at = loop.trainer.validating == (phase == "validation") and loop.batch_index == index
         if rank == 1 and found.value == event and at and loop.epoch_index == 0:
             raise ACTIONS[action]
@@ -75,6 +77,7 @@ def cancelled_on_one_rank(strategy, action, event, phase, index, accumulate=1):
     raw = average.raw_state_dict()
     return {
         "events": diary.events,
+        "outputs": sorted(shapes),
         "weights": {name: value.tolist() for name, value in raw.items()},
         "average": {name: value.tolist() for name, value in average.average_state_dict().items()},
         "step": trainer.global_step,
