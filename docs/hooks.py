@@ -28,7 +28,14 @@ _DOCUMENTS = (
     "tests/golden/README.md",
 )
 # What the documents show or link to, besides each other.
-_FILES = ("LICENSE", "docs/pictures/*.png", "lightning_plugins/**/*.png", "examples/*.py", "examples/*.yaml")
+_FILES = (
+    "LICENSE",
+    "docs/pictures/*.png",
+    "docs/site.css",
+    "lightning_plugins/**/*.png",
+    "examples/*.py",
+    "examples/*.yaml",
+)
 _FORMULA = re.compile(r"\$(?! )([^$\n`]+?)(?<! )\$")
 
 
@@ -46,12 +53,13 @@ def _api_page(technique: str) -> str:
     package = importlib.import_module(f"lightning_plugins.{technique}")
     public = set(lightning_plugins.__all__)
     lines = [
-        f"# {technique}",
-        f"Names of `lightning_plugins.{technique}`, version {lightning_plugins.__version__}. How to use them is on",
+        f"# `lightning_plugins.{technique}`",
+        "",
+        f"Version {lightning_plugins.__version__}. How and when to use what stands here is on",
         f"[the card](../lightning_plugins/{technique}/README.md).",
     ]
     for title, names in (
-        ("From `lightning_plugins`", [name for name in package.__all__ if name in public]),
+        ("Also from `lightning_plugins`", [name for name in package.__all__ if name in public]),
         (f"Only from `lightning_plugins.{technique}`", [name for name in package.__all__ if name not in public]),
     ):
         if names:
