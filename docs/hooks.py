@@ -30,9 +30,9 @@ _DOCUMENTS = (
 # What the documents show or link to, besides each other.
 _FILES = (
     "LICENSE",
-    "docs/pictures/*.png",
     "docs/site.css",
-    "lightning_plugins/**/*.png",
+    *(f"{folder}/**/*.png" for folder in ("benchmarks", "docs", "examples", "lightning_plugins")),
+    "benchmarks/*.py",
     "examples/*.py",
     "examples/*.yaml",
 )
