@@ -8,18 +8,27 @@ import sys
 import pytest
 
 from lightning_plugins.cli import main
-from tests.support.snippets import DOCUMENTS, ROOT, blocks, links
+from tests.support.snippets import DOCUMENTS, ROOT, blocks, examples, links
+
+BLOCK_ENDS = "\x1e\n"
 
 
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "python")])
 def test_snippets_run(document, tmp_path):
-    """A document's blocks run in order in one process: a reader would type them so."""
+    """A document's blocks run in order in one process, as a reader would type them, and print what it says."""
     script = tmp_path / "snippets.py"
-    script.write_text("\n\n".join(blocks(document, "python")))
+    script.write_text("".join(f"{code}\nprint({BLOCK_ENDS!r}, end='')\n" for code, _ in examples(document)))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    for (code, output), printed in zip(examples(document), done.stdout.split(BLOCK_ENDS)[:-1], strict=True):
+        if output is not None:
+            assert _without_trailing_space(printed) == _without_trailing_space(output), code
+
+
+def _without_trailing_space(text):
+    return [line.rstrip() for line in text.strip().splitlines()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

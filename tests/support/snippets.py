@@ -1,4 +1,4 @@
-"""The Python and console blocks of a Markdown file."""
+"""The Python and console blocks of a Markdown file, and what it says that they print."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("lightning_plugins/*/README.md"), *ROOT.glob("examples/README.md")]
+    for pattern in ("*.md", "docs/*.md", "lightning_plugins/*/README.md", "examples/README.md")
+    for path in ROOT.glob(pattern)
 )
 
 
 def blocks(document, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def examples(document):
+    """Return every Python block with the ``text`` block right after it, which is what it prints, or None."""
+    found = re.findall(
+        r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE
+    )
+    return [(code, output or None) for code, output in found]
 
 
 def links(document):

@@ -1,0 +1,121 @@
+"""The site of `make docs` shows every document and every public name once; the README's table of names is true."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+from collections import Counter
+
+import lightning.pytorch
+import pytest
+import torch
+import yaml
+
+import lightning_plugins
+from lightning_plugins.cli import main
+from tests.support.snippets import ROOT
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leaves(entry):
+    """Return the paths of a navigation."""
+    if isinstance(entry, str):
+        return [entry]
+    return [path for part in (entry.values() if isinstance(entry, dict) else entry) for path in leaves(part)]
+
+
+def test_every_page_stands_in_the_navigation_once(hooks):
+    navigation = leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert Counter(navigation) == Counter([*hooks.documents(), *hooks.api_pages()])
+
+
+def test_every_public_name_has_one_place_in_the_reference(hooks):
+    shown = [name for page in hooks.api_pages().values() for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)]
+    for technique in lightning_plugins._TECHNIQUES:
+        package = importlib.import_module(f"lightning_plugins.{technique}")
+        listed = [name for name in shown if name.startswith(f"lightning_plugins.{technique}.")]
+        assert sorted(listed) == sorted(f"lightning_plugins.{technique}.{name}" for name in package.__all__)
+    places = Counter(name.rpartition(".")[2] for name in shown)
+    assert {places[name] for name in lightning_plugins.__all__ if name != "__version__"} == {1}
+
+
+def test_the_hooks_hand_over_what_exists(hooks):
+    assert {"README.md", "docs/tour.md", "lightning_plugins/ema/README.md", "benchmarks/results/ema.md"} <= set(
+        hooks.documents()
+    )
+    assert "docs/pictures/schedules.png" in hooks._matching(hooks._FILES)
+
+
+def migration():
+    """Return (library, there, here) for each row of the README's table."""
+    section = (ROOT / "README.md").read_text().split("\n## Coming from another library\n")[1].split("\n## ")[0]
+    rows, library = [], ""
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| **"):
+            library = line.split("**")[1]
+        elif line.startswith("| ") and not line.startswith("| there"):
+            rows.append((library, cells[0], cells[1]))
+    return rows
+
+
+def code(cell):
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def calls(expression):
+    """Return every call of a public name in an expression, with its function."""
+    tree = ast.parse(expression, mode="eval")
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+
+
+def test_the_table_of_names_covers_the_libraries():
+    rows = migration()
+    assert {row[0] for row in rows} == {
+        "Lightning", "torch", "transformers", "timm", "Composer", "Keras", "OpenNMT-tf", "others"
+    }  # fmt: skip
+    assert all(code(here) for _, _, here in rows)
+
+
+@pytest.mark.parametrize("expression", sorted({text for _, _, here in migration() for text in code(here)}))
+def test_what_the_table_says_to_write_exists(expression, capsys):
+    if expression.startswith("lightning-plugins"):
+        with pytest.raises(SystemExit, match="0"):
+            main([expression.split()[1], "--help"])
+        return
+    found = calls(expression)
+    assert found
+    for call in found:
+        kind = getattr(lightning_plugins, call.func.id)
+        inspect.signature(kind).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
+    for node in ast.walk(ast.parse(expression)):
+        if isinstance(node, ast.Attribute):  # of a public name, or of the schedule that a call makes
+            owner = node.value.id if isinstance(node.value, ast.Name) else "Schedule"
+            assert hasattr(getattr(lightning_plugins, owner), node.attr), node.attr
+
+
+@pytest.mark.parametrize(
+    "text", sorted({text for row in migration() for text in code(row[1]) if row[0] == "Lightning"})
+)
+def test_lightning_has_what_the_table_says(text):
+    assert_bound([lightning.pytorch, lightning.pytorch.callbacks, lightning.pytorch.loggers], text)
+
+
+@pytest.mark.parametrize("text", sorted({text for row in migration() for text in code(row[1]) if row[0] == "torch"}))
+def test_torch_has_what_the_table_says(text):
+    assert_bound([torch.optim.lr_scheduler, torch.optim.swa_utils], text)
+
+
+def assert_bound(modules, text):
+    name = text.partition("(")[0]
+    kind = next(getattr(module, name) for module in modules if hasattr(module, name))
+    for call in calls(text):
+        inspect.signature(kind).bind_partial(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
