@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lightning_plugins import checkpoints
-from lightning_plugins.cli.commands import Commands
+from lightning_plugins.cli.commands import Commands, add_trust
 
 _EPILOG = """\
 examples:
@@ -33,7 +33,7 @@ def add_parser(commands: Commands) -> None:
         "--weights", metavar="W,W,...", help="one number for each, in the table's order; default: equal"
     )
     parser.add_argument("--dry-run", action="store_true", help="only show what would be averaged")
-    parser.add_argument("--trust", action="store_true", help="load files that need more than tensors and plain values")
+    add_trust(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--output", metavar="FILE", help="what to write: .ckpt or .safetensors")
     parser.set_defaults(run=run)

@@ -6,7 +6,7 @@ import argparse
 
 from lightning_plugins import ema
 from lightning_plugins._files import write_state_dict
-from lightning_plugins.cli.commands import Commands, add_output
+from lightning_plugins.cli.commands import Commands, add_output, add_trust
 
 
 def add_parser(commands: Commands) -> None:
@@ -19,11 +19,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint")
     parser.add_argument("--weights", required=True, choices=("raw", "average"), help="which set")
     parser.add_argument("--name", default="ema", help="the EMA's name, for its average (%(default)s)")
+    add_trust(parser)
     add_output(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, choose, write."""
-    weights = ema.extract_weights(arguments.checkpoint, arguments.weights, arguments.name)
+    weights = ema.extract_weights(arguments.checkpoint, arguments.weights, arguments.name, trust=arguments.trust)
     print(write_state_dict(weights, arguments.output, overwrite=arguments.overwrite))  # noqa: T201

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lightning_plugins import ema
-from lightning_plugins.cli.commands import Commands
+from lightning_plugins.cli.commands import Commands, add_trust
 
 
 def add_parser(commands: Commands) -> None:
@@ -15,12 +15,13 @@ def add_parser(commands: Commands) -> None:
         "inspect", help="say what a checkpoint holds", description="Say what a Lightning checkpoint holds."
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint")
+    add_trust(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a line for each thing that is there."""
-    found = ema.describe_checkpoint(arguments.checkpoint)
+    found = ema.describe_checkpoint(arguments.checkpoint, trust=arguments.trust)
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name.replace('_', ' '):<{width}}  {_text(value)}")  # noqa: T201

@@ -11,11 +11,12 @@ from torch import Tensor
 from lightning_plugins.ema.files import load_checkpoint, read_contents
 
 
-def describe_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
+def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """Return what a checkpoint file holds.
 
     Args:
         checkpoint_path: A Lightning checkpoint.
+        trust: Load a file that needs more than tensors and plain values, which runs code that the file chooses.
 
     Returns:
         ``path``, ``file_bytes``, ``kind`` (``"full"`` or ``"weights only"``), ``epoch``, ``global_step``,
@@ -24,9 +25,9 @@ def describe_checkpoint(checkpoint_path: str | Path) -> dict[str, Any]:
         their states), ``optimizers`` (how many), and ``other`` (further keys).
 
     Raises:
-        ValueError: If it is no checkpoint, or needs more than tensors and plain values to load.
+        ValueError: If it is no checkpoint, or needs trust that it is not given.
     """
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = load_checkpoint(checkpoint_path, trust=trust)
     state = _tensors(checkpoint["state_dict"].values())
     kind = "full" if "optimizer_states" in checkpoint or "callbacks" in checkpoint else "weights only"
     return {

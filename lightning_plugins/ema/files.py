@@ -93,7 +93,9 @@ def read_contents(checkpoint: Mapping[str, Any]) -> Contents | None:
     return Contents(found["state_dict"], found["name"], found.get("raw"), dict(found.get("averages") or {}))
 
 
-def extract_weights(checkpoint_path: str | Path, which: str = "average", name: str = "ema") -> dict[str, Tensor]:
+def extract_weights(
+    checkpoint_path: str | Path, which: str = "average", name: str = "ema", *, trust: bool = False
+) -> dict[str, Tensor]:
     """Return one complete set of weights out of a checkpoint, to be given to ``module.load_state_dict``.
 
     Args:
@@ -101,16 +103,18 @@ def extract_weights(checkpoint_path: str | Path, which: str = "average", name: s
             Lightning's ``EMAWeightAveraging``.
         which: ``"average"`` or ``"raw"``, the trained weights.
         name: The EMA's name, for ``"average"``.
+        trust: Load a file that needs more than tensors and plain values, such as one whose hyper-parameters hold
+            objects, which runs code that the file chooses.
 
     Returns:
         Name -> tensor, on the CPU, with the keys of the file's ``state_dict``. An average is in float32 also where
         the weights are not.
 
     Raises:
-        ValueError: If the file is not a checkpoint, needs more than tensors and plain values to load, or lacks the set.
+        ValueError: If the file is not a checkpoint, needs trust that it is not given, or lacks the set.
     """
     one_of("which", which, ("average", "raw"))
-    return select_weights(load_checkpoint(checkpoint_path), which, name, source=str(checkpoint_path))
+    return select_weights(load_checkpoint(checkpoint_path, trust=trust), which, name, source=str(checkpoint_path))
 
 
 def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, source: str) -> dict[str, Tensor]:
@@ -138,22 +142,26 @@ def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, sour
     return state
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """Return the contents of a checkpoint file, its tensors mapped rather than read, on the CPU.
 
+    Args:
+        path: The file.
+        trust: Load whatever it names, which runs code that the file chooses.
+
     Raises:
-        ValueError: If it is no checkpoint file, or needs more than tensors and plain values to load.
+        ValueError: If it is no checkpoint file, or needs more than tensors and plain values to load without trust.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
     try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
     except pickle.UnpicklingError as error:
         what = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise ValueError(
             f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({what}). If you trust "
-            "it, load it with torch.load(..., weights_only=False) and save it again without that object."
+            "whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {path} cannot be read: {error}") from error

@@ -55,6 +55,19 @@ def test_inspect(run, capsys):
     assert "EMA" in values["callbacks"]
 
 
+def test_files_with_objects_are_read_when_they_are_trusted(run, tmp_path, capsys):
+    contents = torch.load(run / "full.ckpt", weights_only=True) | {"hyper_parameters": {"loss": torch.nn.MSELoss()}}
+    path, output = tmp_path / "object.ckpt", tmp_path / "w.pt"
+    torch.save(contents, path)
+    extract = ["extract", str(path), "--weights", "raw", "--output", str(output)]
+    for command in (extract, ["inspect", str(path)]):
+        assert main(command) == 2
+        assert "pass trust=True (--trust on the command line)" in capsys.readouterr().err
+        assert main([*command, "--trust"]) == 0
+        capsys.readouterr()
+    assert same(torch.load(output, weights_only=True), extract_weights(run / "full.ckpt", "raw"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -166,6 +166,25 @@ def test_extract_refuses_what_is_no_checkpoint(tmp_path):
         extract_weights(tmp_path / "object.ckpt", "both")
 
 
+def test_a_file_with_objects_is_read_when_it_is_trusted(tmp_path):
+    """Clients save their own classes as hyper-parameters."""
+    module, ema = Net(), EMA(0.9)
+    fit = trainer(ema)
+    fit.fit(module, regression())
+    fit.save_checkpoint(tmp_path / "full.ckpt")
+    contents = torch.load(tmp_path / "full.ckpt", weights_only=True)
+    torch.save(contents | {"hyper_parameters": {"loss": nn.MSELoss()}}, tmp_path / "object.ckpt")
+    for which in ("raw", "average"):
+        with pytest.raises(ValueError, match=r"MSELoss.*pass trust=True \(--trust on the command line\)"):
+            extract_weights(tmp_path / "object.ckpt", which)
+        found = extract_weights(tmp_path / "object.ckpt", which, trust=True)
+        expected = extract_weights(tmp_path / "full.ckpt", which)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="pass trust=True"):
+        describe_checkpoint(tmp_path / "object.ckpt")
+    assert describe_checkpoint(tmp_path / "object.ckpt", trust=True)["beside"].keys() == {"raw weights"}
+
+
 def test_describe_says_what_a_file_holds(tmp_path):
     module, ema = Net(), EMA(0.9)
     fit = trainer(ema, ModelCheckpoint(tmp_path, filename="full"), max_epochs=2)
