@@ -104,6 +104,12 @@ class EMA(WeightFollower):
         """Where a checkpoint keeps the counters; one per name."""
         return self._generate_state_key(name=self.name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self).copy()
+        if self._shadow is not None and not self._fitting:
+            state["_stage"] = self._stage.for_copy(self._shadow)
+        return state
+
     # -- hooks, in the order in which they fire
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -94,10 +94,15 @@ class Shadow:
         self._where: list[tuple[Group, int]] = []
         self._buffer_indices: list[int] = []
         self._state: tuple[bool, Motion | None] = (False, None)
+        self._copied = False
         self.adopt(start or {})
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._copied = True  # looked at when it is used: the module, which may hold this, need not be whole yet
 
     @property
     def names(self) -> list[str]:
@@ -241,6 +246,11 @@ class Shadow:
             disown(self.module)
 
     def _settle(self) -> None:
+        if self._copied:  # of tensors that share memory, pickle makes several
+            self._copied = False
+            if self._state[0]:
+                _showing[id(self.module)] = self
+            self.rebind()
         swapped, motion = self._state
         if motion is not None:
             with plain_tensors():

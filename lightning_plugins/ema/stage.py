@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from lightning_plugins.ema.shadow import Shadow, showing
@@ -24,7 +25,7 @@ class Stage:
         self.evaluating: str | None = None
         self.kept = False
         self._displaced: Shadow | None = None  # whose average was in the module when ours came
-        self._fingerprint: tuple[Any, ...] = ()
+        self._fingerprint: tuple[Any, ...] | None = ()  # None: a copy's, whose original was untouched
 
     def clear(self) -> None:
         """Forget every wish but what is kept."""
@@ -58,10 +59,20 @@ class Stage:
             return False
         return True
 
+    def for_copy(self, shadow: Shadow) -> Stage:
+        """Return the stage of a copy of it all: writes are told by the tensors themselves, and a copy has others."""
+        if not self.untouched(shadow):
+            return self
+        stage = copy.copy(self)
+        stage._fingerprint = None
+        return stage
+
     def remember(self, shadow: Shadow) -> None:
         """Take the weights as they are for ours."""
         self._fingerprint = shadow.fingerprint()
 
     def untouched(self, shadow: Shadow) -> bool:
         """Return whether nobody has written into the module since we last did."""
+        if self._fingerprint is None:
+            self.remember(shadow)
         return self._fingerprint == shadow.fingerprint()

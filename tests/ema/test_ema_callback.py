@@ -13,9 +13,13 @@ from lightning_plugins._lightning import MisconfigurationException
 from tests.support.ema_runs import (
     THETA,
     ClassicScripted,
+    Net,
     Scripted,
+    clone_state,
     follow,
     numbers,
+    regression,
+    same,
     trainer,
 )
 
@@ -322,6 +326,39 @@ def test_callback_is_picklable_and_copyable_before_and_after_fit():
     assert copy.deepcopy(ema).name == "x"
     trainer(ema).fit(Scripted(), numbers(2))
     pickle.loads(pickle.dumps(ema))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("after_fit", ["average", "raw"])
+def test_a_copy_of_a_fitted_pair_goes_on_like_the_original(copied, after_fit):
+    module, ema = Net(), EMA(0.9, after_fit=after_fit)
+    fit = trainer(ema)
+    fit.fit(module, regression())
+    module._trainer = None
+    module_copy, ema_copy = copied((module, ema))
+    held = clone_state(module)
+    for which in ("average_state_dict", "raw_state_dict"):
+        assert same(getattr(ema_copy, which)(), getattr(ema, which)())
+    assert same(module_copy.state_dict(), held)
+    with ema_copy.averaged(module_copy):
+        assert same(module_copy.state_dict(), ema.average_state_dict())
+    assert same(module.state_dict(), held)  # the original has not moved
+    for pair in ((module, ema), (module_copy, ema_copy)):
+        trainer(pair[1]).fit(pair[0], regression())
+    assert not same(module.state_dict(), held)
+    for which in ("average_state_dict", "raw_state_dict"):
+        assert same(getattr(ema_copy, which)(), getattr(ema, which)())
+
+
+def test_a_copy_of_an_average_that_was_written_over_is_no_average():
+    module, ema = Net(), EMA(0.9)
+    trainer(ema).fit(module, regression())
+    with torch.no_grad():
+        next(module.parameters()).zero_()
+    with pytest.raises(RuntimeError, match="something else was written into the module"):
+        copy.deepcopy(ema).average_state_dict()
 
 
 def test_subclasses_both_namespaces_and_rules_are_annotated():
