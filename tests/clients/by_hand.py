@@ -68,7 +68,8 @@ class Watch(unified.Callback, classic.Callback):
     """Notes what a run was given and did: initial weights, batches, undivided losses, and the rate inside each step."""
 
     def __init__(self):
-        self.initial, self.batches, self.losses, self.rates, self.validations = None, [], [], [], []
+        self.initial, self.batches, self.losses, self.rates = None, [], [], []
+        self.validations, self.validation_batches = [], []
 
     def on_fit_start(self, trainer, pl_module):
         if self.initial is None:
@@ -88,6 +89,7 @@ class Watch(unified.Callback, classic.Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if not trainer.sanity_checking:
+            self.validation_batches.append(batch)
             self.validations.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
 
     def on_train_end(self, trainer, pl_module):

@@ -1,0 +1,259 @@
+"""All techniques in darts: dataclass batches, a new Trainer for every fit, models that are copied, pickled and resumed."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from darts import TimeSeries
+from darts.models import NBEATSModel, TFTModel
+from darts.utils.serialization.base import UnpicklingError
+
+from lightning_plugins import MicroBatching, extract_weights, synthesize_ema
+from tests.clients import by_hand
+from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack
+
+BATCH, LR, TOTAL = 16, 0.05, 6  # 96 samples: 6 batches, 2 windows and so 2 steps an epoch, 3 epochs
+SGD = {"optimizer_cls": torch.optim.SGD, "optimizer_kwargs": {"lr": LR, "momentum": 0.9}}
+CHUNKS = {"input_chunk_length": 12, "output_chunk_length": 3}
+MODELS = {
+    "NBEATS": (NBEATSModel, {"num_stacks": 2, "num_blocks": 1, "num_layers": 2, "layer_widths": 8, "dropout": 0.0}),
+    "TFT": (
+        TFTModel,
+        {
+            "hidden_size": 4,
+            "lstm_layers": 1,
+            "num_attention_heads": 2,
+            "dropout": 0.0,
+            "add_relative_index": True,
+            "likelihood": None,
+            "loss_fn": torch.nn.MSELoss(),
+        },
+    ),
+}
+
+
+def series(length):
+    noise = np.random.default_rng(0).normal(size=length)
+    return TimeSeries.from_values((np.sin(np.arange(length) / 5) + 0.1 * noise).astype(np.float32))
+
+
+TRAIN, VALIDATION = series(96 + 14), series(150)[-40:]  # 26 samples of validation: 2 batches
+
+
+def make(kind, path, callbacks, *, epochs=3, **options):
+    model, arguments = MODELS[kind]
+    return model(
+        **CHUNKS,
+        **arguments,
+        **SGD,
+        batch_size=BATCH,
+        n_epochs=epochs,
+        random_state=1,
+        model_name="model",
+        work_dir=str(path),
+        save_checkpoints=True,
+        force_reset=True,
+        pl_trainer_kwargs={"accelerator": "cpu", "enable_progress_bar": False, "callbacks": callbacks},
+        **options,
+    )
+
+
+def whole(batches):
+    """One batch of the samples of several, of the client's own kind."""
+    fields = {name: [getattr(batch, name) for batch in batches] for name in type(batches[0]).__slots__}
+    joined = {name: None if parts[0] is None else torch.cat(parts) for name, parts in fields.items()}
+    return type(batches[0])(**joined)
+
+
+def loss_of(net, batch):
+    predicted = net(batch.to_module_input()).prediction.squeeze(-1)
+    return (predicted - batch.future_target).square().mean()
+
+
+def rates(steps=range(TOTAL), total=TOTAL):
+    return [LR * by_hand.warmup_cosine(step, warmup=2, total=total) for step in steps]
+
+
+def by_plain_torch(net, watch, lrs):
+    """Train ``net`` from the run's initial weights on the run's own batches, every window in one pass."""
+    net = copy.deepcopy(net)
+    net.load_state_dict(watch.initial)
+    rules = {
+        "ema": lambda n: by_hand.ema_decay(n, DECAY),
+        "power": lambda n: by_hand.power_decay(n, SIGMA_REL),
+    }
+    averages = by_hand.Averages(net, rules)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
+    windows = [whole(watch.batches[first : first + WINDOW]) for first in range(0, len(watch.batches), WINDOW)]
+    by_hand.train(net, windows, loss_of, optimizer, lrs, averages)
+    return {"raw": {name: parameter.detach() for name, parameter in net.named_parameters()}, **averages.kept}
+
+
+def loss_by_hand(net, state, batches):
+    net = copy.deepcopy(net).eval()
+    net.load_state_dict(state)
+    with torch.no_grad():
+        return float(np.mean([float(loss_of(net, batch)) for batch in batches]))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def run(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    stack, watch = Stack(path, warmup=2, total=TOTAL), by_hand.Watch()
+    model = make(request.param, path, [*stack.callbacks, watch])
+    model.fit(TRAIN, val_series=VALIDATION)
+    return model, stack, watch, request.param
+
+
+def fit_in_order(model, **options):
+    model.fit(TRAIN, val_series=VALIDATION, dataloader_kwargs={"shuffle": False}, **options)  # darts empties the dict
+
+
+def values(model, n=5):
+    return model.predict(n, series=TRAIN).values().ravel()
+
+
+def test_every_step_is_the_one_that_plain_torch_takes(run):
+    model, stack, watch, _ = run
+    assert len(watch.batches) == 3 * 6
+    assert watch.rates == pytest.approx(rates(), abs=1e-12)
+    truth = by_plain_torch(model.model, watch, rates())
+    assert by_hand.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
+    assert by_hand.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5
+    synthesized = synthesize_ema(stack.path / "posthoc", SIGMA_REL)
+    assert by_hand.distance(synthesized, truth["power"], watch.initial) < 1e-5
+
+
+def test_the_logs_hold_the_losses_that_the_client_computed(run):
+    _, stack, watch, _ = run
+    train, validation = stack.rows("train"), stack.rows("validation")
+    assert len(train) == 3 * 6
+    assert len(validation) == 3 * 2
+    for epoch in range(3):
+        running = np.cumsum(watch.losses[6 * epoch :][:6]) / np.arange(1, 7)
+        assert [float(row["loss"]) for row in train[6 * epoch :][:6]] == pytest.approx(running, rel=1e-6)
+        seen = watch.validations[2 * epoch :][:2]
+        assert float(validation[2 * epoch + 1]["loss"]) == pytest.approx(np.mean(seen), rel=1e-6)
+    assert [float(row["lr"]) for row in train] == pytest.approx(np.repeat(rates(), WINDOW), abs=1e-12)
+    assert stack.chart("train") == [
+        (2 * (epoch + 1), pytest.approx(float(train[6 * epoch + 5]["loss"]), rel=1e-6)) for epoch in range(3)
+    ]
+    assert stack.chart("validation") == [
+        (2 * (epoch + 1), pytest.approx(float(validation[2 * epoch + 1]["loss"]), rel=1e-6)) for epoch in range(3)
+    ]
+
+
+def test_validation_and_predictions_are_of_the_average(run):
+    model, stack, watch, _ = run
+    average, raw = stack.ema.average_state_dict(), stack.ema.raw_state_dict()
+    assert all(torch.equal(tensor, average[name]) for name, tensor in model.model.state_dict().items())
+    last = float(stack.rows("validation")[-1]["loss"])
+    batches = watch.validation_batches[-2:]
+    assert last == pytest.approx(loss_by_hand(model.model, average, batches), rel=1e-5)
+    assert last != pytest.approx(loss_by_hand(model.model, raw, batches), rel=1e-3)
+
+
+def test_a_saved_model_predicts_the_same_when_it_is_loaded(run, tmp_path):
+    model, _, _, kind = run
+    cls, expected = MODELS[kind][0], values(model)
+    model.save(str(tmp_path / "model.pt"))
+    assert np.array_equal(values(cls.load(str(tmp_path / "model.pt"), trusted=True)), expected)
+    # darts pickles the arguments that the model was made with, and opens nobody's classes unasked
+    with pytest.raises(UnpicklingError, match=r"(?s)lightning_plugins.*trusted=True"):
+        cls.load(str(tmp_path / "model.pt"))
+    model.save(str(tmp_path / "clean.pt"), clean=True)
+    assert np.array_equal(values(cls.load(str(tmp_path / "clean.pt"))), expected)
+
+
+def test_the_runs_checkpoints_open_in_the_client(run):
+    model, stack, _, kind = run
+    cls, place = MODELS[kind][0], {"model_name": "model", "work_dir": str(stack.path), "trusted": True}
+    folder = stack.path / "model" / "checkpoints"
+    (last,) = folder.glob("last-*.ckpt")
+    average, raw = stack.ema.average_state_dict(), stack.ema.raw_state_dict()
+    loaded = cls.load_from_checkpoint(best=False, **place)
+    assert all(torch.equal(tensor, average[name]) for name, tensor in loaded.model.state_dict().items())
+    assert np.array_equal(values(loaded), values(model))
+    extracted = extract_weights(last, "raw", trust=True)
+    assert all(torch.equal(extracted[name], tensor) for name, tensor in raw.items())
+    parts = [torch.load(path, weights_only=False)["state_dict"] for path in folder.glob("averaged_pool/*.ckpt")]
+    assert len(parts) == 2
+    averaged = cls.load_from_checkpoint(file_name=stack.averaging.path.name, **place)
+    for name, tensor in averaged.model.state_dict().items():
+        mean = sum(part[name].double() for part in parts) / 2
+        assert torch.allclose(tensor.double(), mean, rtol=1e-6, atol=1e-7), name
+    assert not np.allclose(values(averaged), values(model), rtol=1e-3)
+
+
+def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path):
+    stacks, models = {}, {}
+    for name, epochs in (("whole", 3), ("parts", 1)):
+        (tmp_path / name).mkdir()
+        stacks[name] = Stack(tmp_path / name, warmup=2, total=TOTAL)
+        models[name] = make("NBEATS", tmp_path / name, stacks[name].callbacks, epochs=epochs)
+        fit_in_order(models[name])
+    again = NBEATSModel.load_from_checkpoint("model", work_dir=str(tmp_path / "parts"), best=False, trusted=True)
+    callbacks = again.trainer_params["callbacks"]  # darts makes them anew from those that the model was made with
+    assert not set(map(id, callbacks)) & set(map(id, stacks["parts"].callbacks))
+    fit_in_order(again, epochs=3)
+    (ema,) = [callback for callback in callbacks if type(callback).__name__ == "EMA"]
+    for ours, theirs in (
+        (ema.raw_state_dict(), stacks["whole"].ema.raw_state_dict()),
+        (ema.average_state_dict(), stacks["whole"].ema.average_state_dict()),
+    ):
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    for phase in ("train", "validation"):
+        whole_run, resumed = stacks["whole"].rows(phase), stacks["parts"].rows(phase)
+        assert [(row["step"], row["lr"], row["loss"]) for row in resumed] == [
+            (row["step"], row["lr"], row["loss"]) for row in whole_run
+        ]
+
+
+def test_a_second_fit_goes_on_averaging_and_schedules_its_own_steps(tmp_path):
+    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL), by_hand.Watch()
+    model = make("NBEATS", tmp_path, [*stack.callbacks, watch])
+    model.fit(TRAIN, val_series=VALIDATION)
+    raw = stack.ema.raw_state_dict()
+    average = {name: tensor.double() for name, tensor in stack.ema.average_state_dict().items()}
+    second, taken = by_hand.Watch(), len(watch.rates)
+    model.trainer_params["callbacks"].append(second)
+    model.fit(TRAIN, val_series=VALIDATION, epochs=1)
+    assert watch.rates[taken:] == second.rates == pytest.approx(rates(range(2)), abs=1e-12)
+    assert all(torch.equal(second.initial[name], tensor) for name, tensor in raw.items())
+    # the first step has rate 0, the second moves the weights: two updates of the average, its 7th and 8th
+    now = stack.ema.raw_state_dict()
+    for n, weights in ((7, raw), (8, now)):
+        share = by_hand.ema_decay(n, DECAY)
+        average = {name: share * old + (1 - share) * weights[name].double() for name, old in average.items()}
+    assert by_hand.distance(stack.ema.average_state_dict(), average, watch.initial) < 1e-5
+
+
+def test_each_retraining_of_a_backtest_has_callbacks_of_its_own(tmp_path):
+    stack = Stack(tmp_path, warmup=2, total=TOTAL)
+    options = {"start": len(TRAIN) - 3, "start_format": "position", "forecast_horizon": 3, "last_points_only": False}
+    model = make("NBEATS", tmp_path, [stack.scheduler, stack.ema])
+    forecasts = model.historical_forecasts(TRAIN, retrain=True, **options)
+    single = make("NBEATS", tmp_path, [Stack(tmp_path, warmup=2, total=TOTAL).scheduler, Stack(tmp_path, warmup=2).ema])
+    single.fit(TRAIN[: len(TRAIN) - 3])
+    assert np.array_equal(forecasts[0].values(), single.predict(3).values())
+
+
+def test_fitted_callbacks_can_be_copied_and_pickled(run):
+    _, stack, _, _ = run
+    copies = copy.deepcopy(stack.callbacks), pickle.loads(pickle.dumps(stack.callbacks))
+    for copied in copies:
+        ema = copied[stack.callbacks.index(stack.ema)]
+        for name, tensor in stack.ema.average_state_dict().items():
+            assert torch.equal(ema.average_state_dict()[name], tensor)
+
+
+def test_pieces_of_a_batch_make_the_same_steps(tmp_path):
+    stacks = [Stack(tmp_path, warmup=2, total=TOTAL) for _ in range(2)]
+    watches = [by_hand.Watch() for _ in stacks]
+    for stack, watch, extra in zip(stacks, watches, ([], [MicroBatching(5)]), strict=True):
+        make("NBEATS", tmp_path, [stack.accumulation, stack.scheduler, stack.ema, *extra, watch]).fit(TRAIN)
+    assert watches[0].losses == pytest.approx(watches[1].losses, rel=1e-5)
+    whole_batches, pieces = (stack.ema.raw_state_dict() for stack in stacks)
+    assert by_hand.distance(pieces, whole_batches, watches[0].initial) < 1e-5
