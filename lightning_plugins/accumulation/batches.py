@@ -120,6 +120,8 @@ def look_up(batch: Any, key: str | int) -> Any:
     else:
         present = [name for name in vars(batch) if not name.startswith("_")] if hasattr(batch, "__dict__") else []
         present += getattr(batch, "_fields", ())
+        if _is_dataclass(batch):  # one with slots has no `__dict__`
+            present += [field.name for field in dataclasses.fields(batch) if field.name not in present]
         if isinstance(key, str) and key in present:
             return getattr(batch, key)
     what = ", ".join(map(repr, present)) or "none that has a name"

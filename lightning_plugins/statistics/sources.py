@@ -5,8 +5,9 @@ Serves the recorder and the classification report, knows modules and batches but
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -152,11 +153,20 @@ def batch_size(batch: Any) -> int:
         >>> batch_size(({"x": torch.zeros(5, 2)}, torch.zeros(3)))
         5
     """
-    while isinstance(batch, (Mapping, list, tuple)):
-        if not batch:
-            return 1
-        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a nest of mappings, sequences and dataclasses in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        batch = list(batch.values())
+    elif dataclasses.is_dataclass(batch):
+        batch = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    if isinstance(batch, (list, tuple)):
+        for part in batch:
+            yield from _tensors(part)
 
 
 def _tensor(what: str, value: Any) -> Tensor:

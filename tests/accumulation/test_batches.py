@@ -137,10 +137,25 @@ class Holder:
         return "Holder"
 
 
+@dataclasses.dataclass(slots=True, repr=False)
+class Slotted:  # as darts' batches are: it has no `__dict__`
+    image: int
+    label: torch.Tensor | int
+
+    __repr__ = Holder.__repr__
+
+
 @pytest.mark.parametrize(
     ("batch", "key"),
-    [({"labels": ROWS}, "labels"), ((0, ROWS), 1), ((0, ROWS), -1), (Pair(0, ROWS), "label"), (Holder(), "labels")],
-    ids=str,
+    [
+        ({"labels": ROWS}, "labels"),
+        ((0, ROWS), 1),
+        ((0, ROWS), -1),
+        (Pair(0, ROWS), "label"),
+        (Holder(), "labels"),
+        (Slotted(0, ROWS), "label"),
+    ],
+    ids=["mapping", "index", "index from the end", "named tuple", "attributes", "slots"],
 )
 def test_a_field_is_found(batch, key):
     assert look_up(batch, key) is ROWS
@@ -154,6 +169,7 @@ def test_a_field_is_found(batch, key):
         ((1, 2), "x", r"got 'x'\. This tuple has: none that has a name\."),
         (Holder(), "label", r"got 'label'\. This Holder has: 'labels'\."),
         (Pair(1, 2), "text", r"got 'text'\. This Pair has: 'image', 'label'\."),
+        (Slotted(1, 2), "text", r"got 'text'\. This Slotted has: 'image', 'label'\."),
     ],
     ids=str,
 )

@@ -20,6 +20,13 @@ from lightning_plugins import (
 DECAY, SIGMA_REL, WINDOW = 0.9, 0.1, 3
 
 
+def chart(root, phase, tag="epoch_loss"):
+    """The points of one chart: place on the x axis and value."""
+    (folder,) = root.glob(f"*/{phase}")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
 class Stack:
     """The callbacks by name, and what they wrote."""
 
@@ -45,8 +52,5 @@ class Stack:
         with (self.path / name).open() as file:
             return [row for row in csv.DictReader(file) if row["phase"] == phase]
 
-    def chart(self, phase, tag="epoch_loss"):
-        """The points of one chart: step and value."""
-        (folder,) = (self.path / "tensorboard").glob(f"*/{phase}")
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        return [(event.step, event.value) for event in events.Scalars(tag)]
+    def chart(self, phase):
+        return chart(self.path / "tensorboard", phase)

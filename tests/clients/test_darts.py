@@ -1,4 +1,4 @@
-"""All techniques in darts: dataclass batches, a new Trainer for every fit, models that are copied, pickled and resumed."""
+"""All techniques in darts: dataclass batches, a Trainer for every fit, models that are copied, pickled and resumed."""
 
 import copy
 import pickle
@@ -10,11 +10,18 @@ from darts import TimeSeries
 from darts.models import NBEATSModel, TFTModel
 from darts.utils.serialization.base import UnpicklingError
 
-from lightning_plugins import MicroBatching, extract_weights, synthesize_ema
+from lightning_plugins import (
+    MicroBatching,
+    StatisticsRecorder,
+    TensorBoardStatisticsLogger,
+    Tokens,
+    extract_weights,
+    synthesize_ema,
+)
 from tests.clients import by_hand
-from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack
+from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack, chart
 
-BATCH, LR, TOTAL = 16, 0.05, 6  # 96 samples: 6 batches, 2 windows and so 2 steps an epoch, 3 epochs
+BATCH, LR, TOTAL = 16, 0.05, 6  # 90 samples: 6 batches, the last of 10, and so 2 steps an epoch, 3 epochs
 SGD = {"optimizer_cls": torch.optim.SGD, "optimizer_kwargs": {"lr": LR, "momentum": 0.9}}
 CHUNKS = {"input_chunk_length": 12, "output_chunk_length": 3}
 MODELS = {
@@ -39,7 +46,7 @@ def series(length):
     return TimeSeries.from_values((np.sin(np.arange(length) / 5) + 0.1 * noise).astype(np.float32))
 
 
-TRAIN, VALIDATION = series(96 + 14), series(150)[-40:]  # 26 samples of validation: 2 batches
+TRAIN, VALIDATION = series(90 + 14), series(150)[-40:]  # 26 samples of validation: 2 batches
 
 
 def make(kind, path, callbacks, *, epochs=3, **options):
@@ -257,3 +264,18 @@ def test_pieces_of_a_batch_make_the_same_steps(tmp_path):
     assert watches[0].losses == pytest.approx(watches[1].losses, rel=1e-5)
     whole_batches, pieces = (stack.ema.raw_state_dict() for stack in stacks)
     assert by_hand.distance(pieces, whole_batches, watches[0].initial) < 1e-5
+
+
+def test_samples_are_counted_in_the_clients_batches(tmp_path):
+    logger = TensorBoardStatisticsLogger(tmp_path / "tensorboard", axis="samples")
+    make("NBEATS", tmp_path, [StatisticsRecorder(), logger]).fit(TRAIN)
+    assert [step for step, _ in chart(tmp_path / "tensorboard", "train")] == [90, 180, 270]
+
+
+def test_its_batches_are_counted_by_the_name_of_a_field(tmp_path):
+    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL, count=Tokens("future_target")), by_hand.Watch()
+    model = make("NBEATS", tmp_path, [stack.accumulation, stack.scheduler, stack.ema, watch], epochs=2)
+    model.fit(TRAIN)
+    # every sample has the 3 values of the output chunk, so values weigh as samples do
+    truth = by_plain_torch(model.model, watch, rates(range(4)))
+    assert by_hand.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5

@@ -1,6 +1,7 @@
 """The recorder in a real Trainer: every value recomputed by NumPy from what the module saw."""
 
 import copy
+import dataclasses
 import math
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_plugins import ClassificationReport, CSVStatisticsLogger, StatisticsRecorder
 from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins.statistics.sources import batch_size
 from tests.support.statistics_runs import (
     Classifier,
     Recording,
@@ -287,9 +289,10 @@ def test_rich_reads_the_device_only_as_often_as_it_redraws(monkeypatch):
 
     monkeypatch.setattr(StatisticsRecorder, "_elapsed", lambda self: 0.0)
     bar = RichProgressBar(refresh_rate=1)  # once per second, which ten of these batches take
+    every_batch = hasattr(bar, "_should_update")  # what the rate means in Lightning 2.6.0
     data = DataLoader(dataset(200), batch_size=10), None
     fit([StatisticsRecorder(["accuracy"]), bar, Spy()], data=data, max_epochs=1, enable_progress_bar=True)
-    assert at_batch[:19] == [1] * 10 + [2] * 9
+    assert at_batch[:19] == (list(range(1, 20)) if every_batch else [1] * 10 + [2] * 9)
 
 
 def _count_reads(monkeypatch):
@@ -590,3 +593,28 @@ def test_manual_optimisation_that_returns_nothing_still_has_its_metrics():
     for row, (phase, _, values) in zip(reader.rows, expected, strict=True):
         assert row.values["accuracy"] == pytest.approx(values["accuracy"])
         assert ("loss" in row.values) == (phase == "validation")
+
+
+@dataclasses.dataclass(slots=True)
+class _Fields:  # a batch as darts makes it
+    extra: torch.Tensor | None
+    rows: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(5, 2),
+        (torch.zeros(5), torch.zeros(3)),
+        ({"name": "x", "rows": torch.zeros(5, 2)}, torch.zeros(3)),
+        _Fields(None, torch.zeros(5, 2)),
+        [torch.tensor(0.5), _Fields(None, torch.zeros(5))],
+    ],
+    ids=["tensor", "pair", "mapping", "dataclass", "nested"],
+)
+def test_the_samples_of_a_batch_are_the_rows_of_its_first_tensor(batch):
+    assert batch_size(batch) == 5
+
+
+def test_a_batch_without_rows_is_one_sample():
+    assert batch_size({"scale": torch.tensor(2.0), "name": "x"}) == batch_size(None) == 1
