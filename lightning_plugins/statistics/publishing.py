@@ -74,7 +74,7 @@ class Publisher:
         rate = getattr(self._bar, "refresh_rate", 0)
         if not rate or not getattr(self._bar, "is_enabled", False):
             return False
-        if isinstance(rate, int) and hasattr(self._bar, "_should_update"):  # TQDM's rate is a number of batches
+        if isinstance(rate, int) and hasattr(self._bar, "_should_update"):  # TQDM, and Rich in Lightning 2.6.0: batches
             return row.batch % rate == 0 or row.batch == row.batches
         if row.seconds < self._next_redraw:  # Rich's is a number of times per second
             return False
