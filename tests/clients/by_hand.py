@@ -85,7 +85,8 @@ class Watch(unified.Callback, classic.Callback):
         self.batches.append(batch)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        if outputs:  # of a batch that took place
+            self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if not trainer.sanity_checking:

@@ -1,6 +1,7 @@
 """Every technique at once, as a user of a client would put them into its Trainer."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -9,6 +10,7 @@ from lightning_plugins import (
     EMA,
     CheckpointAveraging,
     CSVStatisticsLogger,
+    EventCallback,
     GradientAccumulation,
     LearningRateScheduler,
     PostHocEMA,
@@ -27,6 +29,18 @@ def chart(root, phase, tag="epoch_loss"):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+class Diary:
+    """Counts what it hears of, and notes the training losses that it is shown."""
+
+    def __init__(self):
+        self.heard, self.losses = Counter(), []
+
+    def __call__(self, loop, event):
+        self.heard[event.value] += 1
+        if event.value == "batchEnd" and loop.trainer.training:
+            self.losses.append(float(loop.last_loss))
+
+
 class Stack:
     """The callbacks by name, and what they wrote."""
 
@@ -37,6 +51,7 @@ class Stack:
         self.ema = EMA(DECAY)
         self.post_hoc = PostHocEMA((SIGMA_REL,), every_n_steps=2, dirpath=str(path / "posthoc"))
         self.averaging = CheckpointAveraging(last=2)
+        self.diary = Diary()
         self.callbacks = [
             self.accumulation,
             self.scheduler,
@@ -46,6 +61,7 @@ class Stack:
             CSVStatisticsLogger(str(path / "log.csv")),
             TensorBoardStatisticsLogger(str(path / "tensorboard")),
             self.averaging,
+            EventCallback(self.diary),
         ]
 
     def rows(self, phase, name="log.csv"):

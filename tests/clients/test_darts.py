@@ -11,6 +11,9 @@ from darts.models import NBEATSModel, TFTModel
 from darts.utils.serialization.base import UnpicklingError
 
 from lightning_plugins import (
+    CancelBatch,
+    Event,
+    EventCallback,
     MicroBatching,
     StatisticsRecorder,
     TensorBoardStatisticsLogger,
@@ -83,8 +86,10 @@ def rates(steps=range(TOTAL), total=TOTAL):
     return [LR * by_hand.warmup_cosine(step, warmup=2, total=total) for step in steps]
 
 
-def by_plain_torch(net, watch, lrs):
+def by_plain_torch(net, watch, lrs, windows=None):
     """Train ``net`` from the run's initial weights on the run's own batches, every window in one pass."""
+    if windows is None:
+        windows = [watch.batches[first : first + WINDOW] for first in range(0, len(watch.batches), WINDOW)]
     net = copy.deepcopy(net)
     net.load_state_dict(watch.initial)
     rules = {
@@ -93,8 +98,7 @@ def by_plain_torch(net, watch, lrs):
     }
     averages = by_hand.Averages(net, rules)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
-    windows = [whole(watch.batches[first : first + WINDOW]) for first in range(0, len(watch.batches), WINDOW)]
-    by_hand.train(net, windows, loss_of, optimizer, lrs, averages)
+    by_hand.train(net, map(whole, windows), loss_of, optimizer, lrs, averages)
     return {"raw": {name: parameter.detach() for name, parameter in net.named_parameters()}, **averages.kept}
 
 
@@ -150,6 +154,19 @@ def test_the_logs_hold_the_losses_that_the_client_computed(run):
     assert stack.chart("validation") == [
         (2 * (epoch + 1), pytest.approx(float(validation[2 * epoch + 1]["loss"]), rel=1e-6)) for epoch in range(3)
     ]
+
+
+def test_events_come_as_often_as_they_should(run):
+    stack, watch = run[1:3]
+    assert stack.diary.heard == {
+        **dict.fromkeys(("fitStart", "fitEnd"), 1),
+        **dict.fromkeys(("epochStart", "trainingStart", "trainingEnd", "validationStart"), 3),
+        **dict.fromkeys(("validationEnd", "epochEnd"), 3),
+        **dict.fromkeys(("batchStart", "batchEnd"), 3 * (6 + 2)),
+        "updateStart": 3 * 2,
+        "inferencePredictionEnd": 3 * 2,
+    }
+    assert stack.diary.losses == pytest.approx(watch.losses, rel=1e-6)
 
 
 def test_validation_and_predictions_are_of_the_average(run):
@@ -279,3 +296,21 @@ def test_its_batches_are_counted_by_the_name_of_a_field(tmp_path):
     # every sample has the 3 values of the output chunk, so values weigh as samples do
     truth = by_plain_torch(model.model, watch, rates(range(4)))
     assert by_hand.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
+
+
+class SkipFifthBatch:
+    def __call__(self, loop, event):
+        if loop.batch_index == 4:
+            raise CancelBatch
+
+
+def test_a_cancelled_batch_is_left_out_of_its_window(tmp_path):
+    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL), by_hand.Watch()
+    cancel = EventCallback(SkipFifthBatch(), events=[Event.BATCH_START])
+    model = make("NBEATS", tmp_path, [stack.accumulation, stack.scheduler, stack.ema, cancel, watch])
+    model.fit(TRAIN)
+    windows = [window for epoch in range(3) for window in ([0, 1, 2], [3, 5])]
+    batches = [[watch.batches[6 * (index // 2) + batch] for batch in window] for index, window in enumerate(windows)]
+    truth = by_plain_torch(model.model, watch, rates(), batches)
+    assert by_hand.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
+    assert by_hand.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5

@@ -162,6 +162,19 @@ def test_the_logs_hold_the_losses_that_the_client_computed(run, series):
     ]
 
 
+def test_events_come_as_often_as_they_should(run):
+    stack, watch = run[0], run[3]
+    assert stack.diary.heard == {
+        **dict.fromkeys(("fitStart", "fitEnd"), 1),
+        **dict.fromkeys(("epochStart", "trainingStart", "trainingEnd", "validationStart"), 2),
+        **dict.fromkeys(("validationEnd", "epochEnd"), 2),
+        **dict.fromkeys(("batchStart", "batchEnd"), 2 * (10 + 4)),
+        "updateStart": 2 * STEPS,
+        "inferencePredictionEnd": 2 * 4,
+    }
+    assert stack.diary.losses == pytest.approx(watch.losses, rel=1e-6)
+
+
 def test_validation_sees_the_average(run, series):
     stack = run[0]
     copied = network(series).eval()
