@@ -11,6 +11,7 @@ from darts.models import NBEATSModel, TFTModel
 from darts.utils.serialization.base import UnpicklingError
 
 from lightning_plugins import (
+    EMA,
     CancelBatch,
     Event,
     EventCallback,
@@ -177,6 +178,18 @@ def test_validation_and_predictions_are_of_the_average(run):
     batches = watch.validation_batches[-2:]
     assert last == pytest.approx(loss_by_hand(model.model, average, batches), rel=1e-5)
     assert last != pytest.approx(loss_by_hand(model.model, raw, batches), rel=1e-3)
+
+
+def test_the_trainer_that_darts_makes_to_predict_takes_the_average_whatever_the_model_holds(tmp_path):
+    models, emas = [], [EMA(DECAY), EMA(DECAY, after_fit="raw")]
+    for ema in emas:
+        models.append(make("NBEATS", tmp_path, [ema], epochs=1))
+        models[-1].fit(TRAIN)
+    averaged, raw = (model.model.state_dict() for model in models)
+    assert all(torch.equal(raw[name], tensor) for name, tensor in emas[0].raw_state_dict().items())
+    assert not all(torch.equal(raw[name], averaged[name]) for name in raw)
+    assert np.array_equal(values(models[1]), values(models[0]))
+    assert all(torch.equal(tensor, raw[name]) for name, tensor in models[1].model.state_dict().items())
 
 
 def test_a_saved_model_predicts_the_same_when_it_is_loaded(run, tmp_path):
