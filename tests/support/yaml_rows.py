@@ -19,6 +19,10 @@ def truth(outputs, batch):
     return outputs["truth"]
 
 
+def look(loop, event):
+    return loop.batch_index
+
+
 def square(x):
     return x * x
 
@@ -99,6 +103,13 @@ ROWS = {
                 after_fit="raw",
                 name="slow",
             ),
+        ),
+    ],
+    "EventCallback": [
+        (f"{{function: {_HERE}.look}}", lambda: lp.EventCallback(look)),
+        (
+            f"{{function: {_HERE}.look, events: [BATCH_END, epochStart]}}",
+            lambda: lp.EventCallback(look, events=[lp.Event.BATCH_END, lp.Event.EPOCH_START]),
         ),
     ],
     "GradientAccumulation": [
