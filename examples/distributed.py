@@ -4,7 +4,7 @@
     python examples/distributed.py --strategy fsdp2
     torchrun --standalone --nproc-per-node 2 examples/distributed.py --strategy fsdp2
 
-Two processes on one machine's CPU do, which need no GPU: then gloo carries what they tell each other. Lightning starts
+Where there are no two GPUs, two processes share the CPU, and gloo carries what they tell each other. Lightning starts
 the second process, or torchrun both. The callbacks are those that a program for one device has; nothing in them, nor in
 the module but `configure_model`, knows how many processes there are.
 """
@@ -238,8 +238,8 @@ def command_line() -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="copies, or shares of the weights (%(default)s)")
-    add("--accelerator", default="auto", help="as in Lightning: cpu, gpu, ... (%(default)s)")
-    add("--devices", type=int, default=2, help="processes (%(default)s)")
+    add("--accelerator", help="as in Lightning: cpu, gpu, ... (gpu where there are enough, else cpu)")
+    add("--devices", type=int, default=2, help="processes, each on a device of its own (%(default)s)")
     add("--epochs", type=int, default=20, help="times through the training images (%(default)s)")
     add("--batch-size", type=int, default=16, help="images of a batch of one process (%(default)s)")
     add("--effective-batch-size", type=int, default=64, help="images of a step, of all processes (%(default)s)")
@@ -251,6 +251,8 @@ def command_line() -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
     for name in ("devices", "epochs", "batch_size", "effective_batch_size", "lr", "limit_batches"):
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
+    if options.accelerator is None:
+        options.accelerator = "gpu" if torch.cuda.device_count() >= options.devices else "cpu"
     return options, parser.error
 
 
