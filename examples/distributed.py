@@ -239,7 +239,7 @@ def command_line() -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
     add = parser.add_argument
     add("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="copies, or shares of the weights (%(default)s)")
     add("--accelerator", help="as in Lightning: cpu, gpu, ... (gpu where there are enough, else cpu)")
-    add("--devices", type=int, default=2, help="processes, each on a device of its own (%(default)s)")
+    add("--devices", type=int, default=2, help="processes (%(default)s)")
     add("--epochs", type=int, default=20, help="times through the training images (%(default)s)")
     add("--batch-size", type=int, default=16, help="images of a batch of one process (%(default)s)")
     add("--effective-batch-size", type=int, default=64, help="images of a step, of all processes (%(default)s)")
