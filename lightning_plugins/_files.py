@@ -29,9 +29,13 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     Raises:
         FileNotFoundError: If its directory does not exist.
         FileExistsError: If it exists and may not be replaced.
+        OSError: If its directory cannot be written to, or the disk is full.
     """
     check_output(path, overwrite=overwrite)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # the file that was asked for
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:

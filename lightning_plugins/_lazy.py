@@ -1,4 +1,4 @@
-"""Names that are imported on first use, so that a package costs only what is used of it (PEP 562)."""
+"""What is imported when it is first used: the public names (PEP 562), and what a configuration names."""
 
 from __future__ import annotations
 
@@ -30,3 +30,20 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[st
         return sorted({*vars(sys.modules[package]), *modules})
 
     return __getattr__, __dir__
+
+
+def by_import_path(path: str) -> Any:
+    """Return what ``path`` names, a module and an attribute of it.
+
+    Raises:
+        ImportError: If there is no such thing; the message says why.
+
+    Example:
+        >>> by_import_path("math.sqrt")(9)
+        3.0
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ImportError(str(error)) from error

@@ -18,7 +18,7 @@ from lightning_plugins._lightning import (
 )
 from lightning_plugins._run import AccumulationPlan
 from lightning_plugins.accumulation.carrying import CarriedWindows
-from lightning_plugins.accumulation.counting import Count, CountCheck, as_count, counter
+from lightning_plugins.accumulation.counting import Count, CountCheck, CountedBy, as_count, counter
 from lightning_plugins.accumulation.trainers import (
     check_module,
     check_strategy,
@@ -76,7 +76,7 @@ class GradientAccumulation(Callback):
         *,
         effective_batch_size: int | None = None,
         schedule: dict[int, int] | None = None,
-        count: str | Callable[[Any], Any] = "samples",
+        count: CountedBy = "samples",
         carry: bool = False,
     ) -> None:
         self._changes = plan_changes(batches, effective_batch_size, schedule)

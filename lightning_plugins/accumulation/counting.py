@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from lightning_plugins.accumulation.batches import batch_length, look_up
 
 Count = int | float | Tensor
 """A number of items; a tensor stays on its device until somebody has to know."""
+
+CountedBy: TypeAlias = Literal["samples"] | Callable[[Any], Any]
+"""How to count; not just any text, so that a configuration's import path is known for a function."""
 
 
 class Tokens:

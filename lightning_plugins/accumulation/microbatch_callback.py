@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,7 @@ from lightning_plugins._lightning import (
 )
 from lightning_plugins._validation import LightningPluginsWarning, whole_number
 from lightning_plugins.accumulation.batches import batch_length, even_sizes
-from lightning_plugins.accumulation.counting import counter
+from lightning_plugins.accumulation.counting import CountedBy, counter
 from lightning_plugins.accumulation.piecelogs import BatchMetrics
 from lightning_plugins.accumulation.pieces import BatchInPieces, PiecewiseClosure
 from lightning_plugins.accumulation.recovery import add_hint, is_out_of_memory
@@ -60,7 +59,7 @@ class MicroBatching(Callback):
         (16, 'auto')
     """
 
-    def __init__(self, size: int | str = "auto", *, count: str | Callable[[Any], Any] = "samples") -> None:
+    def __init__(self, size: int | str = "auto", *, count: CountedBy = "samples") -> None:
         if isinstance(size, str):
             if size != "auto":
                 raise ValueError(f'`size` must be a number of samples or "auto", got {size!r}.')

@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_plugins._files import check_output
+from lightning_plugins._progress import progress_bar
 from lightning_plugins._validation import LightningPluginsWarning, real_number
 from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.recipe import Advance, Recipe
-
-_LONG = 1 << 30  # bytes read from which on a progress bar is worth its line
+from lightning_plugins.checkpoints.recipe import Recipe
 
 
 def average_checkpoints(
@@ -90,7 +88,7 @@ def average_checkpoints(
     )
     if recipe.differences:
         warnings.warn(f"Left out: {recipe.differences.text()}", LightningPluginsWarning, stacklevel=2)
-    with progress_bar(recipe.nbytes, show=progress) as advance:
+    with progress_bar(recipe.nbytes, "averaging", show=progress) as advance:
         if target is None:
             return recipe.state_dict(advance)
         recipe.write(target, overwrite=overwrite, advance=advance)
@@ -116,18 +114,6 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     if total == 0:
         raise ValueError("`weights` must not all be 0.")
     return [value / total for value in values]
-
-
-@contextmanager
-def progress_bar(total: int, *, show: bool | None) -> Iterator[Advance | None]:
-    """Show a bar of ``total`` bytes while the block runs; ``None``: if it is long and standard error a terminal."""
-    if show is False or (show is None and total < _LONG):
-        yield None
-        return
-    from tqdm.auto import tqdm  # noqa: PLC0415  # Lightning brings it; a state dict alone needs none
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc="averaging", disable=None if show is None else False) as bar:
-        yield bar.update
 
 
 def _accumulation_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -16,12 +16,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_plugins._files import replacing
+from lightning_plugins._progress import Advance
 from lightning_plugins.checkpoints.compare import Differences, differences
 from lightning_plugins.checkpoints.safetensors_file import SafetensorsWriter
 from lightning_plugins.checkpoints.source import EMA_RECORD, Checkpoint, CheckpointError, ema_note, second_sets
@@ -41,13 +42,6 @@ _DROPPED = (
     "MixedPrecision",
     EMA_RECORD,
 )
-
-
-class Advance(Protocol):
-    """Is told how many bytes have been read."""
-
-    def __call__(self, n: int, /) -> Any:
-        """Add ``n`` bytes."""
 
 
 class Recipe:

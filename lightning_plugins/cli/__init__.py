@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from lightning_plugins._version import __version__
 from lightning_plugins.cli import average, extract, inspect, plot, schedule, synthesize
+from lightning_plugins.cli.commands import BAD_INPUT, Parser
 
 _COMMANDS = (average, extract, synthesize, schedule, plot, inspect)
-_BAD_INPUT = 2
+_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_UNREAD = 141  # 128 + SIGPIPE
+
+_DESCRIPTION = """\
+What the techniques of lightning_plugins do without a Trainer: average
+checkpoints, take weights out of them, draw schedules and logs.
+"""
+_EPILOG = """\
+examples:
+  lightning-plugins average checkpoints/ --last 5 --output averaged.ckpt
+  lightning-plugins schedule "WarmupCosine(warmup='5%')" --total 10000
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,18 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; ``None``: the process's own.
 
     Returns:
-        Exit status: 0, or 2 after one line about bad input on standard error.
+        Exit status: 0, or 2 after one line about bad input on standard error. 130 after Ctrl-C, 141 when whoever
+        reads the output has stopped to.
     """
-    parser = argparse.ArgumentParser(prog="lightning-plugins", description="Training techniques for Lightning.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser = Parser(prog="lightning-plugins", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, help="each says more with --help"
+    )
     for command in _COMMANDS:
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("lightning-plugins: interrupted", file=sys.stderr)  # noqa: T201  # this is a program
+        return _INTERRUPTED
+    except BrokenPipeError:  # as in `lightning-plugins inspect CKPT | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        return _UNREAD
     except (ImportError, OSError, TypeError, ValueError) as error:
-        message = " ".join(str(error).split())
-        print(f"lightning-plugins: error: {message}", file=sys.stderr)  # noqa: T201  # this is a program
-        return _BAD_INPUT
+        message = " ".join(_reason(error).split())
+        print(f"lightning-plugins: error: {message}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says; the system's own begin with the file instead of a number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

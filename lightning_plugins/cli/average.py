@@ -7,11 +7,15 @@ import argparse
 from lightning_plugins import checkpoints
 from lightning_plugins.cli.commands import Commands, add_trust
 
+_DESCRIPTION = """\
+Average checkpoints into one that loads: Lightning's, plain state dicts,
+safetensors, sharded directories. Shows what goes in first.
+"""
 _EPILOG = """\
 examples:
   lightning-plugins average checkpoints/ --last 5 --output averaged.ckpt
   lightning-plugins average checkpoints/ --best 5 --dry-run
-  lightning-plugins average a.ckpt b.ckpt --weights 2,1 --output averaged.safetensors
+  lightning-plugins average a.ckpt b.ckpt --weights 2,1 --output ab.safetensors
 """
 
 
@@ -20,9 +24,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "average",
         help="average checkpoints into one that loads",
-        description="Average checkpoints: Lightning's, plain state dicts, safetensors, sharded directories.",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", metavar="DIR|FILE", help="checkpoints, or directories that hold some")
     which = parser.add_mutually_exclusive_group()

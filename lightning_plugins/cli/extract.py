@@ -8,13 +8,24 @@ from lightning_plugins import ema
 from lightning_plugins._files import write_state_dict
 from lightning_plugins.cli.commands import Commands, add_output, add_trust
 
+_DESCRIPTION = """\
+Write one set of weights of a checkpoint as a plain state dict: the trained
+weights, or an average that EMA kept.
+"""
+_EPILOG = """\
+examples:
+  lightning-plugins extract last.ckpt --weights raw --output raw.pt
+  lightning-plugins extract last.ckpt --weights average --output ema.safetensors
+"""
+
 
 def add_parser(commands: Commands) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "extract",
         help="take the raw or the averaged weights out of a checkpoint",
-        description="Write one set of weights of a checkpoint as a plain state dict.",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint")
     parser.add_argument("--weights", required=True, choices=("raw", "average"), help="which set")

@@ -12,7 +12,9 @@ from lightning_plugins.cli.commands import Commands, add_trust
 def add_parser(commands: Commands) -> None:
     """Declare the command."""
     parser = commands.add_parser(
-        "inspect", help="say what a checkpoint holds", description="Say what a Lightning checkpoint holds."
+        "inspect",
+        help="say what a checkpoint holds",
+        description="Say what a Lightning checkpoint holds, without running what it names.",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint")
     add_trust(parser)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 
 from lightning_plugins import statistics
-from lightning_plugins.cli.commands import Commands
+from lightning_plugins.cli.commands import Commands, picture
+
+_EPILOG = """\
+example:
+  lightning-plugins plot run/log.csv --output curves.png
+"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -14,9 +19,10 @@ def add_parser(commands: Commands) -> None:
         "plot",
         help="draw the curves of a CSV log",
         description="Draw the curves in a file of CSVStatisticsLogger (needs matplotlib).",
+        epilog=_EPILOG,
     )
     parser.add_argument("log", metavar="LOG.csv", help="the file")
-    parser.add_argument("--output", metavar="FILE", help="the picture; default: beside the log")
+    parser.add_argument("--output", type=picture, metavar="FILE", help="the picture; default: beside the log")
     parser.set_defaults(run=run)
 
 

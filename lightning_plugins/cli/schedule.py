@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from lightning_plugins.cli.commands import Commands
+from lightning_plugins.cli.commands import Commands, picture
 from lightning_plugins.schedules import parse_schedule, plot_schedules, sketch
 
 _EPILOG = """\
 examples:
-  lightning-plugins schedule "WarmupCosine(warmup='5%', hold='5%')" --total 10000
-  lightning-plugins schedule "Noam(768, 4000) * 2" "Noam(768, 4000) * 6" --total 20000 --output noam.png
+  lightning-plugins schedule "WarmupCosine(warmup='5%', hold='5%')" --total 9000
+  lightning-plugins schedule "Noam(768, 4000)" "Noam(768, 8000).delay(100)" \\
+      --total 20000 --output noam.png
 """
 
 
@@ -21,7 +22,6 @@ def add_parser(commands: Commands) -> None:
         help="draw learning-rate schedules",
         description="Draw learning-rate schedules: as text, or into a picture with --output.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "expressions",
@@ -32,7 +32,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--total", type=int, required=True, metavar="STEPS", help="optimizer steps to draw")
     parser.add_argument("--steps-per-epoch", type=float, metavar="STEPS", help="for durations such as '2ep'")
     parser.add_argument("--base-lr", type=float, metavar="RATE", help="show rates instead of factors")
-    parser.add_argument("--output", metavar="FILE", help="write a picture (needs matplotlib); the suffix is the format")
+    parser.add_argument(
+        "--output", type=picture, metavar="FILE", help="write a picture (needs matplotlib); the suffix is the format"
+    )
     parser.set_defaults(run=run)
 
 

@@ -8,13 +8,23 @@ from lightning_plugins import ema
 from lightning_plugins._files import write_state_dict
 from lightning_plugins.cli.commands import Commands, add_output
 
+_DESCRIPTION = """\
+Reconstruct an exponential moving average of any length from the snapshots that
+PostHocEMA wrote.
+"""
+_EPILOG = """\
+example:
+  lightning-plugins synthesize posthoc_ema/ --sigma-rel 0.12 --output ema.pt
+"""
+
 
 def add_parser(commands: Commands) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "synthesize",
         help="reconstruct an average of any length after training",
-        description="Reconstruct an exponential moving average from the snapshots that PostHocEMA wrote.",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
     parser.add_argument("directory", metavar="DIR", help="the folder of the snapshots")
     parser.add_argument("--sigma-rel", type=float, required=True, metavar="S", help="relative width, such as 0.12")

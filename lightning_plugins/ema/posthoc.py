@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_plugins._progress import with_progress
 from lightning_plugins._validation import whole_number
 from lightning_plugins.ema.decay import power_exponent
 from lightning_plugins.ema.snapshots import Snapshot, list_snapshots, read_frozen
@@ -59,7 +60,9 @@ def _inner_products(steps_a: Tensor, exponents_a: Tensor, steps_b: Tensor, expon
     return (g_a + 1) * (g_b + 1) * (t_a / t_b) ** exponent / ((g_a + g_b + 1) * torch.maximum(t_a, t_b))
 
 
-def synthesize_ema(dirpath: str | Path, sigma_rel: float, step: int | None = None) -> dict[str, Tensor]:
+def synthesize_ema(
+    dirpath: str | Path, sigma_rel: float, step: int | None = None, *, progress: bool | None = None
+) -> dict[str, Tensor]:
     """Reconstruct, from the snapshots of :class:`~lightning_plugins.PostHocEMA`, an average of any length.
 
     Args:
@@ -67,6 +70,7 @@ def synthesize_ema(dirpath: str | Path, sigma_rel: float, step: int | None = Non
         sigma_rel: Relative standard deviation that the average should have, above 0 and below 0.2887; best between
             those of the recorded averages, a little beyond them is fine.
         step: Step of the snapshot that it should end at; ``None`` for the last.
+        progress: Show a bar on standard error. ``None``: only on a terminal and for more than 1 GB.
 
     Returns:
         A complete state dict in float32, for ``module.load_state_dict``: buffers as they were at that step.
@@ -83,17 +87,21 @@ def synthesize_ema(dirpath: str | Path, sigma_rel: float, step: int | None = Non
     if end not in there:
         listed = ", ".join(map(str, there[:10])) + (", ..." if len(there) > 10 else "")
         raise ValueError(f"`step` must be that of a snapshot in {dirpath}, got {end}; there are {listed}.")
-    return _combine([snapshot for snapshot in snapshots if snapshot.step <= end], sigma_rel, read_frozen(dirpath))
+    used = [snapshot for snapshot in snapshots if snapshot.step <= end]
+    return _combine(used, sigma_rel, read_frozen(dirpath), progress=progress)
 
 
-def _combine(snapshots: list[Snapshot], sigma_rel: float, frozen: dict[str, Tensor]) -> dict[str, Tensor]:
+def _combine(
+    snapshots: list[Snapshot], sigma_rel: float, frozen: dict[str, Tensor], *, progress: bool | None
+) -> dict[str, Tensor]:
     """Return the weighted sum of the snapshots, one mapped into memory at a time; the last gives everything else."""
     profiles = [(snapshot.step, sigma) for snapshot in snapshots for sigma in snapshot.sigma_rels]
     shares = iter(synthesis_weights(profiles, step=snapshots[-1].step, sigma_rel=sigma_rel))
     last = snapshots[-1].read()
     names = list(last.averages[0])
     sums: dict[str, Tensor] = {}
-    for snapshot in snapshots:
+    sized = [(snapshot, snapshot.path.stat().st_size) for snapshot in snapshots]
+    for snapshot in with_progress(sized, "synthesizing", show=progress):
         loaded = snapshot.read()
         for average in loaded.averages:
             share = next(shares)

@@ -128,7 +128,6 @@ class LearningRateScheduler(Callback):
             self._displace(configs, optimizer)
             scheduler = _TrainerLR(
                 optimizer,
-                record=self.lrs.append if self.record else None,
                 base_lr=self.base_lr,
                 min_lr=self.min_lr,
                 clock=self.clock,
@@ -150,6 +149,8 @@ class LearningRateScheduler(Callback):
         for scheduler in self._schedulers:
             scheduler.scale = self._plateau_state.factor
             scheduler.seek(scheduler.position if scheduler.restored else taken)
+            # only from here on: to load the state of a sharded optimizer, torch takes a step that is none of the run's
+            scheduler.record = self.lrs.append if self.record else None
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._epoch_begins, self._announces = True, scaled and not pl_module.automatic_optimization
         self._plan(trainer, pl_module)
@@ -297,8 +298,8 @@ class _TrainerLR(ScheduleLR):
     scheduler. Calls of ``step()`` by a module are harmless.
     """
 
-    def __init__(self, optimizer: Optimizer, *, record: Callable[[Any], None] | None, **options: Any) -> None:
-        self._record = record
+    def __init__(self, optimizer: Optimizer, **options: Any) -> None:
+        self.record: Callable[[Any], None] | None = None
         self.restored = False
         super().__init__(optimizer, Constant(), **options)
 
@@ -328,8 +329,8 @@ class _TrainerLR(ScheduleLR):
 
     def _note(self) -> None:
         """Record the rates of the step that is over."""
-        if self._record is not None:
-            self._record(self._last_lr[0] if len(self._last_lr) == 1 else tuple(self._last_lr))
+        if self.record is not None:
+            self.record(self._last_lr[0] if len(self._last_lr) == 1 else tuple(self._last_lr))
 
     def _next_position(self) -> int:
         return self._origin + self._ticks()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_plugins._lazy import by_import_path
 from lightning_plugins.schedules.curves import NAMED_CURVES, import_path
 from lightning_plugins.schedules.schedule import Schedule, field_items
 
@@ -82,10 +82,9 @@ def _imported(path: str, *, trust: bool) -> Any:
             f"`class` must be one of {', '.join(sorted(known_schedules()))}, got {path!r}; a schedule of your own "
             "needs `trust=True`, because importing it runs its code."
         )
-    module, _, name = str(path).rpartition(".")
     try:
-        kind: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        kind = by_import_path(str(path))
+    except ImportError as error:
         raise ValueError(f"`class` must name a schedule, got {path!r}, which cannot be imported: {error}.") from error
     if not (dataclasses.is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, Schedule)):
         raise ValueError(f"`class` must name a schedule, got {path!r}, which is {kind!r}.")

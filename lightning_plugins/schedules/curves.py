@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+from lightning_plugins._lazy import by_import_path
 
 Curve: TypeAlias = Callable[[float], float]
-Progress: TypeAlias = "staticmethod[[float], float]"  # a curve kept as an attribute
+if TYPE_CHECKING:
+    Progress: TypeAlias = staticmethod[[float], float]  # a curve kept as an attribute
+else:
+    Progress = staticmethod  # which Python 3.10 and 3.11 cannot subscript
 
 
 def linear(x: float) -> float:
@@ -85,10 +89,9 @@ def _load(name: str, curve: Curve | str) -> Curve:
             f"`{name}` must be one of {', '.join(map(repr, NAMED_CURVES))}, a callable or its import path, "
             f"got {curve!r}."
         )
-    module, _, attribute = curve.rpartition(".")
     try:
-        loaded: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        loaded = by_import_path(curve)
+    except ImportError as error:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, NAMED_CURVES))} or an import path, "
             f"got {curve!r}, which cannot be imported: {error}."

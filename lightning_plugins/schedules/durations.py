@@ -6,6 +6,7 @@
 ``"5%"``       the same, written as a percentage, 0 to 100
 ``"2ep"``      epochs, rounded to the nearest step
 ``None``       the rest of the run (where a parameter's description says so)
+``"rest"``     the same, for a configuration file, where nothing means that an argument is missing
 =============  ==========================================================================================
 """
 
@@ -44,7 +45,7 @@ def check_duration(name: str, value: Any, *, rest: bool = False) -> Duration:
         TypeError: If ``value`` is of another type.
         ValueError: If it is negative, or a share or a text that cannot be read.
     """
-    if value is None and rest:
+    if rest and (value is None or value == "rest"):
         return None
     if isinstance(value, str):
         return _check_text(name, value)

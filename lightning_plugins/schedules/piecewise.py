@@ -128,7 +128,7 @@ class Segment:
         ValueError: If a length or factor is negative or not finite.
     """
 
-    shape: Curve | str = curve(default="linear")
+    shape: str | Curve = curve(default="linear")
     end: float = factor(kw_only=True)
     start: float | None = factor(default=None, kw_only=True, optional=True)
     steps: Duration = duration(rest=True, default=None, kw_only=True)

@@ -219,7 +219,7 @@ class Shape(_Ramp):
         and end are equal.
     """
 
-    curve: Curve | str = curve()
+    curve: str | Curve = curve()
     steps: Duration = duration(rest=True)
     start: float = factor()
     end: float = factor()

@@ -59,10 +59,10 @@ class StatisticsRecorder(Callback):
             torchmetrics objects in any order, or a mapping from names to torchmetrics objects. An object's column is
             its class name in snake case; it is cloned, and computes once per batch with ``every="batch"``.
         predictions: Where predictions come from: a key of what the step returns, the name of a submodule whose last
-            output is meant, or ``f(outputs, batch)``. By default ``outputs["logits"]`` or ``outputs["preds"]``, else
-            what the module's ``forward`` returned last.
-        targets: A key of what the step returns, or ``f(outputs, batch)``. By default ``outputs["target"]``, else
-            ``batch[1]``.
+            output is meant, or ``f(outputs, batch)`` or its import path. By default ``outputs["logits"]`` or
+            ``outputs["preds"]``, else what the module's ``forward`` returned last.
+        targets: A key of what the step returns, or ``f(outputs, batch)`` or its import path. By default
+            ``outputs["target"]``, else ``batch[1]``.
         every: ``"batch"``: a row after each batch. ``"epoch"``: one at the end of each phase, and nothing before.
         log: Whether the Trainer's own loggers get the statistics too, every ``log_every_n_steps`` and at phase ends.
 

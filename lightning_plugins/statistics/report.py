@@ -43,10 +43,10 @@ class ClassificationReport(Callback):
         digits: Digits after the point, in the text.
         zero_division: What 0 / 0 is: 0, 1 or NaN; averages leave NaN out.
         predictions: Where predictions come from: a key of what the step returns, the name of a submodule whose last
-            output is meant, or ``f(outputs, batch)``. By default ``outputs["logits"]`` or ``outputs["preds"]``, else
-            what the module's ``forward`` returned last.
-        targets: A key of what the step returns, or ``f(outputs, batch)``. By default ``outputs["target"]``, else
-            ``batch[1]``.
+            output is meant, or ``f(outputs, batch)`` or its import path. By default ``outputs["logits"]`` or
+            ``outputs["preds"]``, else what the module's ``forward`` returned last.
+        targets: A key of what the step returns, or ``f(outputs, batch)`` or its import path. By default
+            ``outputs["target"]``, else ``batch[1]``.
         path: Where to save: one path or several; the suffix chooses the form: ``.txt``, ``.json``, ``.csv``, or
             ``.png`` for a picture of the confusion matrix (needs matplotlib). ``{phase}`` and ``{epoch}`` in it are
             filled in; without ``{phase}`` a test's file has ``-test`` before its suffix.
@@ -77,7 +77,7 @@ class ClassificationReport(Callback):
         zero_division: float = 0,
         predictions: str | Callable[[Any, Any], Any] | None = None,
         targets: str | Callable[[Any, Any], Any] | None = None,
-        path: str | Path | Sequence[str | Path] | None = None,
+        path: Sequence[str | Path] | str | Path | None = None,
     ) -> None:
         self.num_classes = whole_number("num_classes", num_classes, at_least=2)
         self.labels = _checked_labels(labels, self.num_classes)
@@ -234,7 +234,7 @@ def _checked_zero_division(value: float) -> float:
     return float(value)
 
 
-def _checked_paths(path: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
+def _checked_paths(path: Sequence[str | Path] | str | Path | None) -> tuple[str, ...]:
     given = () if path is None else (path,) if isinstance(path, (str, Path)) else tuple(path)
     for one in given:
         if not isinstance(one, (str, Path)):

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._lazy import by_import_path
+
 Source = str | Callable[[Any, Any], Any]
-"""A key of what the step returns, the dotted name of a submodule, or ``f(outputs, batch)``."""
+"""A key of what the step returns, the dotted name of a submodule, or ``f(outputs, batch)``, also by import path."""
 
 _PREDICTION_KEYS = ("logits", "preds")
 _TARGET_KEY = "target"
@@ -29,9 +31,9 @@ class StepSources:
 
     Args:
         predictions: A key of what the step returns, the name of a submodule whose last output is meant, or a function
-            of the step's output and the batch; ``None`` for the rule above.
-        targets: A key of what the step returns, or a function of the step's output and the batch; ``None`` for the
-            rule above.
+            of the step's output and the batch or its import path; ``None`` for the rule above.
+        targets: A key of what the step returns, or a function of the step's output and the batch or its import path;
+            ``None`` for the rule above.
         owner: Who asks, for messages.
 
     Raises:
@@ -83,7 +85,10 @@ class StepSources:
             if isinstance(outputs, Mapping) and key in outputs:
                 return _tensor("predictions", outputs[key])
         if not captured:
-            raise ValueError(self._nothing_found("predictions", wanted, outputs))
+            function = _imported(self._predictions)
+            if function is None:
+                raise ValueError(self._nothing_found("predictions", wanted, outputs))
+            return _tensor("predictions", function(outputs, batch))
         return captured[-1] if len(captured) == 1 else _whole(captured, batch_size(batch))
 
     def targets(self, outputs: Any, batch: Any) -> Tensor:
@@ -99,6 +104,9 @@ class StepSources:
             return _tensor("targets", outputs[key])
         if self._targets is None and isinstance(batch, (tuple, list)) and len(batch) > 1:
             return _tensor("targets", batch[1])
+        function = _imported(self._targets)
+        if function is not None:
+            return _tensor("targets", function(outputs, batch))
         raise ValueError(self._nothing_found("targets", (key,), outputs, batch))
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -117,14 +125,27 @@ class StepSources:
             if self._predictions is None:
                 places += " and the module's `forward` was not called or returned no scores"
             else:
-                places += " and no submodule of that name returned scores"
+                places += " and no submodule of that name returned scores, nor is it a function's import path"
         elif self._targets is None:
             places += f" and the batch, a {type(batch).__name__}, has no second item"
+        else:
+            places += " and it is no function's import path"
         return (
             f"`{self._owner}` found no {what}: {places}. Return them from the step, or name them: "
             f"{self._owner}({what}='key of the returned dict') or "
             f"{self._owner}({what}=lambda outputs, batch: ...)."
         )
+
+
+def _imported(source: Source | None) -> Callable[[Any, Any], Any] | None:
+    """Return the function that ``source`` is the import path of, if it is one."""
+    if not isinstance(source, str) or "." not in source:
+        return None
+    try:
+        found = by_import_path(source)
+    except ImportError:
+        return None
+    return found if callable(found) else None
 
 
 def _prediction_like(output: Any) -> Tensor | None:

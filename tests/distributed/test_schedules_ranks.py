@@ -31,23 +31,24 @@ def module_for(name):
 def train(strategy, path, checkpoint, epochs):
     """Train, and save the last state where a path is given; return this rank's rates."""
     module = module_for(strategy)
-    callback = LearningRateScheduler(WarmupCosine("20%"))
+    callback = LearningRateScheduler(WarmupCosine("20%"), record=True)
     options = {"devices": 2, "strategy": strategy_of(strategy), "accumulate_grad_batches": 2, "max_epochs": epochs}
     trainer = make_trainer(path, callbacks=[callback], **options)
     trainer.fit(module, loader(20), ckpt_path=checkpoint)
     trainer.save_checkpoint(f"{path}/{epochs}.ckpt")
-    return rates(module)
+    return rates(module), callback.lrs
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_ranks_agree_and_resume(tmp_path, strategy):
     # 20 samples on 2 ranks are 10 batches each, 5 steps an epoch
-    first, second = run_ranks(train, strategy, str(tmp_path), None, 2)
-    assert first == second == pytest.approx([0.1 * WarmupCosine(2, total=10)(step) for step in range(10)])
-    longer = run_ranks(train, strategy, str(tmp_path), str(tmp_path / "2.ckpt"), 4)
+    (first, recorded), (second, _) = run_ranks(train, strategy, str(tmp_path), None, 2)
+    assert first == second == recorded == pytest.approx([0.1 * WarmupCosine(2, total=10)(step) for step in range(10)])
+    longer, recorded = zip(*run_ranks(train, strategy, str(tmp_path), str(tmp_path / "2.ckpt"), 4), strict=True)
     assert longer[0] == longer[1]
     if strategy == "fsdp2":  # torch makes the optimizer's state with a step of rate 0 before it loads a saved one
         assert [used.pop(0) for used in longer] == [0, 0]
+    assert recorded == longer
     assert longer[0] == pytest.approx([0.1 * WarmupCosine(4, total=20)(step) for step in range(10, 20)])
 
 

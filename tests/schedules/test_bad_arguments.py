@@ -46,6 +46,7 @@ CASES = [
     (lambda: WarmupCosine("120%"), ValueError, r"`warmup` must be at most 100% of the run, got '120%'"),
     (lambda: WarmupCosine(True), TypeError, r"`warmup` must be a duration, got True"),
     (lambda: WarmupCosine(None), TypeError, r"`warmup` must be a duration, got None"),
+    (lambda: WarmupCosine("rest"), ValueError, r"`warmup` must be a duration, got 'rest'"),
     (lambda: WarmupCosine([1]), TypeError, r"`warmup` must be a duration, got \[1\]"),
     (lambda: WarmupCosine(10, total=5), ValueError, r"`warmup` \+ `hold` must be at most `total`, got 10 \+ 0 > 5"),
     (lambda: WarmupCosine(1, start=-0.1), ValueError, r"`start` must be at least 0, got -0\.1"),

@@ -216,7 +216,10 @@ def test_usage_errors_have_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    assert "usage: lightning-plugins" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-plugins")
+    assert error.count("\n") == 1
+    assert "--help)" in error
 
 
 def test_help_and_version(capsys):

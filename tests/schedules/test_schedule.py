@@ -247,7 +247,18 @@ def test_the_open_segment_may_stand_anywhere():
 
 @pytest.mark.parametrize(
     ("length", "steps"),
-    [(7, 7), (0.05, 50), ("5%", 50), ("2.5 %", 25), ("2ep", 20), ("0.5ep", 5), ("0%", 0), ("100%", 1000), (None, 1000)],
+    [
+        (7, 7),
+        (0.05, 50),
+        ("5%", 50),
+        ("2.5 %", 25),
+        ("2ep", 20),
+        ("0.5ep", 5),
+        ("0%", 0),
+        ("100%", 1000),
+        (None, 1000),
+        ("rest", 1000),
+    ],
 )
 def test_durations(length, steps):
     assert Linear(length, 0, 1).resolve(1000, steps_per_epoch=10) == Linear(steps, 0, 1)

@@ -374,6 +374,7 @@ def test_predictions_come_from_a_key_a_function_or_a_submodule():
         {"predictions": "layer"},
         {"predictions": lambda outputs, batch: outputs["scores"]},
         {"predictions": lambda outputs, batch: outputs["scores"].argmax(1), "targets": "truth"},
+        {"predictions": "tests.support.yaml_rows.scores", "targets": "tests.support.yaml_rows.truth"},
         {"predictions": "scores", "targets": lambda outputs, batch: batch[1]},
     ):
         recorder = StatisticsRecorder(["accuracy"], **options)
@@ -432,8 +433,8 @@ def test_a_batch_without_targets_is_told_what_was_looked_for():
     data = DataLoader([{"x": torch.zeros(6)} for _ in range(4)], batch_size=2)
     with pytest.raises(ValueError, match=r"found no targets.* and the batch, a dict, has no second item"):
         fit([StatisticsRecorder(["accuracy"])], Dicts(), data=(data, None))
-    with pytest.raises(ValueError, match="looked for 'truth'"):
-        fit([StatisticsRecorder(["accuracy"], targets="truth")], Dicts(), data=(data, None))
+    with pytest.raises(ValueError, match=r"looked for 'no\.truth'\) and it is no function's import path"):
+        fit([StatisticsRecorder(["accuracy"], targets="no.truth")], Dicts(), data=(data, None))
     with pytest.raises(TypeError, match="The targets must be a tensor, got str"):
         fit([StatisticsRecorder(["accuracy"], targets=lambda outputs, batch: "x")], Dicts(), data=(data, None))
 

@@ -1,0 +1,90 @@
+"""The distributed example as its users start it: real processes that find each other, and print that they agree."""
+
+import csv
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support.snippets import ROOT
+
+PROGRAM = ROOT / "examples" / "distributed.py"
+TRIAL = ["--accelerator", "cpu", "--epochs", "3"]
+# how to start it -> the interpreter's arguments before the program
+STARTS = {"by itself": [], "by torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+WEIGHTS = ["raw, last step", "EMA, last step", "best single (EMA)", "averaged (EMA)"]
+
+
+def run(folder, start, *arguments):
+    command = [sys.executable, *STARTS[start], PROGRAM, *TRIAL, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "start"),
+    [("ddp", "by itself"), ("fsdp2", "by itself"), ("fsdp2", "by torchrun")],
+    ids=["ddp", "fsdp2", "fsdp2-torchrun"],
+)
+def test_both_processes_have_the_same_and_rank_zero_writes_it_once(tmp_path, strategy, start):
+    done = run(tmp_path, start, "--strategy", strategy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [line.split() for line in re.findall(r"^(?:rank|0|1)  .*$", done.stdout, re.MULTILINE)]
+    assert [row[0] for row in ranks] == ["rank", "0", "1"]
+    assert ranks[0][1:] == ["weights", "average", "rates", "loss", "accuracy"]
+    assert ranks[1][1:] == ranks[2][1:]
+    assert len(set(ranks[1][1:4])) == 3
+
+    accuracy = dict(re.findall(r"^(\w.*\S) +([01]\.\d{4})$", done.stdout, re.MULTILINE))
+    assert list(accuracy) == WEIGHTS
+    assert all(0.5 < float(value) <= 1 for value in accuracy.values())  # a tenth is chance
+
+    folder = tmp_path / "runs" / "distributed" / strategy
+    names = {"averaged.ckpt", "averaged_pool", "best.ckpt", "last.ckpt", "log.csv", "tensorboard"}
+    assert {path.name for path in folder.iterdir()} == names
+    with (folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # a process sees 584 images in 37 batches of 16, two to a step, and 135 to validate in 9
+    assert [row["phase"] for row in rows] == (["train"] * 37 + ["validation"] * 9) * 3
+    assert int(rows[-1]["step"]) == 3 * math.ceil(37 / 2)
+    assert float(rows[-1]["loss"]) == pytest.approx(float(ranks[1][4]), abs=1e-6)
+    assert torch.load(folder / "averaged.ckpt", weights_only=True)["state_dict"]["network.1.weight"].shape == (128, 64)
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    """The program's ``main``, in an empty folder; it takes the arguments."""
+    spec = importlib.util.spec_from_file_location("distributed_program", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["distributed.py", *arguments])
+        module.main()
+
+    monkeypatch.chdir(tmp_path)
+    return main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "zero"], "argument --strategy: invalid choice: 'zero'"),
+        (["--devices", "0"], "--devices must be a finite number above 0, got 0"),
+        (["--lr", "nan"], "--lr must be a finite number above 0, got nan"),
+        (["--accelerator", "abacus"], "You selected an invalid accelerator name"),
+        (["--seed", "-1"], "-1 is not in bounds"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(program, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        program(*arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("distributed.py: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.iterdir())
