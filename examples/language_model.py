@@ -151,18 +151,18 @@ def baselines(train: list[Tensor], validation: list[Tensor]) -> dict[str, float]
 
 def main() -> None:
     """Train, validate the trained and the averaged weights, and write something."""
-    command = CommandLine(__doc__, epochs=4, batch_size=8, lr=0.4)
+    command = CommandLine(__doc__, epochs=3, batch_size=4, lr=0.4)
     add = command.add_argument
     add("--text", type=Path, help="a file to learn instead of the help pages")
     add("--context", type=int, default=96, help="bytes that are seen at once (%(default)s)")
     add("--width", type=int, default=64, help="of the Transformer, a multiple of 4 (%(default)s)")
     add("--layers", type=int, default=3, help="of the Transformer (%(default)s)")
-    add("--effective-batch-size", type=int, default=16, help="sequences of a step, over several batches (%(default)s)")
+    add("--effective-batch-size", type=int, default=8, help="sequences of a step, over several batches (%(default)s)")
     add("--ema-decay", type=float, default=0.99, help="of the average of the weights (%(default)s)")
     options = command.options()
     if options.width % HEADS:
         command.error(f"--width must be a multiple of {HEADS}, the number of heads, got {options.width}")
-    torch.set_num_threads(1)  # on batches so small threads wait for each other longer than they work
+    torch.set_num_threads(1)  # as small as this, threads wait for each other longer than they work
     with command.refusing(OSError, RuntimeError, TypeError, ValueError):
         seed_everything(options.seed, verbose=False)
         parts = [
@@ -175,7 +175,7 @@ def main() -> None:
             **trainer_options(options),
             callbacks=[
                 GradientAccumulation(effective_batch_size=options.effective_batch_size, count=Tokens("targets")),
-                LearningRateScheduler(Noam(options.width, warmup="10%")),
+                LearningRateScheduler(Noam(options.width, warmup="10%")),  # peak: lr / sqrt(width * warm-up steps)
                 ema,
                 StatisticsRecorder(["perplexity"]),
                 TensorBoardStatisticsLogger(folder / "tensorboard"),

@@ -39,7 +39,7 @@ from lightning_plugins import (
 )
 
 HEADS = 4
-LONGEST = 48  # tokens of a sentence that are read
+LONGEST = 64  # tokens of a sentence that are read
 PADDING, UNKNOWN = 0, 1  # what is no word of the vocabulary
 
 # --- the network and its task ----------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def main() -> None:
     options = command.options()
     if options.width % HEADS:
         command.error(f"--width must be a multiple of {HEADS}, the number of heads, got {options.width}")
-    torch.set_num_threads(1)  # on batches so small threads wait for each other longer than they work
+    torch.set_num_threads(1)  # as small as this, threads wait for each other longer than they work
     with command.refusing(OSError, RuntimeError, TypeError, ValueError):
         seed_everything(options.seed, verbose=False)
         folder = unused_folder(options.output)
@@ -191,17 +191,21 @@ def main() -> None:
     parts = acceptability()
     numbers = vocabulary(parts[0])
     train, validation, test = (loader(part, numbers, options.batch_size, shuffle=part is parts[0]) for part in parts)
-    print(*(f"{label}  {' '.join(tokens)}" for tokens, label in parts[0][:4]), sep="\n")
     trainer.fit(Classifier(UNKNOWN + 1 + len(numbers), options.width, options.layers, options.lr), train, validation)
     trainer.test(dataloaders=test, ckpt_path="best", verbose=False)
     if trainer.is_global_zero:
-        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        print(f"\n{len(parts[2])} test sentences       accuracy       MCC")
-        print(f"always the same answer {0.5:12.4f} {0:9.4f}")
-        print(
-            f"this network {measured['test_accuracy']:22.4f} {measured['test_matthews_correlation_coefficient']:9.4f}"
-        )
+        print("\nThe first of the test:", *(f"{label}  {' '.join(tokens)}" for tokens, label in parts[2][:2]), sep="\n")
+        report({name: float(value) for name, value in trainer.callback_metrics.items()}, parts[2])
         print(f"\n{trainer.global_step} steps. Written:", *sorted(folder.iterdir()), sep="\n  ")
+
+
+def report(measured: dict[str, float], test: Examples) -> None:
+    """Print the result beside that of a program that says always the same."""
+    commonest = max(Counter(label for _, label in test).values()) / len(test)
+    correlation = measured["test_matthews_correlation_coefficient"]
+    print(f"\n{len(test)} sentences{'accuracy':>25}{'MCC':>10}")
+    print(f"{'always the same answer':<30}{commonest:>10.4f}{0:>10.4f}")
+    print(f"{'Transformer':<30}{measured['test_accuracy']:>10.4f}{correlation:>10.4f}")
 
 
 if __name__ == "__main__":
