@@ -10,24 +10,19 @@ list of callbacks in `main`. The scans come with scikit-learn; nothing is downlo
 
 from __future__ import annotations
 
-import argparse
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning_utilities.core import rank_zero
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from _common import CommandLine, from_torchvision, make, trainer_options, unused_folder
 from lightning_plugins import (
     EMA,
     CheckpointAveraging,
@@ -41,11 +36,6 @@ from lightning_plugins import (
     WarmupCosine,
     extract_weights,
 )
-
-# What would be printed and says nothing about this run:
-warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # between torch and Lightning
-warnings.filterwarnings("ignore", ".* does not have many workers")  # the images are in memory: nothing to wait for
-rank_zero.log.addFilter(lambda record: "Tip: " not in record.getMessage())  # for other products
 
 # --- the network and its task ----------------------------------------------------------------------------------------
 
@@ -141,13 +131,7 @@ def digits() -> Splits:
 
 def cifar10(folder: Path) -> Splits:
     """60,000 photographs of 32 x 32 pixels, where torchvision and the data are there already."""
-    try:
-        from torchvision.datasets import CIFAR10  # noqa: PLC0415  # optional
-
-        sources = [CIFAR10(folder, train=train, download=False) for train in (True, False)]
-    except (ImportError, RuntimeError) as error:
-        raise RuntimeError(f"--data cifar10 needs torchvision, with its data in {folder}: {error}") from error
-    parts = [(torch.tensor(source.data).movedim(3, 1) / 255, torch.tensor(source.targets)) for source in sources]
+    parts = [(images.movedim(3, 1) / 255, target) for images, target in from_torchvision("CIFAR10", folder)]
     rest, test = (TensorDataset(*part) for part in parts)
     return (*set_aside(rest, len(rest) // 10), test)
 
@@ -164,9 +148,16 @@ def set_aside(data: TensorDataset, count: int) -> tuple[TensorDataset, TensorDat
 
 def main() -> None:
     """Train, test, and say what came out."""
-    options, refuse = command_line()
+    command = CommandLine(__doc__, epochs=30, batch_size=32, lr=0.1)
+    add = command.add_argument
+    add("--data", choices=("digits", "cifar10"), default="digits", help="what to learn (%(default)s)")
+    add("--data-dir", type=Path, default="data", help="where cifar10's files are (%(default)s)")
+    add("--ema-decay", type=float, default=0.99, help="of the average of the weights (%(default)s)")
+    add("--effective-batch-size", type=int, help="images of a step, over several batches (one batch)")
+    add("--micro-batch-size", type=int, help="images that go through the network at once (all of a batch)")
+    options = command.options()
     schedule = WarmupCosine(warmup="5%", hold="5%")
-    try:
+    with command.refusing(OSError, RuntimeError, TypeError, ValueError):
         seed_everything(options.seed, workers=True, verbose=False)
         splits = digits() if options.data == "digits" else cifar10(options.data_dir)
         folder = unused_folder(options.output)
@@ -187,29 +178,19 @@ def main() -> None:
             TQDMProgressBar(refresh_rate=10),
         ]
         trainer = Trainer(
-            precision=options.precision,
-            accelerator=options.accelerator,
-            devices=options.devices,
-            max_epochs=options.epochs,
-            limit_train_batches=options.limit_batches,
-            limit_val_batches=options.limit_batches,
-            limit_test_batches=options.limit_batches,
+            **trainer_options(options),
             callbacks=callbacks,
             logger=False,
             deterministic=True,
             enable_model_summary=False,
         )
-        rank_zero.rank_zero_only(folder.mkdir)(parents=True)
-    except (OSError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
-        refuse(str(error))  # an option that cannot be followed here
+        make(folder)
 
     train, val, test = (DataLoader(split, options.batch_size, shuffle=split is splits[0]) for split in splits)
     module = Classifier(channels=splits[0].tensors[0].shape[1], lr=options.lr)
     start = time.perf_counter()
-    try:
+    with command.refusing():  # options that do not go together
         trainer.fit(module, train, val)
-    except MisconfigurationException as error:
-        refuse(str(error))  # options that do not go together
     seconds = time.perf_counter() - start
 
     weights = {
@@ -240,46 +221,6 @@ def report(accuracy: dict[str, float], reading: str, steps: int, seconds: float,
     for weights, value in accuracy.items():
         print(f"{weights:<20}{value:>15.4f}")
     print(f"\n{steps} steps in {seconds:.1f} seconds. Written:", *sorted(folder.iterdir()), sep="\n  ")
-
-
-def unused_folder(parent: Path) -> Path:
-    """Return a folder for this run, named by the time."""
-    while (folder := parent / time.strftime("%Y-%m-%dT%H-%M-%S")).exists():
-        time.sleep(0.1)  # another run began in this second
-    return folder
-
-
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def command_line() -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
-    """Return the options, and what to call with the reason if they cannot be followed."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", choices=("digits", "cifar10"), default="digits", help="what to learn (%(default)s)")
-    add("--data-dir", type=Path, default="data", help="where cifar10's files are (%(default)s)")
-    add("--epochs", type=int, default=30, help="times through the training images (%(default)s)")
-    add("--batch-size", type=int, default=32, help="images of a step (%(default)s)")
-    add("--lr", type=float, default=0.1, help="peak learning rate (%(default)s)")
-    add("--ema-decay", type=float, default=0.99, help="of the average of the weights (%(default)s)")
-    add("--effective-batch-size", type=int, help="images of a step, over several batches (one batch)")
-    add("--micro-batch-size", type=int, help="images that go through the network at once (all of a batch)")
-    add("--precision", default="32-true", help="as in Lightning: bf16-mixed, 16-mixed, ... (%(default)s)")
-    add("--accelerator", default="auto", help="as in Lightning: cpu, gpu, ... (%(default)s)")
-    add("--devices", default="1", help="as in Lightning: how many, or auto (%(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and shifts (%(default)s)")
-    add("--output", type=Path, default="runs", help="where the run's folder is made (%(default)s)")
-    add("--limit-batches", type=int, help="batches of an epoch, for a quick trial (all)")
-    options = parser.parse_args()
-    for name in ("epochs", "batch_size", "lr", "limit_batches", "effective_batch_size", "micro_batch_size"):
-        if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
-    return options, parser.error
 
 
 if __name__ == "__main__":
