@@ -11,20 +11,17 @@ the module but `configure_model`, knows how many processes there are.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_utilities.core import rank_zero
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, distributed, nn
@@ -32,6 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from _common import CommandLine, trainer_options
 from lightning_plugins import (
     EMA,
     CheckpointAveraging,
@@ -44,11 +42,7 @@ from lightning_plugins import (
     extract_weights,
 )
 
-# What would be printed and says nothing about this run:
-warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # between torch and Lightning
-warnings.filterwarnings("ignore", ".* does not have many workers")  # the images are in memory: nothing to wait for
 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # a later run replaces it
-rank_zero.log.addFilter(lambda record: "Tip: " not in record.getMessage())  # for other products
 
 
 class Classifier(LightningModule):
@@ -107,14 +101,15 @@ def digits() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
 def main() -> None:
     """Train; then compare what the processes have, and test what rank zero wrote."""
     torch.set_num_threads(1)  # the processes share the cores
-    options, refuse = command_line()
+    parser = command_line()
+    options = parser.options()
     folder = options.output / options.strategy  # not named by the time: every process finds the same
     best = ModelCheckpoint(folder, "best", monitor="val_loss", enable_version_counter=False)
     last = ModelCheckpoint(folder, "last", enable_version_counter=False)
     averaging = CheckpointAveraging(last=5)
     average = EMA(0.99)
     scheduler = LearningRateScheduler(WarmupCosine(warmup="5%", hold="5%"), record=True)
-    try:
+    with parser.refusing(OSError, RuntimeError, TypeError, ValueError):  # an option that cannot be followed here
         callbacks: list[Callback] = [
             GradientAccumulation(effective_batch_size=options.effective_batch_size),  # of all processes
             scheduler,
@@ -128,30 +123,26 @@ def main() -> None:
             TQDMProgressBar(refresh_rate=10),
         ]
         seed_everything(options.seed, workers=True, verbose=False)
+        processes = int(options.devices)
+        if options.accelerator == "auto" and torch.cuda.device_count() < processes:
+            options.accelerator = "cpu"  # and not the one GPU that there is
         trainer = Trainer(
-            strategy="ddp" if options.strategy == "ddp" else sharded(options.devices),
-            accelerator=options.accelerator,
-            devices=options.devices,
-            max_epochs=options.epochs,
-            limit_train_batches=options.limit_batches,
+            **trainer_options(options),
+            strategy="ddp" if options.strategy == "ddp" else sharded(processes),
             callbacks=callbacks,
             logger=False,
             enable_model_summary=False,
         )
-    except (OSError, RuntimeError, TypeError, ValueError, MisconfigurationException) as error:
-        refuse(str(error))  # an option that cannot be followed here
 
     learned, validated, held_out = digits()
     module = Classifier(lr=options.lr)
     start = time.perf_counter()
-    try:
+    with parser.refusing():  # options that do not go together
         trainer.fit(
             module,
             DataLoader(learned, options.batch_size, shuffle=True),
             DataLoader(validated, options.batch_size),
         )
-    except MisconfigurationException as error:
-        refuse(str(error))  # options that do not go together
     seconds = time.perf_counter() - start
 
     ranks = gathered(
@@ -225,35 +216,14 @@ def report(ranks: list[dict[str, str]], accuracy: dict[str, float]) -> None:
         print(f"{weights:<20}{value:>15.4f}")
 
 
-class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def command_line() -> tuple[argparse.Namespace, Callable[[str], NoReturn]]:
-    """Return the options, and what to call with the reason if they cannot be followed."""
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line() -> CommandLine:
+    """Return the parser."""
+    parser = CommandLine(__doc__, epochs=20, batch_size=16, lr=0.1)
     add = parser.add_argument
     add("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="copies, or shares of the weights (%(default)s)")
-    add("--accelerator", help="as in Lightning: cpu, gpu, ... (gpu where there are enough, else cpu)")
-    add("--devices", type=int, default=2, help="processes (%(default)s)")
-    add("--epochs", type=int, default=20, help="times through the training images (%(default)s)")
-    add("--batch-size", type=int, default=16, help="images of a batch of one process (%(default)s)")
     add("--effective-batch-size", type=int, default=64, help="images of a step, of all processes (%(default)s)")
-    add("--lr", type=float, default=0.1, help="peak learning rate (%(default)s)")
-    add("--seed", type=int, default=0, help="of weights and order (%(default)s)")
-    add("--output", type=Path, default="runs/distributed", help="where the run's files go (%(default)s)")
-    add("--limit-batches", type=int, help="batches of an epoch, for a quick trial (all)")
-    options = parser.parse_args()
-    for name in ("devices", "epochs", "batch_size", "effective_batch_size", "lr", "limit_batches"):
-        if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
-    if options.accelerator is None:
-        options.accelerator = "gpu" if torch.cuda.device_count() >= options.devices else "cpu"
-    return options, parser.error
+    parser.set_defaults(devices="2", output=Path("runs/distributed"))
+    return parser
 
 
 if __name__ == "__main__":
