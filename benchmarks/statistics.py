@@ -106,7 +106,7 @@ def added(seconds):
 
 def rows(count):
     """Return evaluated rows, as a ledger hands them out."""
-    snapshot = Snapshot(1, (), {})
+    snapshot = Snapshot(1, torch.zeros(()), None, {})
     return [
         Row("train", 1, 1, i + 1, count, i + 1, i, 0.1, i / 1e3, 1e9 + i / 1e3, snapshot,
             {name: 1.0 / (i + 2 + k) for k, name in enumerate(NAMES)})

@@ -1,6 +1,7 @@
-"""Predictions beside their labels: the counts that accuracy and its relatives are made of.
+"""Predictions beside their labels: which of them accuracy and its relatives count.
 
-Counting stays on the device; nothing here waits for it.
+Everything stays on the device; nothing here waits for it. Batches may be small, so every operation counts: masks are
+made here, and added up together by whoever wants several.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ IGNORED = -100
 
 
 class LabelledBatch:
-    """One batch of predictions and labels, flattened.
+    """One batch of predictions and labels, flattened. Every mask has one truth value per label.
 
     Args:
         predictions: One of: class numbers of the targets' shape; scores (logits or probabilities) with one more
@@ -28,16 +29,15 @@ class LabelledBatch:
         >>> import torch
         >>> logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
         >>> batch = LabelledBatch(logits, torch.tensor([0, 1, 1]))
-        >>> batch.correct(), batch.label_count()
-        (tensor(2), tensor(3))
+        >>> batch.right(), batch.counted()
+        (tensor([ True,  True, False]), tensor([True, True, True]))
     """
 
     def __init__(self, predictions: Tensor, targets: Tensor) -> None:
         predictions = predictions.detach()
         self._scores: Tensor | None = None
         self._classes: Tensor | None = None
-        self._binary: tuple[Tensor, Tensor, Tensor] | None = None
-        self._label_count: Tensor | None = None
+        self._predicted: Tensor | None = None
         if predictions.dim() == targets.dim() + 1 and predictions.shape[-1] == 1:
             predictions = predictions.squeeze(-1)
         if predictions.shape == targets.shape:
@@ -61,44 +61,43 @@ class LabelledBatch:
             raise ValueError("`top5_accuracy` needs a score for every class, but the predictions are class numbers.")
         return self._scores
 
-    def label_count(self) -> Tensor:
-        """Return the number of labels that count."""
-        if self._label_count is None:
-            self._label_count = torch.count_nonzero(self.targets != IGNORED)
-        return self._label_count
+    def counted(self) -> Tensor:
+        """Return which labels count."""
+        return self.targets != IGNORED
 
-    def correct(self) -> Tensor:
-        """Return the number of labels that equal the predicted class."""
-        return torch.count_nonzero(self.classes == self.targets)
+    def right(self) -> Tensor:
+        """Return which labels equal the predicted class."""
+        return self.classes == self.targets
 
-    def correct_of(self, k: int) -> Tensor:
-        """Return the number of labels with fewer than ``k`` scores strictly above their own: ties count as correct.
+    def right_of(self, k: int) -> Tensor:
+        """Return which labels have fewer than ``k`` scores strictly above their own: ties count as right.
 
         A row with a score that is not finite is wrong, and so is a label without a score.
         """
-        scores, targets = self.scores, self.targets
-        count = scores.shape[1]
-        own = scores.gather(1, targets.long().clamp(0, count - 1)[:, None])
-        right = ((scores > own).sum(1) < k) & scores.isfinite().all(1)
-        return torch.count_nonzero(right & (targets >= 0) & (targets < count))
+        scores, targets = self.scores, self.targets.long()
+        classes = scores.shape[1]
+        nearest = targets.clamp(0, classes - 1)
+        own = scores.gather(1, nearest.unsqueeze(1))
+        if scores.is_floating_point():
+            # 0 times the row's largest magnitude: NaN if a score is not finite, and no score is at most NaN
+            own = torch.add(own, torch.linalg.vector_norm(scores, torch.inf, 1, keepdim=True), alpha=0)
+        return ((scores <= own).sum(1) > max(classes - k, 0)) & (nearest == targets)
 
-    def binary_counts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return how many labels are 1 and predicted 1, predicted 1, and 1."""
-        if self._binary is None:
+    def predicted(self) -> Tensor:
+        """Return which labels that count are predicted to be 1, of two classes."""
+        if self._predicted is None:
             if self._scores is not None and self._scores.shape[1] > 2:
                 raise ValueError(
                     "`matthews_correlation_coefficient` is for two classes, but the predictions have "
                     f"{self._scores.shape[1]}; for more, give torchmetrics.MatthewsCorrCoef('multiclass', "
                     "num_classes=...)."
                 )
-            predicted = (self.classes == 1) & (self.targets != IGNORED)
-            actual = self.targets == 1
-            self._binary = (
-                torch.count_nonzero(predicted & actual),
-                torch.count_nonzero(predicted),
-                torch.count_nonzero(actual),
-            )
-        return self._binary
+            self._predicted = (self.classes == 1) & self.counted()
+        return self._predicted
+
+    def actual(self) -> Tensor:
+        """Return which labels are 1."""
+        return self.targets == 1
 
 
 def _rows(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_plugins.statistics.running import Snapshot, StatisticSet
+from lightning_plugins.statistics.running import Columns, Snapshot, StatisticSet
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds a tensor up over all ranks; every rank must call it at the same moment."""
 
 TRAIN, VALIDATION = "train", "validation"
 
-_MOST_ROWS = 512  # a 0-dimensional tensor holds 512 bytes of a GPU's memory: half a megabyte for two statistics
+_MOST_ROWS = 512  # a small tensor holds 512 bytes of a GPU's memory: half a megabyte for loss and counts
 
 
 @dataclass(slots=True)
@@ -80,34 +80,29 @@ def evaluate(statistics: StatisticSet, rows: Sequence[Row], reduce: Reduce | Non
     rows = [row for row in rows if row.values is None]
     if not rows:
         return
-    names = ("loss", *statistics.terms)
-    width = len(names)
-    sums = [total for row in rows for total in row.snapshot.sums]
     extras = [value for row in rows for value in row.snapshot.extras.values()]
     rates = [row.lr for row in rows if isinstance(row.lr, Tensor)]
-    table, others = _fetch(sums, [*extras, *rates], rows, reduce)
-    columns: dict[str, Tensor] = {name: table[:, index] for index, name in enumerate(names)}
-    columns["batches"] = table[:, width]
-    _fill(statistics, rows, columns, table[:, width + 1].tolist(), iter(others))
+    table, others = _fetch(rows, [*extras, *rates], reduce)
+    columns = dict(zip(("batches", "samples", "loss", *statistics.terms), table.unbind(1), strict=True))
+    _fill(statistics, rows, columns, iter(others))
 
 
-def _fetch(
-    sums: list[Tensor], others: list[Tensor], rows: Sequence[Row], reduce: Reduce | None
-) -> tuple[Tensor, list[float]]:
-    """Bring everything to the host: a table of sums, batches and samples by row, and the numbers that are no sums."""
+def _fetch(rows: Sequence[Row], others: list[Tensor], reduce: Reduce | None) -> tuple[Tensor, list[float]]:
+    """Bring everything to the host: a table of batches, samples and sums by row, and the numbers that are no sums."""
+    known = torch.tensor([(row.snapshot.batches, row.samples) for row in rows], dtype=torch.float64)
+    losses = [row.snapshot.loss for row in rows]
+    counts = [row.snapshot.counts for row in rows if row.snapshot.counts is not None]
     # a loss that is a plain number, or is not there, lies on the host
-    lead = next((total for total in reversed(sums) if total.device.type != "cpu"), sums[-1])
-    device = lead.device
-    counts = torch.tensor([(row.snapshot.batches, row.samples) for row in rows], dtype=lead.dtype)
-    if device.type != "cpu":
-        sums = [total.to(device, lead.dtype) for total in sums]
-    table = torch.stack(sums).reshape(len(rows), -1)
+    lead = counts[-1] if counts else next((loss for loss in reversed(losses) if loss.device.type != "cpu"), losses[-1])
+    device, dtype = lead.device, lead.dtype
+    sums = _joined(losses, device, dtype)[0].unsqueeze(1)
+    if counts:
+        sums = torch.cat([sums, torch.stack(counts)], 1)
     if reduce is None:
-        moved = torch.cat([table.reshape(-1), *_joined(others, device, table.dtype)]).to("cpu", torch.float64)
-        host, numbers = moved[: len(sums)].reshape(len(rows), -1), moved[len(sums) :]
-        return torch.cat([host, counts.double()], 1), numbers.tolist()
-    table = reduce(torch.cat([table, counts.to(device)], 1))
-    rest = [part for column in _joined(others, device, table.dtype) for part in column.tolist()]
+        moved = torch.cat([sums.reshape(-1), *_joined(others, device, dtype)]).to("cpu", torch.float64)
+        return torch.cat([known, moved[: sums.numel()].reshape(sums.shape)], 1), moved[sums.numel() :].tolist()
+    table = reduce(torch.cat([known.to(device, dtype), sums], 1))
+    rest = [part for column in _joined(others, device, dtype) for part in column.tolist()]
     return table.to("cpu", torch.float64), rest
 
 
@@ -115,10 +110,11 @@ def _joined(values: list[Tensor], device: torch.device, dtype: torch.dtype) -> l
     return [torch.stack([value.detach().reshape(()).to(device, dtype) for value in values])] if values else []
 
 
-def _fill(statistics: StatisticSet, rows: Sequence[Row], columns: Any, samples: list[float], others: Any) -> None:
+def _fill(statistics: StatisticSet, rows: Sequence[Row], columns: Columns, others: Any) -> None:
     by_name = {name: values.tolist() for name, values in statistics.values(columns).items()}
+    samples, batches_so_far = columns["samples"].tolist(), columns["batches"].tolist()
     for row, counted, batches, numbers in zip(
-        rows, samples, columns["batches"].tolist(), zip(*by_name.values(), strict=True), strict=True
+        rows, samples, batches_so_far, zip(*by_name.values(), strict=True), strict=True
     ):
         row.values = dict(zip(by_name, numbers, strict=True))
         row.samples = int(counted)

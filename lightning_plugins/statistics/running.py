@@ -1,9 +1,9 @@
 """Running statistics of a phase: sums on the device, values when somebody reads them.
 
 A *phase* is one pass over the training or the validation data. Every statistic is a formula over a few *terms*, each
-a sum over the phase's batches that stays on the device as a 0-dimensional float64 tensor. Adding never changes such a
-tensor in place, so the sums of every batch can be kept for the price of a reference and turned into numbers together,
-in one transfer. Nothing here knows a Trainer.
+a sum over the phase's batches that stays on the device in float64; all counts lie in one tensor, so that a batch adds
+to them in one operation. Adding never changes such a tensor in place, so the sums of every batch can be kept for the
+price of a reference and turned into numbers together, in one transfer. Nothing here knows a Trainer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,14 +79,15 @@ BY_NAME = {
 }
 S4TF_NAMES = {statistic.name: statistic.s4tf_name for statistic in (LOSS, *BY_NAME.values())}
 
-_TERMS: dict[str, Callable[[LabelledBatch], Tensor]] = {
-    "labels": LabelledBatch.label_count,
-    "correct": LabelledBatch.correct,
-    "correct_of_5": lambda batch: batch.correct_of(5),
-    "both": lambda batch: batch.binary_counts()[0],
-    "predicted": lambda batch: batch.binary_counts()[1],
-    "actual": lambda batch: batch.binary_counts()[2],
+_MASKS: dict[str, Callable[[LabelledBatch], Tensor]] = {
+    "labels": LabelledBatch.counted,
+    "correct": LabelledBatch.right,
+    "correct_of_5": lambda batch: batch.right_of(5),
+    "both": lambda batch: batch.predicted() & batch.actual(),
+    "predicted": LabelledBatch.predicted,
+    "actual": LabelledBatch.actual,
 }
+"""Term -> which labels it counts."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,12 @@ class StatisticSet:
     statistics: tuple[Statistic, ...]
     metrics: Mapping[str, Metric]
 
-    @property
+    @cached_property
     def terms(self) -> tuple[str, ...]:
         """The sums that all statistics together need, each once, besides that of the loss."""
         return tuple(dict.fromkeys(term for statistic in self.statistics for term in statistic.terms))
 
-    @property
+    @cached_property
     def needs_predictions(self) -> bool:
         """Whether anything but the loss is needed."""
         return bool(self.terms or self.metrics)
@@ -191,12 +193,14 @@ class Snapshot:
 
     Args:
         batches: Batches with a loss so far.
-        sums: The loss's sum, then one per term, each a 0-dimensional tensor that nobody changes any more.
+        loss: The loss's sum, a 0-dimensional tensor that nobody changes any more.
+        counts: One element per term, likewise; ``None`` without terms.
         extras: Name -> number that is not a formula over the sums: a torchmetrics object's value, what a module logged.
     """
 
     batches: int
-    sums: tuple[Tensor, ...]
+    loss: Tensor
+    counts: Tensor | None
     extras: dict[str, Tensor]
 
 
@@ -210,13 +214,15 @@ class PhaseSums:
     def __init__(self, statistics: StatisticSet) -> None:
         self.statistics = statistics
         self._terms = statistics.terms
+        self._masks = [_MASKS[term] for term in self._terms]
         self._metrics: dict[str, Metric] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Begin a phase."""
         self.batches = 0
-        self._sums: list[Tensor] = []
+        self._loss: Tensor | None = None
+        self._counts: Tensor | None = None
         if self._metrics is not None:
             for metric in self._metrics.values():
                 metric.reset()
@@ -229,16 +235,15 @@ class PhaseSums:
             predictions: Logits or class numbers; only looked at when a statistic needs them.
             targets: Class numbers.
         """
-        terms = [torch.zeros(()) if loss is None else loss.detach()]
-        if self._terms and predictions is not None and targets is not None:
+        if self._masks and predictions is not None and targets is not None:
             batch = LabelledBatch(predictions, targets)
-            terms += [_TERMS[term](batch) for term in self._terms]
+            masks = torch.stack([mask(batch) for mask in self._masks])
+            counts = masks.sum(1, dtype=_widest(masks.device))
+            self._counts = counts if self._counts is None else self._counts + counts
         self.batches += loss is not None
-        if self._sums:
-            self._sums = [total + term for total, term in zip(self._sums, terms, strict=True)]
-        else:
-            # a copy: an optimizer or the user may go on writing into the loss
-            self._sums = [_wide(term).reshape(()).clone() for term in terms]
+        term = torch.zeros(()) if loss is None else loss.detach()
+        # a copy: an optimizer or the user may go on writing into the loss
+        self._loss = _wide(term).reshape(()).clone() if self._loss is None else self._loss + term
         if self.statistics.metrics:
             for name, metric in self._metric_objects(predictions).items():
                 self._update_metric(name, metric, predictions, targets)
@@ -246,12 +251,14 @@ class PhaseSums:
     def snapshot(self, *, with_metrics: bool = True) -> Snapshot:
         """Return the sums as they are now, with the torchmetrics objects' values if wanted."""
         objects = self._metrics if self._metrics and with_metrics else {}
-        return Snapshot(self.batches, tuple(self._sums), {name: _scalar(name, m) for name, m in objects.items()})
+        loss = torch.zeros(()) if self._loss is None else self._loss
+        return Snapshot(self.batches, loss, self._counts, {name: _scalar(name, m) for name, m in objects.items()})
 
     def running_values(self) -> dict[str, Tensor]:
         """Return name -> value so far as tensors on the device, without the torchmetrics objects."""
-        sums: dict[str, Any] = dict(zip(("loss", *self._terms), self._sums, strict=True))
-        sums["batches"] = self.batches
+        counts = () if self._counts is None else self._counts.unbind()
+        sums: dict[str, Any] = dict(zip(self._terms, counts, strict=True))
+        sums |= {"loss": self._loss, "batches": self.batches}
         if self.batches:
             return self.statistics.values(sums)
         return {s.name: s.formula(sums) for s in self.statistics.statistics if s.terms}
@@ -263,18 +270,21 @@ class PhaseSums:
             reduce: Adds a tensor up over all ranks; one of them then loads the state of all.
         """
         metrics = {name: _metric_state(metric) for name, metric in (self._metrics or {}).items()}
-        if not self._sums:
+        if self._loss is None:
             return {"batches": 0, "sums": [], "metrics": metrics}
-        last = self._sums[-1]
-        joined = torch.stack([total.to(last) for total in (*self._sums, torch.full_like(last, self.batches))])
-        *sums, batches = (joined if reduce is None else reduce(joined)).tolist()
-        return {"batches": int(batches), "sums": sums, "metrics": metrics}
+        counts = self._loss.new_empty(0) if self._counts is None else self._counts
+        loss = self._loss.to(counts)
+        joined = torch.cat([torch.stack([loss, torch.full_like(loss, self.batches)]), counts])
+        total, batches, *rest = (joined if reduce is None else reduce(joined)).tolist()
+        return {"batches": int(batches), "sums": [total, *rest], "metrics": metrics}
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from :meth:`state`."""
         self.reset()
         self.batches = state["batches"]
-        self._sums = [_wide(torch.tensor(total, dtype=torch.float64), device) for total in state["sums"]]
+        if state["sums"]:
+            loss, *counts = (_wide(torch.tensor(total, dtype=torch.float64), device) for total in state["sums"])
+            self._loss, self._counts = loss, torch.stack(counts) if counts else None
         for name, metric in self._metric_objects(torch.zeros((), device=device)).items():
             if name in state["metrics"]:
                 _load_metric_state(metric, state["metrics"][name], device)
@@ -297,7 +307,11 @@ class PhaseSums:
 def _wide(value: Tensor, device: torch.device | None = None) -> Tensor:
     """Return ``value`` in the widest type its device adds in: float64, on Apple's GPUs float32."""
     device = value.device if device is None else device
-    return value.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    return value.to(device, _widest(device))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _scalar(name: str, metric: Metric) -> Tensor:

@@ -108,23 +108,31 @@ def test_a_loss_that_is_not_finite_shows(loss):
 def test_ties_count_as_correct_in_top5_and_the_first_class_wins_in_accuracy():
     level = torch.zeros(2, 7)
     batch = LabelledBatch(level, torch.tensor([0, 6]))
-    assert batch.correct() == 1  # argmax is class 0
-    assert batch.correct_of(5) == 2  # no score is strictly above the label's
+    assert batch.right().sum() == 1  # argmax is class 0
+    assert batch.right_of(5).sum() == 2  # no score is strictly above the label's
 
 
-def test_a_row_with_a_score_that_is_not_finite_is_wrong_in_top5():
-    scores = torch.zeros(3, 7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_row_with_a_score_that_is_not_finite_is_wrong_in_top5(dtype):
+    scores = torch.zeros(5, 7, dtype=dtype)
     scores[0, 3] = math.nan
     scores[1, 3] = math.inf
-    assert LabelledBatch(scores, torch.tensor([0, 3, 3])).correct_of(5) == 1
+    scores[2, 3] = -math.inf
+    scores[3, 3] = torch.finfo(dtype).max
+    assert LabelledBatch(scores, torch.tensor([0, 3, 0, 3, 3])).right_of(5).tolist() == [False] * 3 + [True] * 2
+
+
+def test_whole_numbers_serve_as_scores():
+    assert LabelledBatch(torch.arange(7)[None], torch.tensor([1])).right_of(5).tolist() == [False]
+    assert LabelledBatch(torch.arange(7)[None], torch.tensor([2])).right_of(5).tolist() == [True]
 
 
 def test_five_or_fewer_classes_make_top5_always_correct():
-    assert LabelledBatch(torch.randn(4, 5), torch.tensor([0, 1, 2, 3])).correct_of(5) == 4
+    assert LabelledBatch(torch.randn(4, 5), torch.tensor([0, 1, 2, 3])).right_of(5).sum() == 4
 
 
 def test_a_label_beyond_the_scores_is_wrong_in_top5_and_crashes_nothing():
-    assert LabelledBatch(torch.zeros(2, 7), torch.tensor([7, -1])).correct_of(5) == 0
+    assert LabelledBatch(torch.zeros(2, 7), torch.tensor([7, -1])).right_of(5).sum() == 0
 
 
 def test_labels_of_minus_100_are_not_counted():
@@ -132,7 +140,10 @@ def test_labels_of_minus_100_are_not_counted():
     targets = torch.tensor([0, -100, 0])
     sums = run(["accuracy", "matthews_correlation_coefficient"], [(0.0, logits, targets)])
     assert value_of(sums, "accuracy") == 0.5
-    assert LabelledBatch(logits, targets).binary_counts() == (0, 1, 0)
+    batch = LabelledBatch(logits, targets)
+    assert batch.counted().tolist() == [True, False, True]
+    assert batch.predicted().tolist() == [False, False, True]  # the middle one is predicted to be 1, but ignored
+    assert batch.actual().tolist() == [False, False, False]
 
 
 def test_no_label_that_counts_gives_nan():
@@ -153,8 +164,8 @@ def test_scores_of_several_dimensions_are_flattened(predictions, targets):
         classes = predictions
     else:
         classes = predictions.argmax(-1 if predictions.shape[:-1] == targets.shape else 1)
-    assert batch.correct() == (classes == targets).sum()
-    assert batch.label_count() == targets.numel()
+    assert batch.right().sum() == (classes == targets).sum()
+    assert batch.counted().sum() == targets.numel()
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1)])
@@ -162,7 +173,7 @@ def test_one_logit_is_class_1_from_zero_on(shape):
     # as in S4TF, where the sigmoid of the logit must be at least one half
     logits = torch.tensor([-1.0, -0.1, 0.0, 0.1, 2.0, -3.0]).reshape(shape)
     targets = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    assert LabelledBatch(logits, targets).correct() == 4
+    assert LabelledBatch(logits, targets).right().sum() == 4
 
 
 @pytest.mark.parametrize(("predictions", "targets"), [((4, 3), (5,)), ((4, 3, 2), (4,)), ((4,), (4, 2))])
@@ -173,12 +184,12 @@ def test_shapes_that_do_not_belong_together_are_named(predictions, targets):
 
 def test_top5_of_class_numbers_is_refused():
     with pytest.raises(ValueError, match="`top5_accuracy` needs a score for every class"):
-        LabelledBatch(torch.tensor([1]), torch.tensor([1])).correct_of(5)
+        LabelledBatch(torch.tensor([1]), torch.tensor([1])).right_of(5)
 
 
 def test_matthews_correlation_of_three_classes_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"for two classes, but the predictions have 3.*MatthewsCorrCoef"):
-        LabelledBatch(torch.zeros(1, 3), torch.tensor([1])).binary_counts()
+        LabelledBatch(torch.zeros(1, 3), torch.tensor([1])).predicted()
 
 
 def test_unknown_names_get_the_nearest_one_offered():
