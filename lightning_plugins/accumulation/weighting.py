@@ -65,11 +65,14 @@ def weigh_backward(loss: Tensor, weight: Count) -> None:
         loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]  # torch's own
 
 
-@torch.no_grad()
 def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: Count) -> None:
     """Multiply the gradients of ``parameters`` in place: a few kernels in all, no wait for the device."""
-    if not isinstance(factor, Tensor) and factor == 1:
-        return
+    if isinstance(factor, Tensor) or factor != 1:  # equal, full windows pay nothing
+        _multiply_gradients(parameters, factor)
+
+
+@torch.no_grad()
+def _multiply_gradients(parameters: Iterable[torch.nn.Parameter], factor: Count) -> None:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is None:

@@ -93,6 +93,7 @@ class EMA(WeightFollower):
         if not isinstance(name, str) or not name:
             raise ValueError(f"`name` must be a word, got {name!r}.")
         self.name = name
+        self._key = self._generate_state_key(name=name)  # kept, because Lightning asks for it at every hook
         self._shadow: Shadow | None = None
         self._restored: dict[str, Tensor] | None = None  # from a file, until the module is on its device
         self._seam: CheckpointSeam | None = None
@@ -102,7 +103,7 @@ class EMA(WeightFollower):
     @property
     def state_key(self) -> str:
         """Where a checkpoint keeps the counters; one per name."""
-        return self._generate_state_key(name=self.name)
+        return self._key
 
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self).copy()

@@ -174,8 +174,9 @@ class Shadow:
         """
         if self.swapped:
             raise RuntimeError("The average cannot be updated while the module holds it: swap it out first.")
-        with plain_tensors():
-            self._refresh()
+        with torch.inference_mode(False), torch.no_grad():  # as `plain_tensors`, whose generator would be felt here
+            if self._buffer_indices:
+                self._refresh()
             for group in self._groups:
                 group.blend(1 - decay)
 
