@@ -9,7 +9,7 @@ CLIENTS := .venv-clients
 LOWEST := .venv-lowest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-clients test-lowest lint docs build bench clean
+.PHONY: help demo test test-clients test-lowest lint docs build bench peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,8 +39,11 @@ docs: $(DOCS_STAMP)  ## README, cards and API reference as a site, into site/
 build: $(STAMP)  ## the wheel and the source distribution, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
-bench: $(STAMP)  ## speed and memory beside other libraries, as ratios
+bench: $(STAMP)  ## speed and memory beside the libraries that are installed, as ratios
 	$(BIN)/python -m benchmarks $(ARGS)
+
+peers: $(STAMP)  ## install the libraries that bench compares with
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[bench]'
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(CLIENTS) $(LOWEST) dist runs site .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache \

@@ -1,13 +1,10 @@
 """What exact accumulation and micro-batching cost: per batch of a tiny model, and per step of a larger one."""
 
-import logging
-import warnings
-
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import interleaved, report, table
+from benchmarks.harness import interleaved, quiet, report, table
 from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
 
 WINDOW = 4
@@ -59,9 +56,9 @@ def plain_loop(width, layers, batch_size, batches, pieces=1):
     return run
 
 
-def tiny(rounds):
+def tiny(rounds, batches):
     """Per batch, for a model so small that the loop is all there is; the bound is 0.2 of the bare Trainer's step."""
-    size = {"width": 8, "layers": 4, "batch_size": 4, "batches": 600}
+    size = {"width": 8, "layers": 4, "batch_size": 4, "batches": batches}
     candidates = {
         "bare Trainer": trainer_run(**size),
         "plain torch loop": plain_loop(**size),
@@ -70,12 +67,12 @@ def tiny(rounds):
         "MicroBatching(4), the batch fits": trainer_run(**size, callbacks=lambda: [MicroBatching(4)]),
         'MicroBatching("auto"), the batch fits': trainer_run(**size, callbacks=lambda: [MicroBatching()]),
     }
-    return interleaved(candidates, rounds=rounds), size["batches"]
+    return interleaved(candidates, rounds=rounds)
 
 
-def accumulated(rounds):
+def accumulated(rounds, batches):
     """The same with windows of four batches, beside Lightning's own accumulation."""
-    size = {"width": 8, "layers": 4, "batch_size": 4, "batches": 600}
+    size = {"width": 8, "layers": 4, "batch_size": 4, "batches": batches}
     candidates = {
         "Trainer(accumulate_grad_batches=4)": trainer_run(**size, accumulate_grad_batches=WINDOW),
         "GradientAccumulation(4)": trainer_run(**size, callbacks=lambda: [GradientAccumulation(WINDOW)]),
@@ -83,12 +80,12 @@ def accumulated(rounds):
             **size, callbacks=lambda: [GradientAccumulation(WINDOW, count=Tokens("labels"))]
         ),
     }
-    return interleaved(candidates, rounds=rounds), size["batches"]
+    return interleaved(candidates, rounds=rounds)
 
 
-def larger(rounds):
+def larger(rounds, batches, width):
     """A step of some milliseconds; the bound for a batch that fits is 1.05."""
-    size = {"width": 512, "layers": 6, "batch_size": 256, "batches": 20}
+    size = {"width": width, "layers": 6, "batch_size": 256, "batches": batches}
     candidates = {
         "bare Trainer": trainer_run(**size),
         "MicroBatching(256), the batch fits": trainer_run(**size, callbacks=lambda: [MicroBatching(256)]),
@@ -97,21 +94,24 @@ def larger(rounds):
         "plain torch loop, whole": plain_loop(**size),
         "plain torch loop, 4 pieces": plain_loop(**size, pieces=4),
     }
-    return interleaved(candidates, rounds=rounds), size["batches"]
+    return interleaved(candidates, rounds=rounds)
 
 
-def main(rounds=21):
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def main(*, quick=False):
+    quiet()
     torch.set_num_threads(1)
+    rounds, short, long, width = (2, 8, 2, 8) if quick else (21, 600, 20, 512)
     parts = {
-        "A batch of 4 Linear(8, 8)": (tiny(rounds), "bare Trainer"),
-        "A batch of 4 Linear(8, 8) in windows of 4": (accumulated(rounds), "Trainer(accumulate_grad_batches=4)"),
-        "A step of 6 Linear(512, 512), batch 256": (larger(rounds), "bare Trainer"),
+        "A batch of 4 Linear(8, 8)": (tiny(rounds, short), "bare Trainer", short),
+        "A batch of 4 Linear(8, 8) in windows of 4": (
+            accumulated(rounds, short),
+            "Trainer(accumulate_grad_batches=4)",
+            short,
+        ),
+        "A step of 6 Linear(512, 512), batch 256": (larger(rounds, long, width), "bare Trainer", long),
     }
-    tables = [table(title, seconds, base=base, per=batches) for title, ((seconds, batches), base) in parts.items()]
-    report("accumulation", tables, {title: seconds for title, ((seconds, _), _) in parts.items()})
+    tables = [table(title, seconds, base=base, per=batches) for title, (seconds, base, batches) in parts.items()]
+    report("accumulation", tables, {title: seconds for title, (seconds, _, _) in parts.items()}, keep=not quick)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ Prints how far each curve is from that of the full batch and draws them into the
 sequences are padded and bucketed by length, as usual: a batch of 4 then holds between 8 and 190 tokens.
 """
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,10 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from benchmarks.harness import quiet
 from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
 
 PICTURE = Path(__file__).parents[1] / "lightning_plugins" / "accumulation" / "pictures" / "loss_curves.png"
-VOCABULARY, SEQUENCES, STEP, EPOCHS = 16, 256, 32, 6
+VOCABULARY, SEQUENCES, STEP = 16, 256, 32
 
 
 class LanguageModel(pl.LightningModule):
@@ -73,11 +72,11 @@ class Curve(pl.Callback):
             self.losses.append(float(pl_module.training_step(self.all, 0)))
 
 
-def curve(batch_size, callbacks=(), **settings):
+def curve(epochs, batch_size, callbacks=(), **settings):
     data, curve = DataLoader(sequences(), batch_size=batch_size, collate_fn=padded), Curve()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(
-        max_epochs=EPOCHS,
+        max_epochs=epochs,
         accelerator="cpu",
         enable_model_summary=False,
         callbacks=[*callbacks, curve],
@@ -106,22 +105,23 @@ def draw(curves, truth):
     figure.savefig(PICTURE, dpi=110)
 
 
-def main():
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def main(*, quick=False):
+    quiet()
     torch.set_num_threads(1)
-    tokens = Tokens("labels")
-    truth = curve(32)
+    tokens, epochs = Tokens("labels"), 1 if quick else 6
+    truth = curve(epochs, 32)
     curves = {
-        "Trainer(accumulate_grad_batches=8), 8 x 4": curve(4, accumulate_grad_batches=8),
-        "GradientAccumulation(8), 8 x 4": curve(4, [GradientAccumulation(8, count=tokens)]),
-        "MicroBatching(4), 1 x 32 in pieces": curve(32, [MicroBatching(4, count=tokens)]),
+        "Trainer(accumulate_grad_batches=8), 8 x 4": curve(epochs, 4, accumulate_grad_batches=8),
+        "GradientAccumulation(8), 8 x 4": curve(epochs, 4, [GradientAccumulation(8, count=tokens)]),
+        "MicroBatching(4), 1 x 32 in pieces": curve(epochs, 32, [MicroBatching(4, count=tokens)]),
     }
-    print(f"| {EPOCHS} epochs, {len(truth)} steps | largest distance from the full batch | last loss |")
+    print("# accumulation_curves\n")
+    print(f"| {epochs} epochs, {len(truth)} steps | largest distance from the full batch | last loss |")
     print(f"|---|---:|---:|\n| full batch, 1 x 32 | | {truth[-1]:.4f} |")
     for name, losses in curves.items():
         print(f"| {name} | {(losses - truth).abs().max():.1e} | {losses[-1]:.4f} |")
+    if quick:
+        return
     try:
         draw(curves, truth)
     except ImportError:

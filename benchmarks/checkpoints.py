@@ -26,9 +26,8 @@ import torch
 Way = Callable[[list[str]], object]
 
 
-def write_checkpoints(folder: Path, count: int, megabytes: float, *, optimizer: bool) -> list[Path]:
+def write_checkpoints(folder: Path, count: int, megabytes: float, *, optimizer: bool, width: int = 768) -> list[Path]:
     """Write Lightning checkpoints of a transformer-like model with as many parameters."""
-    width = 768
     blocks = max(1, round((megabytes * 1e6 / 4 - 20_000 * width) / (12 * width * width)))
     shapes = {"embedding.weight": (20_000, width)}
     for block in range(blocks):
@@ -201,6 +200,11 @@ def memory_of(way: str, paths: list[str]) -> float:
     return peak - base
 
 
+def here(what: str, way: str, paths: list[Path]) -> float:
+    """Measure in this process, to see whether a way runs at all."""
+    return (time_of if what == "time" else memory_of)(way, [str(path) for path in paths])
+
+
 def in_a_process(what: str, way: str, paths: list[Path]) -> float:
     command = [sys.executable, "-m", "benchmarks.checkpoints", what, way, *map(str, paths)]
     root = Path(__file__).parents[1]
@@ -209,7 +213,13 @@ def in_a_process(what: str, way: str, paths: list[Path]) -> float:
 
 
 def compare(
-    title: str, ways: list[str], paths: list[Path], rounds: int, *, memory: bool = True
+    title: str,
+    ways: list[str],
+    paths: list[Path],
+    rounds: int,
+    *,
+    memory: bool = True,
+    measure: Callable[[str, str, list[Path]], float] = in_a_process,
 ) -> tuple[str, dict[str, list[float]]]:
     """Return one table, in Markdown, and its seconds."""
     seconds: dict[str, list[float]] = {way: [] for way in [FLOOR, *ways]}
@@ -217,7 +227,7 @@ def compare(
         read_bytes([str(path)])  # into the page cache
     for _ in range(rounds):
         for way, found in seconds.items():
-            found.append(in_a_process("time", way, paths))
+            found.append(measure("time", way, paths))
     size = paths[0].stat().st_size / 1e6
     floor, usual = (statistics.median(seconds[way]) for way in (FLOOR, USUAL if USUAL in seconds else ways[-1]))
     lines = [f"### {title}: {len(paths)} files of {size:.0f} MB, {rounds} rounds, warm page cache", ""]
@@ -227,25 +237,30 @@ def compare(
     ]
     for way, found in seconds.items():
         middle = statistics.median(found)
-        peak = f"{in_a_process('memory', way, paths):.0f}" if memory else ""
+        peak = f"{measure('memory', way, paths):.0f}" if memory else ""
         spread = f"{min(found):.3f} to {max(found):.3f}"
         lines.append(f"| {way} | {middle:.3f} | {spread} | {middle / floor:.2f} | {middle / usual:.2f} | {peak} |")
         print(lines[-1], flush=True)
     return "\n".join(lines), seconds
 
 
-def main(megabytes: float = 405.0, rounds: int = 5, folder: Path | None = None) -> None:
+def main(
+    *, quick: bool = False, megabytes: float = 405.0, rounds: int = 5, width: int = 768, folder: Path | None = None
+) -> None:
     from benchmarks.harness import report
 
+    if quick:
+        megabytes, rounds, width = 0.7, 1, 8
     tables, data = [], {}
+    measure = here if quick else in_a_process
 
     def add(title: str, *arguments: Any, **options: Any) -> None:
-        text, seconds = compare(title, *arguments, **options)
+        text, seconds = compare(title, *arguments, measure=measure, **options)
         tables.append(text)
         data[title] = seconds
 
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        paths = write_checkpoints(Path(name), 8, megabytes, optimizer=False)
+        paths = write_checkpoints(Path(name), 8, megabytes, optimizer=False, width=width)
         add("Load and average", ["ours", "ours, float64", USUAL, *PEERS], paths[:5], rounds)
         add("To a file", ["ours -> .ckpt", "ours -> .safetensors", "load all -> torch.save"], paths[:5], rounds)
         for count in (1, 2, 4, 8):
@@ -254,9 +269,9 @@ def main(megabytes: float = 405.0, rounds: int = 5, folder: Path | None = None) 
             )
         for path in paths:
             path.unlink()
-        full = write_checkpoints(Path(name), 5, megabytes, optimizer=True)
+        full = write_checkpoints(Path(name), 5, megabytes, optimizer=True, width=width)
         add("With Adam states", ["ours", "ours -> .ckpt", USUAL, "fairseq's way"], full, rounds)
-    report("checkpoints", tables, data)
+    report("checkpoints", tables, data, keep=not quick)
 
 
 if __name__ == "__main__":
@@ -268,4 +283,4 @@ if __name__ == "__main__":
         parser.add_argument("--rounds", type=int, default=5)
         parser.add_argument("--folder", type=Path, default=None, help="where to write the files")
         options = parser.parse_args()
-        main(options.mb, options.rounds, options.folder)
+        main(megabytes=options.mb, rounds=options.rounds, folder=options.folder)

@@ -1,7 +1,6 @@
-"""An average's update and swap beside other libraries and the physical floor: ``python -m benchmarks.ema``.
+"""An average's update and swap beside other libraries and the physical floor.
 
-Peers that are not installed are left out. On a CUDA device the same tables are made there, with the share of the
-bandwidth that a copy reaches and a check that nothing waits for the device.
+``make bench ARGS=ema``, or ``python -m benchmarks.ema --threads 2``. The same on a GPU is in ``benchmarks.gpu``.
 """
 
 from __future__ import annotations
@@ -9,21 +8,23 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import interleaved, report, table
+from benchmarks.harness import absentees, interleaved, quiet, report, table, why_absent
 from lightning_plugins.ema.shadow import Shadow
 
 CHUNK = 2**18  # elements of a mebibyte of float32
+MODULES = {"timm": "timm.utils.model_ema", "ema-pytorch": "ema_pytorch"}
 Methods = dict[str, Callable[[], object]]
 
 
-def transformer() -> nn.Module:
+def transformer(width: int = 768) -> nn.Module:
     """101 M parameters in 148 tensors, the largest 61 MB."""
-    blocks = [block(768) for _ in range(12)]
-    return nn.ModuleList([nn.Embedding(20_000, 768), nn.Embedding(1024, 768), nn.LayerNorm(768), *blocks])
+    blocks = [block(width) for _ in range(12)]
+    return nn.ModuleList([nn.Embedding(20_000, width), nn.Embedding(1024, width), nn.LayerNorm(width), *blocks])
 
 
 def block(width: int) -> nn.Module:
@@ -31,14 +32,9 @@ def block(width: int) -> nn.Module:
     return nn.ModuleList([*parts, nn.Linear(width, 4 * width), nn.Linear(4 * width, width)])
 
 
-def many_small() -> nn.Module:
+def many_small(layers: int = 500) -> nn.Module:
     """5 M parameters in 1000 tensors."""
-    return nn.ModuleList(nn.Linear(100, 100) for _ in range(500))
-
-
-def large() -> nn.Module:
-    """1 B parameters, for a GPU."""
-    return nn.ModuleList(nn.Linear(4096, 4096) for _ in range(60))
+    return nn.ModuleList(nn.Linear(100, 100) for _ in range(layers))
 
 
 def flat(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,19 +80,19 @@ def lightning_peer(module: nn.Module) -> Methods:
 
 
 def timm_peer(module: nn.Module) -> Methods:
-    try:
-        from timm.utils.model_ema import ModelEmaV3
-    except (ImportError, RuntimeError):
+    if why_absent(MODULES["timm"]) is not None:
         return {}
+    from timm.utils.model_ema import ModelEmaV3
+
     averaged = ModelEmaV3(module, decay=0.999)
     return {"timm ModelEmaV3": lambda: averaged.update(module)}
 
 
 def ema_pytorch_peer(module: nn.Module) -> Methods:
-    try:
-        from ema_pytorch import EMA
-    except (ImportError, RuntimeError):
+    if why_absent(MODULES["ema-pytorch"]) is not None:
         return {}
+    from ema_pytorch import EMA
+
     averaged = EMA(module, beta=0.999, update_every=1, update_after_step=0, include_online_model=False)
     averaged.update()
     averaged.update()
@@ -108,13 +104,8 @@ def half_methods(module: nn.Module) -> Methods:
     module = module.to(torch.bfloat16)
     shadow, average, weights = Shadow(module), flat(module), flat(module, torch.bfloat16)
     scratch = torch.empty(CHUNK, device=average.device)
-    whole = torch.empty_like(average) if average.is_cuda else None
 
     def chunked() -> None:
-        if whole is not None:
-            whole.copy_(weights)
-            average.lerp_(whole, 0.001)
-            return
         for a, w in zip(torch.split(average, CHUNK), torch.split(weights, CHUNK), strict=True):
             part = scratch[: a.numel()]
             part.copy_(w)
@@ -153,51 +144,12 @@ def lightning_swap(module: nn.Module) -> Methods:
 def extra_memory(module: nn.Module) -> str:
     """Return what an update and two swaps allocate beyond the average itself."""
     shadow = Shadow(perturbed(module))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with torch.profiler.profile(profile_memory=True) as profile:
         shadow.update(0.999)
         shadow.swap_in()
         shadow.swap_out()
-        extra = torch.cuda.max_memory_allocated() - before
-    else:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            shadow.update(0.999)
-            shadow.swap_in()
-            shadow.swap_out()
-        extra = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    extra = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     return f"Allocated by one update and two swaps, beyond the average: {extra / 1e6:.2f} MB."
-
-
-def bandwidth(module: nn.Module) -> str:
-    """Return, for a GPU, which share of a copy's bandwidth an update reaches, and whether it ever waits."""
-    lines = []
-    for dtype in (torch.float32, torch.bfloat16):
-        module = module.to(dtype)
-        shadow, source = Shadow(module), flat(module)
-        target = torch.empty_like(source)
-        torch.cuda.set_sync_debug_mode("error")
-        shadow.update(0.999)
-        shadow.swap_in()
-        shadow.swap_out()
-        torch.cuda.set_sync_debug_mode("default")
-        moved = source.numel() * (4 + 4 + dtype.itemsize)
-        rates = []
-        for run, size in (
-            (lambda t=target, s=source: t.copy_(s), 2 * source.nbytes),
-            (lambda s=shadow: s.update(0.999), moved),
-        ):
-            run()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(20):
-                run()
-            end.record()
-            end.synchronize()
-            rates.append(20 * size / start.elapsed_time(end) / 1e6)
-        update, copy = rates[1], rates[0]
-        lines.append(f"{dtype}: update {update:.0f} GB/s, copy {copy:.0f} GB/s, share {update / copy:.0%}, no sync")
-    return "\n".join(lines)
 
 
 TABLES: list[tuple[str, Callable[[nn.Module], Methods], Callable[[], nn.Module], int]] = [
@@ -207,33 +159,26 @@ TABLES: list[tuple[str, Callable[[nn.Module], Methods], Callable[[], nn.Module],
     ("swap, 101 M in 148 tensors, float32", swap_methods, transformer, 21),
     ("swap, 5 M in 1000 tensors, float32", swap_methods, many_small, 61),
 ]
+SMALL = {transformer: partial(transformer, 8), many_small: partial(many_small, 4)}
 
 
-def main(threads: int = 1, only: str = "") -> None:
+def main(*, quick: bool = False, threads: int = 1, only: str = "") -> None:
     """Measure, print and keep; one thread unless told otherwise, by the processor's clock, which is steadier."""
     torch.set_num_threads(threads)
-    on_gpu = torch.cuda.is_available()
-    clock = wall_clock if on_gpu or threads > 1 else time.process_time
+    quiet()
+    clock = time.perf_counter if threads > 1 else time.process_time
     tables, data = [], {}
     for title, methods, module, rounds in TABLES:
         if only not in title:
             continue
-        candidates = methods(module().to("cuda" if on_gpu else "cpu"))
+        candidates = methods((SMALL[module] if quick else module)())
         with torch.no_grad():
-            data[title] = interleaved(candidates, rounds=rounds, clock=clock)
-        head = f"{title}, {'GPU' if on_gpu else f'{threads} thread' + 's' * (threads > 1)}"
+            data[title] = interleaved(candidates, rounds=2 if quick else rounds, clock=clock)
+        head = f"{title}, {threads} thread" + "s" * (threads > 1)
         tables.append(table(head, data[title], base=next(iter(candidates)), unit="ms"))
         tables.append("best times: " + best(data[title]))
-    tables.append(extra_memory(transformer().to("cuda" if on_gpu else "cpu")))
-    if on_gpu:
-        tables.append(bandwidth(large().to("cuda")))
-    report("ema", tables, data)
-
-
-def wall_clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    tables += [extra_memory(SMALL[transformer]() if quick else transformer()), *absentees(MODULES)]
+    report("ema", tables, data, keep=not quick)
 
 
 def best(seconds: Mapping[str, list[float]]) -> str:

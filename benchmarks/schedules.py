@@ -1,20 +1,19 @@
 """What a schedule costs: one value, one scheduler step, one Trainer step, one import."""
 
-import logging
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 
 import lightning.pytorch as pl
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
-from benchmarks.harness import interleaved, report, table
+from benchmarks.harness import absentees, interleaved, quiet, report, table, why_absent
 from lightning_plugins import LearningRateScheduler, ScheduleLR, WarmupCosine
 
 WARMUP, TOTAL = 500, 10_000
+MODULES = {"transformers": "transformers", "timm": "timm.scheduler"}
 
 
 def optimizer():
@@ -29,20 +28,16 @@ def torch_pair(target):
 def peers():
     """Return the value functions and the schedulers of the peers that are installed."""
     values, schedulers = {}, {"torch SequentialLR(LinearLR, CosineAnnealingLR)": torch_pair}
-    try:
+    if why_absent(MODULES["transformers"]) is None:
         from transformers import get_cosine_schedule_with_warmup
 
         values["transformers' lambda"] = get_cosine_schedule_with_warmup(optimizer(), WARMUP, TOTAL).lr_lambdas[0]
         schedulers["transformers LambdaLR"] = lambda target: get_cosine_schedule_with_warmup(target, WARMUP, TOTAL)
-    except ImportError:
-        pass
-    try:
+    if why_absent(MODULES["timm"]) is None:
         from timm.scheduler import CosineLRScheduler
 
         timm = CosineLRScheduler(optimizer(), TOTAL, warmup_t=WARMUP, warmup_prefix=True, t_in_epochs=False)
         values["timm's values"] = timm._get_values
-    except (ImportError, RuntimeError):  # torchvision, which it imports, has no build everywhere
-        pass
     return values, schedulers
 
 
@@ -57,18 +52,18 @@ def evaluate(function):
     return lambda: [function(step) for step in range(0, TOTAL, 5)]
 
 
-def run_steps(build):
-    def steps():
+def run_steps(build, steps):
+    def run():
         target = optimizer()
         scheduler = build(target)
-        for _ in range(2000):
+        for _ in range(steps):
             target.step()
             scheduler.step()
 
-    return steps
+    return run
 
 
-def trainer_run(callbacks=(), scheduler=None, steps=600):
+def trainer_run(steps, callbacks=(), scheduler=None):
     """Return a function that fits a tiny module; the loop's own cost is in every candidate."""
 
     class Tiny(pl.LightningModule):
@@ -108,54 +103,58 @@ def importing(code):
     return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def main():
+def imports():
+    """Return what an import takes, in processes of its own."""
+    return interleaved(
+        {
+            "import torch": importing("import torch"),
+            "import lightning_plugins.schedules": importing("import lightning_plugins.schedules"),
+            "both": importing("import torch, lightning_plugins.schedules"),
+        },
+        rounds=9,
+        clock=time.perf_counter,
+    )
+
+
+def main(*, quick=False):
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "pytorch_lightning", "lightning_utilities"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     values, schedulers = peers()
     schedule = WarmupCosine(WARMUP, total=TOTAL)
+    steps, fit_steps = (20, 8) if quick else (2000, 600)
     data = {
         "value": interleaved(
-            {"WarmupCosine": evaluate(schedule), **{name: evaluate(f) for name, f in values.items()}}, rounds=41
+            {"WarmupCosine": evaluate(schedule), **{name: evaluate(f) for name, f in values.items()}},
+            rounds=2 if quick else 41,
         ),
         "scheduler": interleaved(
             {
-                "optimizer alone": run_steps(lambda _: Nothing()),
-                "ScheduleLR": run_steps(lambda target: ScheduleLR(target, schedule)),
-                **{name: run_steps(build) for name, build in schedulers.items()},
+                "optimizer alone": run_steps(lambda _: Nothing(), steps),
+                "ScheduleLR": run_steps(lambda target: ScheduleLR(target, schedule), steps),
+                **{name: run_steps(build, steps) for name, build in schedulers.items()},
             },
-            rounds=15,
+            rounds=2 if quick else 15,
         ),
         "trainer": interleaved(
             {
-                "bare Trainer": trainer_run(),
-                "an empty callback": trainer_run([pl.Callback]),
-                "LearningRateScheduler": trainer_run([lambda: LearningRateScheduler(schedule)]),
-                "LambdaLR of the module": trainer_run(scheduler=stock),
+                "bare Trainer": trainer_run(fit_steps),
+                "an empty callback": trainer_run(fit_steps, [pl.Callback]),
+                "LearningRateScheduler": trainer_run(fit_steps, [lambda: LearningRateScheduler(schedule)]),
+                "LambdaLR of the module": trainer_run(fit_steps, scheduler=stock),
             },
-            rounds=15,
-        ),
-        "import": interleaved(
-            {
-                "import torch": importing("import torch"),
-                "import lightning_plugins.schedules": importing("import lightning_plugins.schedules"),
-                "both": importing("import torch, lightning_plugins.schedules"),
-            },
-            rounds=9,
-            clock=time.perf_counter,
+            rounds=2 if quick else 15,
         ),
     }
-    report(
-        "schedules",
-        [
-            table("One value", data["value"], base="WarmupCosine", per=TOTAL // 5),
-            table("optimizer.step() and scheduler.step()", data["scheduler"], base="ScheduleLR", per=2000),
-            table("One Trainer step", data["trainer"], base="bare Trainer", per=600),
-            table("Import, in a fresh process", data["import"], base="import torch", unit="ms"),
-        ],
-        data,
-    )
+    tables = [
+        table("One value", data["value"], base="WarmupCosine", per=TOTAL // 5),
+        table("optimizer.step() and scheduler.step()", data["scheduler"], base="ScheduleLR", per=steps),
+        table("One Trainer step", data["trainer"], base="bare Trainer", per=fit_steps),
+        *absentees(MODULES),
+    ]
+    if not quick:
+        data["import"] = imports()
+        tables.insert(3, table("Import, in a fresh process", data["import"], base="import torch", unit="ms"))
+    report("schedules", tables, data, keep=not quick)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """What statistics cost: a training step with them, a CSV row, a TensorBoard scalar, rows in ever longer files."""
 
 import csv
-import logging
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -14,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.harness import interleaved, report, table
+from benchmarks.harness import interleaved, quiet, report, table
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
 from lightning_plugins.statistics.csv_file import CSVFile
 from lightning_plugins.statistics.event_file import EventFile
@@ -24,6 +22,7 @@ from lightning_plugins.statistics.running import Snapshot
 
 NAMES = ("loss", "accuracy", "top5_accuracy", "perplexity", "f1")
 STEPS, ROWS, EVENTS = 1000, 10_000, 1000
+LENGTHS = {10**3: 21, 10**4: 11, 10**5: 5, 10**6: 3}  # rows of a file -> rounds
 
 
 class Tiny(pl.LightningModule):
@@ -49,8 +48,8 @@ class Tiny(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(callbacks=(), *, logger=False, logs=False):
-    data = TensorDataset(torch.randn(4 * STEPS, 8), torch.randint(8, (4 * STEPS,)))
+def fit(steps, callbacks=(), *, logger=False, logs=False):
+    data = TensorDataset(torch.randn(4 * steps, 8), torch.randint(8, (4 * steps,)))
     trainer = pl.Trainer(
         max_epochs=1, logger=logger, callbacks=list(callbacks), accelerator="cpu", log_every_n_steps=1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -58,7 +57,7 @@ def fit(callbacks=(), *, logger=False, logs=False):
     trainer.fit(Tiny(logs), DataLoader(data, batch_size=4))
 
 
-def training(folder):
+def training(folder, steps, rounds):
     """A row per step, the worst case: a step is about 0.4 ms long."""
     number = iter(range(10**6))
 
@@ -70,19 +69,23 @@ def training(folder):
 
     return interleaved(
         {
-            "bare Trainer": fit,
-            "two self.log": lambda: fit(logs=True),
-            "two self.log, Lightning's CSVLogger": lambda: fit(logger=CSVLogger(place()), logs=True),
-            "two self.log, Lightning's TensorBoardLogger": lambda: fit(logger=TensorBoardLogger(place()), logs=True),
-            "StatisticsRecorder of loss and accuracy": lambda: fit([recorder()]),
-            "the same, CSVStatisticsLogger": lambda: fit([recorder(), CSVStatisticsLogger(place() / "log.csv")]),
-            "the same, TensorBoardStatisticsLogger": lambda: fit([recorder(), TensorBoardStatisticsLogger(place())]),
+            "bare Trainer": lambda: fit(steps),
+            "two self.log": lambda: fit(steps, logs=True),
+            "two self.log, Lightning's CSVLogger": lambda: fit(steps, logger=CSVLogger(place()), logs=True),
+            "two self.log, Lightning's TensorBoardLogger": lambda: fit(
+                steps, logger=TensorBoardLogger(place()), logs=True
+            ),
+            "StatisticsRecorder of loss and accuracy": lambda: fit(steps, [recorder()]),
+            "the same, CSVStatisticsLogger": lambda: fit(steps, [recorder(), CSVStatisticsLogger(place() / "log.csv")]),
+            "the same, TensorBoardStatisticsLogger": lambda: fit(
+                steps, [recorder(), TensorBoardStatisticsLogger(place())]
+            ),
         },
-        rounds=11,
+        rounds=rounds,
     )
 
 
-def added(seconds):
+def added(seconds, steps):
     """What is added to a bare step, and how much of what Lightning's way adds; a pair of turns at a time."""
     pairs = [
         ("the same, CSVStatisticsLogger", "two self.log, Lightning's CSVLogger"),
@@ -96,8 +99,8 @@ def added(seconds):
     ]
     bare = seconds["bare Trainer"]
     for ours, theirs in pairs:
-        mine = [1e6 * (value - base) / STEPS for value, base in zip(seconds[ours], bare, strict=True)]
-        peer = [1e6 * (value - base) / STEPS for value, base in zip(seconds[theirs], bare, strict=True)]
+        mine = [1e6 * (value - base) / steps for value, base in zip(seconds[ours], bare, strict=True)]
+        peer = [1e6 * (value - base) / steps for value, base in zip(seconds[theirs], bare, strict=True)]
         low, _, high = quantiles([m / p for m, p in zip(mine, peer, strict=True)], n=4)
         share = median(mine) / median(peer)
         lines.append(f"| {ours} | {median(mine):.0f} | {median(peer):.0f} | {share:.2f} | {low:.2f} to {high:.2f} |")
@@ -114,13 +117,13 @@ def rows(count):
     ]  # fmt: skip
 
 
-def csv_rows(folder):
-    made, path = rows(ROWS), folder / "rows.csv"
+def csv_rows(folder, size, rounds):
+    made, path = rows(size), folder / "rows.csv"
 
     def ours():
         path.unlink(missing_ok=True)
         file = CSVFile(path)
-        for start in range(0, ROWS, 100):
+        for start in range(0, size, 100):
             file.add([number_cells(row) for row in made[start : start + 100]])
         file.close()
 
@@ -132,6 +135,12 @@ def csv_rows(folder):
                 writer.writerow((row.epoch, row.batch, row.phase, row.step, row.lr, *row.values.values(), row.seconds))
                 if index % 100 == 99:
                     handle.flush()
+
+    def floor():
+        with path.open("wb") as handle:
+            for _ in range(0, size, 100):
+                handle.write(b"x" * 100 * 150)
+                handle.flush()
 
     def lightnings(save_every):
         logger = CSVLogger(folder / "csv", flush_logs_every_n_steps=10**9)
@@ -147,18 +156,19 @@ def csv_rows(folder):
             "ours, written every 100 rows": ours,
             "Lightning's CSVLogger, saved every 100 rows": lambda: lightnings(100),
             "Lightning's CSVLogger, saved every row as in a Trainer": lambda: lightnings(1),
+            "the bytes alone, 150 a row": floor,
         },
-        rounds=7,
+        rounds=rounds,
     )
 
 
-def scalars(folder):
-    made = [(row.step, row.wall_time, row.values) for row in rows(EVENTS)]
+def scalars(folder, size, rounds):
+    made = [(row.step, row.wall_time, row.values) for row in rows(size)]
     place = folder / "events"
 
     def ours():
         file = EventFile(place)
-        for start in range(0, EVENTS, 100):
+        for start in range(0, size, 100):
             file.add(made[start : start + 100])
         file.close()
         shutil.rmtree(place)
@@ -191,11 +201,11 @@ def scalars(folder):
             "Lightning's TensorBoardLogger.log_metrics": lightnings,
             "the bytes alone": floor,
         },
-        rounds=7,
+        rounds=rounds,
     )
 
 
-def lengths(folder):
+def lengths(folder, sizes):
     """A row in files of growing length, 500 written at a time, with and without a column that comes half way."""
     block = [number_cells(row) for row in rows(500)]
     wider = [{**cells, "late": "0.5"} for cells in block]
@@ -209,7 +219,7 @@ def lengths(folder):
         file.close()
 
     measured = {}
-    for size, rounds in ((10**3, 21), (10**4, 11), (10**5, 5), (10**6, 3)):
+    for size, rounds in sizes.items():
         seconds = interleaved(
             {
                 f"{size:,} rows": lambda size=size: write(size, late=False),
@@ -221,22 +231,25 @@ def lengths(folder):
     return measured
 
 
-def main():
+def main(*, quick=False):
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    quiet()
+    steps, size, events, rounds = (8, 200, 200, 2) if quick else (STEPS, ROWS, EVENTS, 7)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        steps, row, scalar, length = training(folder), csv_rows(folder), scalars(folder), lengths(folder)
+        step = training(folder, steps, 2 if quick else 11)
+        row, scalar = csv_rows(folder, size, rounds), scalars(folder, events, rounds)
+        length = lengths(folder, {10**3: 2} if quick else LENGTHS)
     tables = [
-        table("A training step of 4 x Linear(8, 8), batch of 4, a row per step", steps, base="bare Trainer", per=STEPS),
-        added(steps),
-        table("A CSV row of 11 cells (ours: at most 3)", row, base="csv.writer, flushed every 100 rows", per=ROWS),
+        table("A training step of 4 x Linear(8, 8), batch of 4, a row per step", step, base="bare Trainer", per=steps),
+        added(step, steps),
+        table("A CSV row of 11 cells (ours: at most 3)", row, base="csv.writer, flushed every 100 rows", per=size),
         table("A TensorBoard scalar, five per step (ours: at most 6 us where torch takes 57)", scalar, base="ours",
-              per=EVENTS * len(NAMES)),
+              per=events * len(NAMES)),
         table("A CSV row by the length of its file", length, base="1,000 rows"),
     ]  # fmt: skip
-    report("statistics", tables, {"step": steps, "row": row, "scalar": scalar, "length": length})
+    data = {"step": step, "row": row, "scalar": scalar, "length": length}
+    report("statistics", tables, data, keep=not quick)
 
 
 if __name__ == "__main__":
