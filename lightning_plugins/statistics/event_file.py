@@ -1,13 +1,12 @@
-"""TensorBoard event files: one record per step with all its scalars, written by tensorboard's own record writer.
+"""TensorBoard event files: one record per step with all its scalars.
 
 An event goes into a file of one run (a directory). What makes this cheap is one record per step instead of one per
-scalar, and no queue with a thread behind it: records are encoded when they are handed in and appended together.
-Nothing here knows a Trainer.
+scalar, checksums of all records in one go, and no queue with a thread behind it: records are encoded when they are
+handed in and appended together. Nothing here knows a Trainer.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import time
@@ -19,10 +18,10 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2 as hparams
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lightning_plugins._validation import LightningPluginsWarning
 from lightning_plugins.statistics.files import GrowingFile
+from lightning_plugins.statistics.records import frame
 
 FILE_VERSION = "brain.Event:2"
 
@@ -54,42 +53,41 @@ class EventFile:
         self._purge_from = purge_from
         self._path: Path | None = None
         self._file: GrowingFile | None = None
-        self._buffer = io.BytesIO()
-        self._records = RecordWriter(self._buffer)
+        self._waiting = b""  # what a full disk did not take
         self._complained = False
 
     def add(self, events: Sequence[Scalars]) -> None:
         """Append one event per step."""
+        records = []
         for step, wall_time, scalars in events:
             event = Event(wall_time=wall_time, step=step)
             values = event.summary.value
             for tag, value in scalars.items():
                 values.add(tag=tag, simple_value=value)
-            self._records.write(event.SerializeToString())
-        self._write()
+            records.append(event.SerializeToString())
+        self._write(records)
 
     def add_summary(self, *summaries: Any) -> None:
         """Append an event without a step that carries what a plugin wrote."""
-        for given in summaries:
-            event = Event(wall_time=time.time(), summary=Summary.FromString(given.SerializeToString()))
-            self._records.write(event.SerializeToString())
-        self._write()
+        made = [Summary.FromString(given.SerializeToString()) for given in summaries]
+        self._write([Event(wall_time=time.time(), summary=summary).SerializeToString() for summary in made])
 
     def close(self) -> None:
         """Write what is left and close the file; the next event opens it again."""
-        if self._buffer.tell():
-            self._write()
-        if self._buffer.tell():
-            _warn(f"{self._buffer.tell()} bytes for {self._path or self.folder} could not be written.")
-            self._empty()
+        if self._waiting:
+            self._write([])
+        if self._waiting:
+            _warn(f"{len(self._waiting)} bytes for {self._path or self.folder} could not be written.")
+            self._waiting = b""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _write(self) -> None:
+    def _write(self, records: Sequence[bytes]) -> None:
+        self._waiting += frame(records)
         try:
             file = self._open()
-            file.append(self._buffer.getvalue() if file.size else self._first_records() + self._buffer.getvalue())
+            file.append(self._waiting if file.size else self._first_records() + self._waiting)
         except OSError as error:
             if not self._complained:
                 self._complained = True
@@ -98,7 +96,7 @@ class EventFile:
                     "in memory and are written when there is room again."
                 )
             return
-        self._empty()
+        self._waiting = b""
         self._complained = False
 
     def _open(self) -> GrowingFile:
@@ -109,18 +107,12 @@ class EventFile:
         return self._file
 
     def _first_records(self) -> bytes:
-        buffer = io.BytesIO()
-        records = RecordWriter(buffer)
         now = time.time()
-        records.write(Event(wall_time=now, file_version=FILE_VERSION).SerializeToString())
+        records = [Event(wall_time=now, file_version=FILE_VERSION).SerializeToString()]
         if self._purge_from is not None:
             start = SessionLog(status=SessionLog.START)
-            records.write(Event(wall_time=now, step=self._purge_from, session_log=start).SerializeToString())
-        return buffer.getvalue()
-
-    def _empty(self) -> None:
-        self._buffer.seek(0)
-        self._buffer.truncate()
+            records.append(Event(wall_time=now, step=self._purge_from, session_log=start).SerializeToString())
+        return frame(records)
 
 
 def hyperparameter_summaries(hyperparameters: Mapping[str, Any], tags: Sequence[str], run: str) -> list[Any]:
