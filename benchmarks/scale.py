@@ -8,6 +8,7 @@ printed. Collectives over many hosts cannot be measured here, so their latency i
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Check:
 
     @property
     def off(self) -> float:
-        return self.predicted / self.measured - 1
+        return self.predicted / self.measured - 1 if self.measured else math.inf
 
     @property
     def holds(self) -> bool:

@@ -34,7 +34,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
 
     Distributed: rank 0 writes; every value is the sum over all ranks. The time stamp is rank 0's.
 
-    Cost: one record per step, about four microseconds per scalar and twelve bytes.
+    Cost: one record per step, about two microseconds per scalar and twelve bytes.
 
     Args:
         root: Directory of all runs, the one for ``tensorboard --logdir``.

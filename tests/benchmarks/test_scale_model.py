@@ -101,7 +101,8 @@ def test_what_fits():
 
 
 @pytest.mark.parametrize(
-    ("predicted", "measured", "holds"), [(1.19, 1, True), (1.21, 1, False), (0.81, 1, True), (0.79, 1, False)]
+    ("predicted", "measured", "holds"),
+    [(1.19, 1, True), (1.21, 1, False), (0.81, 1, True), (0.79, 1, False), (1, 0, False)],
 )
 def test_a_prediction_may_be_a_fifth_off(predicted, measured, holds):
     check = scale.Check("what", "size", predicted, measured, "s")
