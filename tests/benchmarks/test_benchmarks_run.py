@@ -27,6 +27,7 @@ def run(monkeypatch, *arguments):
     return command.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in command.names() if name != "gpu"])
 def test_a_benchmark_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
