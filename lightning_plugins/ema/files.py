@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins._validation import one_of
+from lightning_plugins._validation import a_path, one_of, shown
 from lightning_plugins.ema.tensors import clean_name, fill
 
 RECORD_KEY = "lightning_plugins_ema"
@@ -137,7 +137,7 @@ def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, sour
     if average is None:
         there = sorted({*contents.averages, *([contents.name] if contents.name else [])})
         has = f"it has {', '.join(map(repr, there))}" if there else "it has none, only the trained weights"
-        raise ValueError(f"`name` must be that of an average in {source}, got {name!r}; {has}.")
+        raise ValueError(f"`name` must be that of an average in {source}, got {shown(name)}; {has}.")
     fill(state, average)
     return state
 
@@ -152,7 +152,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: If it is no checkpoint file, or needs more than tensors and plain values to load without trust.
     """
-    path = Path(path)
+    path = Path(a_path("checkpoint_path", path))
     if not path.is_file():
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
     try:

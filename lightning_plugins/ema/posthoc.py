@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._progress import with_progress
-from lightning_plugins._validation import whole_number
+from lightning_plugins._validation import a_path, whole_number
 from lightning_plugins.ema.decay import power_exponent
 from lightning_plugins.ema.snapshots import Snapshot, list_snapshots, read_frozen
 
@@ -79,7 +79,8 @@ def synthesize_ema(
         ValueError: If the directory has no snapshots, ``step`` is none of theirs, or ``sigma_rel`` is out of range.
     """
     power_exponent(sigma_rel)
-    snapshots = list_snapshots(dirpath)
+    sigma_rel = float(sigma_rel)
+    snapshots = list_snapshots(a_path("dirpath", dirpath))
     if not snapshots:
         raise ValueError(f"`dirpath` must be a directory with snapshots of PostHocEMA, got {str(dirpath)!r}.")
     there = [snapshot.step for snapshot in snapshots]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins._validation import one_of, whole_number
+from lightning_plugins._validation import a_list, a_path, one_of, whole_number
 from lightning_plugins.ema.decay import PowerDecay
 from lightning_plugins.ema.follower import WeightFollower
 from lightning_plugins.ema.restore import check_fit
@@ -66,12 +66,12 @@ class PostHocEMA(WeightFollower):
         file_format: Literal["torch", "safetensors"] = "torch",
     ) -> None:
         super().__init__(start_step=0, every=1)
-        self.sigma_rels = tuple(float(sigma) for sigma in sigma_rels)
-        self.rules = [PowerDecay(sigma) for sigma in self.sigma_rels]
+        self.rules = [PowerDecay(sigma) for sigma in a_list("sigma_rels", sigma_rels, "a list of numbers")]
+        self.sigma_rels = tuple(rule.sigma_rel for rule in self.rules)
         if not self.rules or len(set(self.sigma_rels)) < len(self.rules):
             raise ValueError(f"`sigma_rels` must be one or more different numbers, got {self.sigma_rels}.")
         self.every_n_steps = whole_number("every_n_steps", every_n_steps, at_least=1, unit="steps")
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = None if dirpath is None else Path(a_path("dirpath", dirpath))
         self.dtype = one_of("dtype", dtype, ("float32", "float16", "bfloat16"))
         self.file_format = one_of("file_format", file_format, FORMATS)
         self._shadows: list[Shadow] = []

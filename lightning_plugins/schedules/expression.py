@@ -7,6 +7,7 @@ import difflib
 import operator
 from typing import Any
 
+from lightning_plugins._validation import shown
 from lightning_plugins.schedules.configuration import known_schedules
 from lightning_plugins.schedules.curves import NAMED_CURVES
 from lightning_plugins.schedules.durations import check_duration
@@ -89,7 +90,7 @@ def _keywords(node: ast.Call) -> dict[str, Any]:
 
 def _factors(left: Any, right: Any) -> tuple[Any, Any]:
     if not any(isinstance(side, Schedule) for side in (left, right)):
-        raise ValueError(f"`*` multiplies a schedule with a schedule or a number, got {left!r} and {right!r}.")
+        raise ValueError(f"`*` multiplies a schedule with a schedule or a number, got {shown(left)} and {right!r}.")
     return left, right
 
 
@@ -100,6 +101,6 @@ def _check_text(text: str) -> str:
         except ValueError:
             shapes = ", ".join(map(repr, NAMED_CURVES))
             raise ValueError(
-                f"a text must be a duration such as '5%' or '2ep', or one of {shapes}, got {text!r}."
+                f"a text must be a duration such as '5%' or '2ep', or one of {shapes}, got {shown(text)}."
             ) from None
     return text

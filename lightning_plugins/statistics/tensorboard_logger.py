@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer
-from lightning_plugins._validation import one_of
+from lightning_plugins._validation import a_path, one_of, shown
 from lightning_plugins.statistics.event_file import EventFile, Scalars, hyperparameter_summaries
 from lightning_plugins.statistics.reader import StatisticsReader
 from lightning_plugins.statistics.remote import is_remote
@@ -65,11 +65,9 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         axis: Literal["step", "epoch", "samples", "time"] = "step",
     ) -> None:
         super().__init__()
-        if not isinstance(root, (str, Path)):
-            raise TypeError(f"`root` must be a path, got {root!r}.")
-        if is_remote(str(root)):
-            raise ValueError(f"`root` must be a local directory, got {str(root)!r}.")
-        self.root = str(root)
+        self.root = a_path("root", root)
+        if is_remote(self.root):
+            raise ValueError(f"`root` must be a local directory, got {shown(self.root)}.")
         self.axis = one_of("axis", axis, ("step", "epoch", "samples", "time"))
         self._key = f"{type(self).__qualname__}{{root={self.root!r}, axis={self.axis!r}}}"
         self._stamp = ""
