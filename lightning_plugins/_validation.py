@@ -32,6 +32,11 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # noqa: BLE001  # it may raise anything
         return f"a {type(value).__name__} that cannot be shown"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """Return a text as it is, or the beginning of a very long one and how long it is."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
