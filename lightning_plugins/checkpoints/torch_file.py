@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def load_pickled(path: Path, *, trust: bool) -> Any:
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"  # files of torch < 1.6 are not, and cannot be mapped
     try:
-        return torch.load(path, map_location="cpu", mmap=is_archive, weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on how the file was written
+            return torch.load(path, map_location="cpu", mmap=is_archive, weights_only=not trust)
     except pickle.UnpicklingError as error:
         names = _named_classes(path, error)
         if names:
@@ -64,8 +67,6 @@ def load_pickled(path: Path, *, trust: bool) -> Any:
                 f"whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
             ) from error
         raise CheckpointError(unreadable(path, _reason(error))) from error
-    except OSError:
-        raise
     except Exception as error:  # damaged bytes, or, when trusted, whatever the file's own code raises
         raise CheckpointError(unreadable(path, error)) from error
 

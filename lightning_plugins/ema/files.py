@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_plugins._files import read_plain
 from lightning_plugins._validation import a_path, one_of, shown
 from lightning_plugins.ema.tensors import clean_name, fill
 
@@ -156,14 +156,13 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
     try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
+        loaded: dict[str, Any] = read_plain(path, trust=trust)
     except pickle.UnpicklingError as error:
-        what = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise ValueError(
-            f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({what}). If you trust "
+            f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({error}). If you trust "
             "whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except ValueError as error:
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {path} cannot be read: {error}") from error
     has_state = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping)
     if not has_state:
