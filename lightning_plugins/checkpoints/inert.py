@@ -82,7 +82,7 @@ class Inert(dict[Any, Any]):
     __hash__ = object.__hash__  # type: ignore[assignment]  # it may have been a key of a dictionary
 
 
-class _InertUnpickler(pickle.Unpickler):
+class _InertUnpickler(pickle._Unpickler):  # in Python: the one in C makes room for whatever number a pickle names
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]

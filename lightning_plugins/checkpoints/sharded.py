@@ -46,8 +46,11 @@ _INDEX_CLASSES = {
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Loads an index, and refuses the classes that no index has: it is a plain pickle, which could run anything."""
+class _IndexUnpickler(pickle._Unpickler):
+    """Loads an index, and refuses the classes that no index has: it is a plain pickle, which could run anything.
+
+    The unpickler in Python, because the one in C makes room for whatever number a pickle names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = (module, name) in _INDEX_CLASSES

@@ -54,7 +54,10 @@ def load_pickled(path: Path, *, trust: bool) -> Any:
         CheckpointError: If the file is damaged, or needs more than tensors and plain values and is not trusted.
     """
     with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"  # files of torch < 1.6 are not, and cannot be mapped
+        start = file.read(300)
+    is_archive = start.startswith(b"PK\x03\x04")  # files of torch < 1.6 are not, and cannot be mapped
+    if start[257:262] == b"ustar":
+        raise CheckpointError(f"{path} is a tar archive of a torch before 0.2; load and save it with torch first.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on how the file was written

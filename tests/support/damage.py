@@ -95,9 +95,12 @@ def bounded(seconds=60, gigabytes=3):
     handler = signal.signal(signal.SIGALRM, hangs)
     resource.setrlimit(resource.RLIMIT_AS, (used + gigabytes * 2**30, limits[1]))
     signal.alarm(seconds)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - largest
+        assert grown < 2**20, f"{grown // 1024} megabytes more"
