@@ -19,6 +19,7 @@ from lightning_plugins.ema.snapshots import FORMATS, Loaded, set_aside, write_fr
 from lightning_plugins.ema.tensors import clean_name, gather, local
 
 POSTHOC_KEY = "lightning_plugins_posthoc_ema"
+_FOLDER = "posthoc_ema"
 
 
 class PostHocEMA(WeightFollower):
@@ -77,6 +78,7 @@ class PostHocEMA(WeightFollower):
         self._shadows: list[Shadow] = []
         self._restored: list[dict[str, Tensor]] | None = None
         self._directory: Path | None = None
+        self._claimed: Path | None = None  # where a file says that its run wrote
         self._written = 0  # step of the last snapshot
 
     @property
@@ -112,7 +114,7 @@ class PostHocEMA(WeightFollower):
         if self._restored is not None:
             self._pace.load_state_dict(state_dict)
             self._written = state_dict["written"]
-            self._directory = Path(state_dict["directory"])
+            self._claimed = Path(a_path("directory", state_dict["directory"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on, to count and to average, in a directory without traces of another run."""
@@ -121,7 +123,7 @@ class PostHocEMA(WeightFollower):
         for shadow in self._shadows:
             shadow.rebind()
         super().on_train_start(trainer, pl_module)
-        self._directory = self.dirpath or self._directory or _beside_checkpoints(trainer)
+        self._directory = self.dirpath or self._known_directory(trainer) or _beside_checkpoints(trainer)
         if trainer.is_global_zero and self._directory.is_dir():
             moved = set_aside(self._directory, after=self._pace.last)
             if moved is not None:
@@ -157,6 +159,22 @@ class PostHocEMA(WeightFollower):
             for shadow in self._shadows:
                 shadow.rebind()
 
+    def _known_directory(self, trainer: Trainer) -> Path | None:
+        """Return where an earlier fit, or the run that is resumed, wrote; a file may not choose any other place."""
+        if self._claimed is None:
+            return self._directory
+        claimed, self._claimed = self._claimed, None
+        beside = Path(str(trainer.ckpt_path)).absolute().parent.parent / _FOLDER
+        places = (beside, _beside_checkpoints(trainer).absolute())
+        root = Path(trainer.default_root_dir).resolve()
+        if claimed.absolute() in places or (claimed.name == _FOLDER and claimed.resolve().is_relative_to(root)):
+            return claimed
+        rank_zero_info(
+            f"PostHocEMA: the snapshots of the run that is resumed are said to lie in {claimed}, neither beside its "
+            "checkpoint nor below the Trainer's directory. Pass `dirpath` to go on there."
+        )
+        return None
+
     def _begin(self, pl_module: LightningModule) -> None:
         self._build(pl_module)
 
@@ -176,7 +194,7 @@ class PostHocEMA(WeightFollower):
         self._restored = None
 
     def _forget(self) -> None:
-        self._shadows, self._restored, self._directory, self._written = [], None, None, 0
+        self._shadows, self._restored, self._directory, self._claimed, self._written = [], None, None, None, 0
         self._pace.reset()
 
     def _write(self, trainer: Trainer, n: int) -> None:
@@ -211,4 +229,4 @@ class PostHocEMA(WeightFollower):
 def _beside_checkpoints(trainer: Trainer) -> Path:
     """Return ``posthoc_ema/`` beside the directory of the run's checkpoints."""
     dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return (Path(dirpath).parent if dirpath else Path(trainer.default_root_dir)) / "posthoc_ema"
+    return (Path(dirpath).parent if dirpath else Path(trainer.default_root_dir)) / _FOLDER

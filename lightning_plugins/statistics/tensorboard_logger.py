@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning_plugins.statistics.remote import is_remote
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Row
 
 _VERSION = 1
+_STAMP = re.compile(r"[\w-]{0,200}")  # one name below the root, whatever a file says; empty in a file of before the fit
 
 
 class TensorBoardStatisticsLogger(StatisticsReader):
@@ -155,6 +157,16 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         if self._recorder is not None:
             self._recorder.flush()
         return {"version": _VERSION, "stamp": self._stamp, "last": dict(self._last), "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the place until the fit begins, if it lies in the directory of the runs."""
+        stamp = state_dict["stamp"]
+        if not isinstance(stamp, str) or _STAMP.fullmatch(stamp) is None:
+            raise MisconfigurationException(
+                "The checkpoint's `stamp` of TensorBoardStatisticsLogger must be the name of a run, "
+                f"got {shown(stamp)}."
+            )
+        super().load_state_dict(state_dict)
 
     def _place(self, row: Row) -> int:
         """Return the row's place on the x axis, and remember that the phase got there."""

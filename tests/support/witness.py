@@ -75,9 +75,9 @@ def _writes(mode, flags):
 def outside(events, *folders):
     """Return the paths that were changed and lie in none of ``folders``, links followed."""
     allowed = [Path(folder).resolve() for folder in folders]
-    nowhere = {Path(os.devnull)}
+    changed = {path for path in paths_changed(events) if "__pycache__" not in path.parts}  # of what is imported
     return sorted(
         path
-        for path in set(paths_changed(events)) - nowhere
+        for path in changed - {Path(os.devnull)}
         if not any((path.parent.resolve() / path.name).is_relative_to(folder) for folder in allowed)
     )
