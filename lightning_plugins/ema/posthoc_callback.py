@@ -34,7 +34,8 @@ class PostHocEMA(WeightFollower):
         every_n_steps: Applied steps between two snapshots; at least 1. A last one is written when fit ends. Some tens
             of snapshots over a run are enough.
         dirpath: Directory of the snapshots; ``None`` for ``posthoc_ema/`` beside the run's checkpoints. A resumed run
-            goes on in the directory that it began in.
+            goes on in the directory that it began in if that lies beside its checkpoint or below the Trainer's root
+            directory; a checkpoint cannot name any other place.
         dtype: Type in which snapshots are stored: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` at half the size
             and three or two digits. The averages themselves are kept in float32.
         file_format: ``"torch"`` or ``"safetensors"``, which needs the package of that name.

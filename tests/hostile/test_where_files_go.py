@@ -171,6 +171,24 @@ def test_a_run_that_was_moved_goes_on_beside_its_checkpoint(tmp_path, given, sto
     assert not given.exists()
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_a_run_of_the_next_version_goes_on_where_the_first_wrote(given):
+    """Lightning's loggers give a resumed run a directory of its own; the snapshots stay together in the first one's."""
+    for epochs in (1, 2):
+        found = sorted(given.rglob("*.ckpt"))
+        trainer = make_trainer(
+            given,
+            callbacks=[PostHocEMA(every_n_steps=2)],
+            logger=pl.loggers.CSVLogger(given),
+            enable_checkpointing=True,
+            max_epochs=epochs,
+        )
+        trainer.fit(make_module(), loader(4), ckpt_path=found[0] if found else None)
+    assert sorted(path.name for path in given.rglob("version_*")) == ["version_0", "version_1"]
+    names = sorted(path.name for path in (given / "lightning_logs" / "version_0" / "posthoc_ema").iterdir())
+    assert names == [f"step={step:010d}.pt" for step in (2, 4, 6, 8)]
+
+
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "", "..", "sub/../../evil.distcp", "link"])
 def test_an_index_that_points_outside_is_refused(tmp_path, given, name):
     folder, evil = given / "sharded", tmp_path / "evil.distcp"
