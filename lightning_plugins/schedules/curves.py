@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_plugins._lazy import by_import_path
-
 from lightning_plugins._validation import shown
 
 Curve: TypeAlias = Callable[[float], float]
