@@ -34,8 +34,8 @@ class PostHocEMA(WeightFollower):
         every_n_steps: Applied steps between two snapshots; at least 1. A last one is written when fit ends. Some tens
             of snapshots over a run are enough.
         dirpath: Directory of the snapshots; ``None`` for ``posthoc_ema/`` beside the run's checkpoints. A resumed run
-            goes on in the directory that it began in if that lies beside its checkpoint or below the Trainer's root
-            directory; a checkpoint cannot name any other place.
+            goes on in the directory that it began in if that lies beside or below its checkpoint's or below the
+            Trainer's root directory; a checkpoint cannot name any other place.
         dtype: Type in which snapshots are stored: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` at half the size
             and three or two digits. The averages themselves are kept in float32.
         file_format: ``"torch"`` or ``"safetensors"``, which needs the package of that name.
@@ -165,10 +165,11 @@ class PostHocEMA(WeightFollower):
         if self._claimed is None:
             return self._directory
         claimed, self._claimed = self._claimed, None
-        beside = Path(str(trainer.ckpt_path)).absolute().parent.parent / _FOLDER
-        places = (beside, _beside_checkpoints(trainer).absolute())
-        root = Path(trainer.default_root_dir).resolve()
-        if claimed.absolute() in places or (claimed.name == _FOLDER and claimed.resolve().is_relative_to(root)):
+        folder = Path(str(trainer.ckpt_path)).resolve().parent  # the checkpoint's
+        places = (folder.parent / _FOLDER, _beside_checkpoints(trainer).resolve())
+        above = (folder, Path(trainer.default_root_dir).resolve())
+        place = claimed.resolve()
+        if place in places or any(place.is_relative_to(root) for root in above):
             return claimed
         rank_zero_info(
             f"PostHocEMA: the snapshots of the run that is resumed are said to lie in {claimed}, neither beside its "

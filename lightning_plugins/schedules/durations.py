@@ -45,7 +45,7 @@ def check_duration(name: str, value: Any, *, rest: bool = False) -> Duration:
         TypeError: If ``value`` is of another type.
         ValueError: If it is negative, or a share or a text that cannot be read.
     """
-    if rest and (value is None or value == "rest"):
+    if rest and (value is None or (isinstance(value, str) and value == "rest")):
         return None
     if isinstance(value, str):
         return _check_text(name, value)

@@ -254,7 +254,7 @@ FILES = {
         "overwrite": False,
         "progress": False,
     },
-    "extract_weights": {"checkpoint_path": "1.ckpt", "which": "raw", "name": "ema"},
+    "extract_weights": {"checkpoint_path": "1.ckpt", "which": "raw", "name": "ema", "trust": False},
     "greedy_soup": {"paths": ["1.ckpt", "2.ckpt"], "score": lambda state: 1.0, "mode": "max", "trust": False},
     "select_checkpoints": {
         "dirpath": ".",
@@ -265,7 +265,7 @@ FILES = {
         "min_epoch": None,
         "max_epoch": None,
     },
-    "synthesize_ema": {"dirpath": "snapshots", "sigma_rel": 0.1, "step": None},
+    "synthesize_ema": {"dirpath": "snapshots", "sigma_rel": 0.1, "step": None, "progress": False},
 }
 
 
