@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +91,36 @@ def write_state_dict(state_dict: Mapping[str, Tensor], output: str | Path, *, ov
 
             torch.save(dict(state_dict), file)
     return path
+
+
+def read_plain(path: Path, *, trust: bool = False) -> Any:
+    """Return what ``torch.save`` wrote, its tensors mapped from the file; nothing that the file names is run.
+
+    Args:
+        path: The file.
+        trust: Load whatever the file names all the same, which runs code that it chooses.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        pickle.UnpicklingError: If it holds more than tensors and plain values, or its pickle is damaged.
+        ValueError: If it is damaged. Either message is the reason alone, on one line.
+    """
+    import torch  # noqa: PLC0415  # what only lists files needs no torch
+
+    path.open("rb").close()  # what cannot be opened is no damaged file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on how the file was written
+            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(first_line(str(error).split("WeightsUnpickler error:")[-1])) from error
+    except Exception as error:  # damaged bytes can raise anything
+        raise ValueError(first_line(error)) from error
+
+
+def first_line(error: object) -> str:
+    """Return the beginning of what an error says, on one line; its type's name if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def _umask() -> int:

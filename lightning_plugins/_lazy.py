@@ -45,5 +45,5 @@ def by_import_path(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # a path such as "..x" is a TypeError
         raise ImportError(str(error)) from error

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+import os
+import sys
+from collections.abc import Collection, Iterable
 from typing import Any
+
+_LONGEST = 500  # characters of a value in a message; what is longer nobody reads
 
 
 class LightningPluginsWarning(UserWarning):
     """A run that is legal but probably not what was meant; filter it by this class."""
 
 
+def shown(value: Any) -> str:
+    """Return how a message shows what a user gave: its ``repr``, shortened, and something else where that fails.
+
+    A ``repr`` is the value's own code, Python's refuses numbers of many digits and very deep lists, and a message must
+    come out all the same.
+
+    Example:
+        >>> shown("5%"), shown(10**9000)
+        ("'5%'", 'a whole number of 29898 bits')
+    """
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # it may raise anything
+        return f"a {type(value).__name__} that cannot be shown"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """Return a text as it is, or the beginning of a very long one and how long it is."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+
+
 def whole_number(name: str, value: Any, *, at_least: int = 0, unit: str = "") -> int:
     """Return ``value`` as an ``int``, or raise when it is not a whole number of at least ``at_least``.
+
+    The largest that is taken is ``sys.maxsize``: nothing counts further, and floats still hold its quotients.
 
     Args:
         name: The argument's name, for the message.
@@ -32,11 +62,14 @@ def whole_number(name: str, value: Any, *, at_least: int = 0, unit: str = "") ->
         ValueError: `warmup` must be at least 0 steps, got -3.
     """
     what = f" of {unit}" if unit else ""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be a whole number{what}, got {value!r}.")
-    number = operator.index(value)
+    try:
+        number = operator.index(_no_truth_value(value))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # tensors of several numbers, for one
+        raise TypeError(f"`{name}` must be a whole number{what}, got {shown(value)}.") from error
     if number < at_least:
-        raise ValueError(f"`{name}` must be at least {at_least}{' ' + unit if unit else ''}, got {number}.")
+        raise ValueError(f"`{name}` must be at least {at_least}{' ' + unit if unit else ''}, got {shown(number)}.")
+    if number > sys.maxsize:
+        raise ValueError(f"`{name}` must be at most {sys.maxsize}{' ' + unit if unit else ''}, got {shown(number)}.")
     return number
 
 
@@ -69,20 +102,39 @@ def real_number(
         ...
         ValueError: `decay` must be at least 0 and at most 1, got 1.5.
     """
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}` must be finite, got {value!r}.")
+    try:
+        number = _plain_number(_no_truth_value(value))
+    except OverflowError as error:
+        raise ValueError(f"`{name}` must be a number that a float can hold, got {shown(value)}.") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be a number, got {shown(value)}.") from error
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite, got {shown(value)}.")
     limits = [
-        (above, value > above, "above"),
-        (at_least, value >= at_least, "at least"),
-        (at_most, value <= at_most, "at most"),
-        (below, value < below, "below"),
+        (above, number > above, "above"),
+        (at_least, number >= at_least, "at least"),
+        (at_most, number <= at_most, "at most"),
+        (below, number < below, "below"),
     ]
     if not all(kept for _, kept, _ in limits):
         rule = " and ".join(f"{word} {limit:g}" for limit, _, word in limits if math.isfinite(limit))
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
-    return value if isinstance(value, (int, float)) else float(value)
+        raise ValueError(f"`{name}` must be {rule}, got {shown(value)}.")
+    return number
+
+
+def _plain_number(value: Any) -> float:
+    """Return ``value`` as an ``int`` or ``float`` that a float can hold."""
+    if isinstance(value, (str, bytes, bytearray)) or not hasattr(value, "__float__"):
+        raise TypeError("not a number")
+    number = float(value.detach() if hasattr(value, "detach") else value)
+    return int(value) if isinstance(value, int) else number
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Return ``value``, or raise when it is a truth value, NumPy's and torch's included, or a class."""
+    if isinstance(value, (bool, type)) or str(getattr(value, "dtype", "")).endswith("bool"):
+        raise TypeError("a truth value or a class")
+    return value
 
 
 def true_or_false(name: str, value: Any) -> bool:
@@ -92,7 +144,7 @@ def true_or_false(name: str, value: Any) -> bool:
         TypeError: If ``value`` is something else.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+        raise TypeError(f"`{name}` must be True or False, got {shown(value)}.")
     return value
 
 
@@ -109,5 +161,48 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
         ValueError: `mode` must be one of 'min', 'max', got 'up'.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-    return value
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {shown(value)}.")
+    return next(choice for choice in choices if choice == value)
+
+
+def a_list(name: str, value: Any, what: str = "a list") -> list[Any]:
+    """Return ``value`` as a list, or raise when it is one thing, a text included.
+
+    Raises:
+        TypeError: If ``value`` cannot be gone through.
+    """
+    if not isinstance(value, (str, bytes)) and isinstance(value, Iterable):
+        try:
+            return list(value)
+        except (TypeError, RuntimeError):  # arrays and tensors without dimensions say that they can, and cannot
+            pass
+    raise TypeError(f"`{name}` must be {what}, got {shown(value)}.")
+
+
+def a_path(name: str, value: Any) -> str:
+    """Return ``value`` as text, or raise when it is no path.
+
+    Raises:
+        TypeError: If ``value`` is neither a text nor a path.
+        ValueError: If no file can have that name.
+
+    Example:
+        >>> a_path("output", 5)
+        Traceback (most recent call last):
+        ...
+        TypeError: `output` must be a path, got 5.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"`{name}` must be a path, got {shown(value)}.")
+    text = str(os.fspath(value))
+    if not text or "\0" in text or not _encodes(text):
+        raise ValueError(f"`{name}` must be a path that a file can have, got {shown(value)}.")
+    return text
+
+
+def _encodes(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True

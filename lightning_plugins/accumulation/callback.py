@@ -17,6 +17,7 @@ from lightning_plugins._lightning import (
     torch_optimizers,
 )
 from lightning_plugins._run import AccumulationPlan
+from lightning_plugins._validation import true_or_false
 from lightning_plugins.accumulation.carrying import CarriedWindows
 from lightning_plugins.accumulation.counting import Count, CountCheck, CountedBy, as_count, counter
 from lightning_plugins.accumulation.trainers import (
@@ -85,7 +86,7 @@ class GradientAccumulation(Callback):
         self.effective_batch_size = effective_batch_size
         self.schedule = dict(schedule) if schedule is not None else None
         self.count = count
-        self.carry = carry
+        self.carry = true_or_false("carry", carry)
         self._state_key = self._generate_state_key(  # once: Lightning's profiler asks for it at every hook
             batches=batches, effective_batch_size=effective_batch_size, schedule=self.schedule, carry=carry
         )

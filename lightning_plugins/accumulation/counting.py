@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_plugins._validation import one_of
+from lightning_plugins._validation import one_of, shown, whole_number
 from lightning_plugins.accumulation.batches import batch_length, look_up
 
 Count = int | float | Tensor
@@ -16,6 +16,8 @@ Count = int | float | Tensor
 
 CountedBy: TypeAlias = Literal["samples"] | Callable[[Any], Any]
 """How to count; not just any text, so that a configuration's import path is known for a function."""
+
+_LEAST = -(2**63)  # of an index or a label
 
 
 class Tokens:
@@ -35,11 +37,9 @@ class Tokens:
 
     def __init__(self, key: str | int, ignore_index: int = -100) -> None:
         if isinstance(key, bool) or not isinstance(key, (str, int)):
-            raise TypeError(f"`key` must be a field's name or index, got {key!r}.")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"`ignore_index` must be a whole number, got {ignore_index!r}.")
-        self.key = key
-        self.ignore_index = ignore_index
+            raise TypeError(f"`key` must be a field's name or index, got {shown(key)}.")
+        self.key = key if isinstance(key, str) else whole_number("key", key, at_least=_LEAST)
+        self.ignore_index = whole_number("ignore_index", ignore_index, at_least=_LEAST)
 
     def __call__(self, batch: Any) -> Tensor:
         """Return the number of tokens, on the batch's device."""
@@ -63,7 +63,7 @@ def counter(count: str | Callable[[Any], Any]) -> Callable[[Any], Count]:
         one_of("count", count, ("samples",))
         return _samples
     if not callable(count):
-        raise TypeError(f'`count` must be "samples", Tokens(key) or a function of the batch, got {count!r}.')
+        raise TypeError(f'`count` must be "samples", Tokens(key) or a function of the batch, got {shown(count)}.')
     return lambda batch: as_count(count(batch))
 
 
@@ -89,9 +89,9 @@ def as_count(value: Any) -> Count:
     if hasattr(value, "item"):  # a NumPy number
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`count` must return one number, got {value!r}.")
+        raise TypeError(f"`count` must return one number, got {shown(value)}.")
     if not 0 <= value < float("inf"):
-        raise ValueError(f"`count` must return a finite number of at least 0, got {value!r}.")
+        raise ValueError(f"`count` must return a finite number of at least 0, got {shown(value)}.")
     return value
 
 

@@ -15,7 +15,7 @@ from lightning_plugins._lightning import (
     rank_zero_warn,
     torch_optimizers,
 )
-from lightning_plugins._validation import LightningPluginsWarning, whole_number
+from lightning_plugins._validation import LightningPluginsWarning, shown, whole_number
 from lightning_plugins.accumulation.batches import batch_length, even_sizes
 from lightning_plugins.accumulation.counting import CountedBy, counter
 from lightning_plugins.accumulation.piecelogs import BatchMetrics
@@ -62,7 +62,7 @@ class MicroBatching(Callback):
     def __init__(self, size: int | str = "auto", *, count: CountedBy = "samples") -> None:
         if isinstance(size, str):
             if size != "auto":
-                raise ValueError(f'`size` must be a number of samples or "auto", got {size!r}.')
+                raise ValueError(f'`size` must be a number of samples or "auto", got {shown(size)}.')
         else:
             size = whole_number("size", size, at_least=1, unit="samples")
         counter(count)

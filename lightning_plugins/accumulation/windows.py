@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_plugins._validation import whole_number
+from lightning_plugins._validation import shown, whole_number
 
 
 def plan_changes(
@@ -15,7 +15,7 @@ def plan_changes(
         ValueError: If one is below 1, or the schedule does not begin at step 0.
     """
     names = {"batches": batches, "effective_batch_size": effective_batch_size, "schedule": schedule}
-    given = [f"{name}={value!r}" for name, value in names.items() if value is not None]
+    given = [f"{name}={shown(value)}" for name, value in names.items() if value is not None]
     if len(given) != 1:
         got = " and ".join(given) or "none"
         raise TypeError(f"exactly one of `batches`, `effective_batch_size` and `schedule` must be given, got {got}.")
@@ -25,12 +25,12 @@ def plan_changes(
     if schedule is None:
         return ((0, whole_number("batches", batches, at_least=1, unit="batches")),)
     if not isinstance(schedule, dict) or 0 not in schedule:
-        raise ValueError(f"`schedule` must map steps to batches and begin at step 0, got {schedule!r}.")
+        raise ValueError(f"`schedule` must map steps to batches and begin at step 0, got {shown(schedule)}.")
     return tuple(
         sorted(
             (
                 whole_number("schedule", step, at_least=0, unit="steps"),
-                whole_number(f"schedule[{step}]", number, at_least=1, unit="batches"),
+                whole_number(f"schedule[{shown(step)}]", number, at_least=1, unit="batches"),
             )
             for step, number in schedule.items()
         )

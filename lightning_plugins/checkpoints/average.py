@@ -13,7 +13,7 @@ import torch
 
 from lightning_plugins._files import check_output
 from lightning_plugins._progress import progress_bar
-from lightning_plugins._validation import LightningPluginsWarning, real_number
+from lightning_plugins._validation import LightningPluginsWarning, a_list, a_path, real_number, shown, true_or_false
 from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.recipe import Recipe
 
@@ -75,7 +75,9 @@ def average_checkpoints(
         Vaswani et al., Attention Is All You Need, 2017 (arXiv:1706.03762), section 6.1: the last 5 or 20 checkpoints.
         Differs: nothing; the paper does not say how integers, ties and dtypes are treated.
     """
-    target = None if output is None else _output_path(output, overwrite=overwrite)
+    for name, flag in {"strict": strict, "trust": trust, "allow_nonfinite": allow_nonfinite}.items():
+        true_or_false(name, flag)
+    target = None if output is None else _output_path(output, overwrite=true_or_false("overwrite", overwrite))
     files = _distinct(paths)
     shares = normalised(weights, len(files))
     accumulate = _accumulation_dtype(dtype)
@@ -107,7 +109,8 @@ def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
     """
     if weights is None:
         return [1 / count] * count
-    values = [float(real_number("weights", value, at_least=0)) for value in weights]
+    given = a_list("weights", weights, "a list of numbers")
+    values = [float(real_number("weights", value, at_least=0)) for value in given]
     if len(values) != count:
         raise ValueError(f"`weights` must have one number for each of the {count} checkpoints, got {len(values)}.")
     total = math.fsum(values)
@@ -120,15 +123,17 @@ def _accumulation_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found is None and dtype is None:
         return torch.float32
-    if found not in (torch.float32, torch.float64):
-        raise ValueError(f"`dtype` must be torch.float32 or torch.float64, got {dtype!r}. Results keep their dtypes.")
+    if found is not torch.float32 and found is not torch.float64:
+        raise ValueError(
+            f"`dtype` must be torch.float32 or torch.float64, got {shown(dtype)}. Results keep their dtypes."
+        )
     return found
 
 
 def _output_path(output: str | Path, *, overwrite: bool) -> Path:
-    path = Path(output)
+    path = Path(a_path("output", output))
     if path.suffix not in (".ckpt", ".safetensors"):
-        raise ValueError(f"`output` must end in .ckpt or .safetensors, got {str(output)!r}.")
+        raise ValueError(f"`output` must end in .ckpt or .safetensors, got {shown(str(output))}.")
     check_output(path, overwrite=overwrite)
     return path
 
@@ -141,8 +146,10 @@ def _distinct(paths: Iterable[str | Path]) -> list[Path]:
         ValueError: If there are fewer than two, or two are the same file.
     """
     if isinstance(paths, (str, Path)):
-        raise TypeError(f"`paths` must be several paths, got {paths!r}. select_checkpoints lists those of a directory.")
-    files = [Path(path) for path in paths]
+        raise TypeError(
+            f"`paths` must be several paths, got {shown(paths)}. select_checkpoints lists those of a directory."
+        )
+    files = [Path(a_path("paths", path)) for path in a_list("paths", paths, "a list of paths")]
     if len(files) < 2:
         raise ValueError(f"`paths` must name at least two checkpoints, got {len(files)}.")
     seen: dict[Path, Path] = {}

@@ -17,7 +17,7 @@ from lightning_plugins._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_plugins._validation import LightningPluginsWarning, one_of, whole_number
+from lightning_plugins._validation import LightningPluginsWarning, a_path, one_of, shown, true_or_false, whole_number
 from lightning_plugins.checkpoints.batch_norm import batch_norms
 from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.kept import capacity, checkpoint_folder, followed, model_checkpoints
@@ -103,17 +103,19 @@ class CheckpointAveraging(Callback):
         compare: bool = True,
     ) -> None:
         if last is not None and best is not None:
-            raise ValueError(f"`last` and `best` cannot be given together, got last={last} and best={best}.")
+            raise ValueError(
+                f"`last` and `best` cannot be given together, got last={shown(last)} and best={shown(best)}."
+            )
         name, count = ("best", best) if best is not None else ("last", 5 if last is None else last)
         self.count = whole_number(name, count, at_least=2, unit="checkpoints")
         self.by_score = best is not None
-        if Path(output).suffix not in (".ckpt", ".safetensors"):
-            raise ValueError(f"`output` must end in .ckpt or .safetensors, got {str(output)!r}.")
+        self.output = a_path("output", output)
+        if Path(self.output).suffix not in (".ckpt", ".safetensors"):
+            raise ValueError(f"`output` must end in .ckpt or .safetensors, got {shown(self.output)}.")
         if not isinstance(refresh_batch_norm, bool):
             one_of("refresh_batch_norm", refresh_batch_norm, ("auto",))
-        self.output = str(output)
         self.refresh_batch_norm = refresh_batch_norm
-        self.compare = compare
+        self.compare = true_or_false("compare", compare)
         self.path: Path | None = None
         self.scores: dict[str, float] | None = None
         self.metric: str | None = None

@@ -82,7 +82,7 @@ class Inert(dict[Any, Any]):
     __hash__ = object.__hash__  # type: ignore[assignment]  # it may have been a key of a dictionary
 
 
-class _InertUnpickler(pickle.Unpickler):
+class _InertUnpickler(pickle._Unpickler):  # in Python: the one in C makes room for whatever number a pickle names
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
@@ -97,11 +97,18 @@ class _InertUnpickler(pickle.Unpickler):
 def _rebuild_v2(*arguments: Any) -> StoredTensor:
     storage, offset, shape, stride = arguments[:4]
     kind = storage[1].source.rpartition(".")[2]
-    return StoredTensor(str(storage[2]), _LEGACY_STORAGES.get(kind, torch.uint8), offset, tuple(shape), tuple(stride))
+    return _place(storage, _LEGACY_STORAGES.get(kind, torch.uint8), offset, shape, stride)
 
 
 def _rebuild_v3(*arguments: Any) -> StoredTensor:
     storage, offset, shape, stride, _, _, dtype = arguments[:7]
+    return _place(storage, dtype, offset, shape, stride)
+
+
+def _place(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
+    numbers = (offset, *shape, *stride)
+    if not isinstance(dtype, torch.dtype) or not all(type(number) is int for number in numbers):
+        raise UnreadableError("it holds a tensor of impossible sizes")
     return StoredTensor(str(storage[2]), dtype, offset, tuple(shape), tuple(stride))
 
 
@@ -132,15 +139,18 @@ class Archive:
         try:
             self._zip = zipfile.ZipFile(file)
             self._prefix = self._zip.infolist()[0].filename.partition("/")[0]
-            self.content: Any = _InertUnpickler(io.BytesIO(self._zip.read(f"{self._prefix}/data.pkl"))).load()
+            self.content: Any = _InertUnpickler(io.BytesIO(self._stored("data.pkl"))).load()
         except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
             raise UnreadableError(str(error) or type(error).__name__) from error
 
     def position(self, tensor: StoredTensor) -> int:
         """Return where the first byte of the tensor's storage lies in the file."""
-        entry = self._zip.getinfo(f"{self._prefix}/data/{tensor.key}")
-        with self._zip.open(entry):  # compares the entry's own header with the directory
-            pass
+        try:
+            entry = self._zip.getinfo(f"{self._prefix}/data/{tensor.key}")
+            with self._zip.open(entry):  # compares the entry's own header with the directory
+                pass
+        except Exception as error:  # damaged directories can raise anything
+            raise UnreadableError(str(error) or type(error).__name__) from error
         assert self._zip.fp is not None  # noqa: S101  # for the type checker: it is open
         self._zip.fp.seek(entry.header_offset + 26)
         lengths = self._zip.fp.read(4)
@@ -148,9 +158,18 @@ class Archive:
 
     def scalar(self, tensor: StoredTensor) -> float:
         """Return the one number in ``tensor``."""
-        data = bytearray(self._zip.read(f"{self._prefix}/data/{tensor.key}"))
-        start = tensor.offset * tensor.dtype.itemsize
-        return float(torch.frombuffer(data, dtype=tensor.dtype, offset=start, count=1))
+        try:
+            start, width = tensor.offset * tensor.dtype.itemsize, tensor.dtype.itemsize
+            number = bytearray(self._stored(f"data/{tensor.key}")[start : start + width])
+            return float(torch.frombuffer(number, dtype=tensor.dtype))
+        except Exception as error:  # as above
+            raise UnreadableError(str(error) or type(error).__name__) from error
+
+    def _stored(self, name: str) -> bytes:
+        entry = self._zip.getinfo(f"{self._prefix}/{name}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise UnreadableError(f"{name} is compressed, which torch never does")  # a few bytes can hide gigabytes
+        return self._zip.read(entry)
 
 
 def mapped(path: Path, position: int, tensor: StoredTensor, mappings: dict[Path, mmap.mmap]) -> Tensor:
@@ -165,6 +184,8 @@ def mapped(path: Path, position: int, tensor: StoredTensor, mappings: dict[Path,
     Raises:
         UnreadableError: If the file ends before the tensor does.
     """
+    if len(tensor.shape) != len(tensor.stride) or min((position, tensor.offset, *tensor.shape, *tensor.stride)) < 0:
+        raise UnreadableError(f"{path.name} holds a tensor of impossible sizes")
     if 0 in tensor.shape:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     if path not in mappings:

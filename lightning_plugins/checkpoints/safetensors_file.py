@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lightning_plugins._validation import shortened, shown, whole_number
 from lightning_plugins.checkpoints.inert import StoredTensor, mapped
 from lightning_plugins.checkpoints.source import Checkpoint, CheckpointError, TensorSpec
 
@@ -50,11 +51,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         text = file.read(length) if length <= _LARGEST_HEADER else b""
     try:
         header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: its safetensors header is damaged.") from error
-    if len(text) < length or not isinstance(header, dict):
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: its safetensors header is damaged.")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(_damaged(path)) from error
+    if len(text) < length or not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+        raise CheckpointError(_damaged(path))
     return header, 8 + length
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} cannot be read as a checkpoint: its safetensors header is damaged."
 
 
 class SafetensorsFile(Checkpoint):
@@ -70,11 +75,12 @@ class SafetensorsFile(Checkpoint):
         size = path.stat().st_size
         for name, entry in sorted(entries.items(), key=lambda item: _offsets(item[1], path)):
             start, stop = _offsets(entry, path)
-            if entry.get("dtype") not in _CODES:
-                raise CheckpointError(f"`{name}` in {path} has the dtype {entry.get('dtype')}, which is not known.")
-            spec = TensorSpec(_CODES[entry["dtype"]], tuple(entry["shape"]))
+            if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _CODES:
+                what = shown(entry.get("dtype"))
+                raise CheckpointError(f"`{shortened(name)}` in {path} has the dtype {what}, which is not known.")
+            spec = TensorSpec(_CODES[entry["dtype"]], _shape(entry, path))
             if spec.nbytes != stop - start or self._begin + stop > size:
-                raise CheckpointError(f"{path} cannot be read as a checkpoint: `{name}` is cut off.")
+                raise CheckpointError(f"{path} cannot be read as a checkpoint: `{shortened(name)}` is cut off.")
             self.specs[name], self._starts[name] = spec, start
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
@@ -90,9 +96,16 @@ class SafetensorsFile(Checkpoint):
 def _offsets(entry: Any, path: Path) -> tuple[int, int]:
     try:
         start, stop = entry["data_offsets"]
-        return int(start), int(stop)
+        return whole_number("data_offsets", start), whole_number("data_offsets", stop, at_least=start)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: its safetensors header is damaged.") from error
+        raise CheckpointError(_damaged(path)) from error
+
+
+def _shape(entry: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    try:
+        return tuple(whole_number("shape", size) for size in entry["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(_damaged(path)) from error
 
 
 def parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -103,7 +116,7 @@ def parse_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return text
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins._validation import LightningPluginsWarning, whole_number
+from lightning_plugins._validation import LightningPluginsWarning, a_path, shown, whole_number
 from lightning_plugins.checkpoints.inert import Archive, StoredTensor, UnreadableError
 from lightning_plugins.checkpoints.recipe import MANIFEST
 from lightning_plugins.checkpoints.safetensors_file import parse_metadata, read_header
@@ -185,7 +185,7 @@ def select_checkpoints(
         >>> [path.name for path in select_checkpoints(folder, last=2)]
         ['20.ckpt', '100.ckpt']
     """
-    dirpath = Path(dirpath)
+    dirpath = Path(a_path("dirpath", dirpath))
     if not dirpath.is_dir():
         raise NotADirectoryError(f"{dirpath} is not a directory.")
     limits = Limits(min_step, max_step, min_epoch, max_epoch)
@@ -205,9 +205,9 @@ class Limits:
     max_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name, value in dict(vars(self)).items():
             if value is not None:
-                whole_number(name, value)
+                self.__dict__[name] = whole_number(name, value)  # past the frozen dataclass's __setattr__
         for low, high in (("min_step", "max_step"), ("min_epoch", "max_epoch")):
             bottom, top = getattr(self, low), getattr(self, high)
             if bottom is not None and top is not None and bottom > top:
@@ -240,10 +240,9 @@ def choose(
 ) -> Selection:
     """Choose among checkpoints as :func:`select_checkpoints` does, which documents the arguments."""
     if last is not None and best is not None:
-        raise ValueError(f"`last` and `best` cannot be given together, got last={last} and best={best}.")
-    for name, number in (("last", last), ("best", best)):
-        if number is not None:
-            whole_number(name, number, at_least=1, unit="checkpoints")
+        raise ValueError(f"`last` and `best` cannot be given together, got last={shown(last)} and best={shown(best)}.")
+    last = None if last is None else whole_number("last", last, at_least=1, unit="checkpoints")
+    best = None if best is None else whole_number("best", best, at_least=1, unit="checkpoints")
     records, notes = _usable([read_record(path) for path in paths])
     records = [record for record in records if limits is None or limits.admit(record)]
     scores, mode = known_scores(records)

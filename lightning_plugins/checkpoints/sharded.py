@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -46,8 +46,11 @@ _INDEX_CLASSES = {
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Loads an index, and refuses the classes that no index has: it is a plain pickle, which could run anything."""
+class _IndexUnpickler(pickle._Unpickler):
+    """Loads an index, and refuses the classes that no index has: it is a plain pickle, which could run anything.
+
+    The unpickler in Python, because the one in C makes room for whatever number a pickle names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = (module, name) in _INDEX_CLASSES
@@ -104,8 +107,26 @@ class ShardedDirectory(Checkpoint):
         self._mappings: dict[Path, mmap.mmap] = {}
         self._open: dict[tuple[str, int], Tensor] = {}
         self._whole: tuple[str, Tensor] = ("", torch.empty(0))
+        try:
+            self._take(index)
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # what was unpickled may lack anything
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: its index is damaged.") from error
+        if not self.specs:
+            raise CheckpointError(
+                f"{path} holds no weights: nothing under {' or '.join(STATE_DICT_KEYS)} in its index."
+            )
+        if (path / "meta.pt").is_file():
+            header = load_pickled(path / "meta.pt", trust=trust)
+            if not isinstance(header, Mapping):
+                raise CheckpointError(f"{path / 'meta.pt'} holds a {type(header).__name__}, not a checkpoint's rest.")
+            self.header = dict(header)
+
+    def _take(self, index: Metadata) -> None:
+        """Note what the index says, if it can be true."""
         places = {(place.fqn, tuple(place.offset or ())): info for place, info in index.storage_data.items()}
-        _check_files(path, places.values())
+        _check_files(self.path, places.values())
         for key, entry in index.state_dict_metadata.items():
             place = _place(key, index.planner_data)
             if place is None:
@@ -113,18 +134,14 @@ class ShardedDirectory(Checkpoint):
             if isinstance(entry, TensorStorageMetadata):
                 name = ".".join(place)
                 self.specs[name] = TensorSpec(entry.properties.dtype, tuple(entry.size))
-                self._parts[name] = [_part(key, chunk, places, path) for chunk in entry.chunks]
+                self._parts[name] = [_part(key, chunk, places, self.path) for chunk in entry.chunks]
+                if sum(torch.Size(part.sizes).numel() for part in self._parts[name]) != self.specs[name].numel:
+                    raise CheckpointError(f"{self.path} cannot be read as a checkpoint: `{name}` is not whole.")
             else:
                 inner = self.extras
                 for word in place[:-1]:  # a dictionary in the state dict comes apart in an index
                     inner = inner.setdefault(word, {})
                 inner[place[-1]] = self._load_extra(key, places)
-        if not self.specs:
-            raise CheckpointError(
-                f"{path} holds no weights: nothing under {' or '.join(STATE_DICT_KEYS)} in its index."
-            )
-        if (path / "meta.pt").is_file():
-            self.header = dict(load_pickled(path / "meta.pt", trust=trust))
 
     def parts(self, name: str) -> list[tuple[int, int]]:
         """Return the flat ranges that its ranks wrote, in order; one range if its parts are not runs of rows."""
@@ -214,6 +231,8 @@ def _check_files(path: Path, places: Iterable[Any]) -> None:
     """Raise if a file that the index names lies elsewhere, is missing, or is too short."""
     ends: dict[str, int] = {}
     for info in places:
+        if info.offset < 0 or info.length < 0:
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: its index is damaged.")
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     for name, end in ends.items():
         file = path / name

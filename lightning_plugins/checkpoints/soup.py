@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins._validation import one_of
+from lightning_plugins._validation import a_list, a_path, one_of, shown, true_or_false
 from lightning_plugins.checkpoints.average import average_checkpoints
 from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.recipe import Recipe
@@ -36,6 +36,7 @@ def greedy_soup(
         The averaged state dict, the paths in it (in the order in which they went in), and its score.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If there are no paths, ``mode`` is neither, or every score is NaN. A :class:`CheckpointError`,
             which is a ``ValueError`` too, if a file cannot be read or averaged.
 
@@ -53,12 +54,10 @@ def greedy_soup(
         as in the authors' program, where the paper's recipe also admits one that leaves it as it is.
     """
     sign = 1.0 if one_of("mode", mode, ("min", "max")) == "max" else -1.0
-    files = [Path(path) for path in paths]
-    if not files:
-        raise ValueError("`paths` must name at least one checkpoint, got none.")
+    files = _checked(paths, score, trust)
 
     def value(state: StateDict) -> float:
-        number = float(score(state))
+        number = _number(score(state))
         return -math.inf if math.isnan(number) else sign * number
 
     def mean(chosen: list[Path]) -> StateDict:
@@ -78,3 +77,22 @@ def greedy_soup(
         if tried > best:
             kept, best = [*kept, path], tried
     return mean(kept), kept, sign * best
+
+
+def _checked(paths: Any, score: Any, trust: Any) -> list[Path]:
+    """Return the paths as a list, or raise if an argument is of no use."""
+    true_or_false("trust", trust)
+    if not callable(score):
+        raise TypeError(f"`score` must be a function of a state dict, got {shown(score)}.")
+    files = [Path(a_path("paths", path)) for path in a_list("paths", paths, "a list of paths")]
+    if not files:
+        raise ValueError("`paths` must name at least one checkpoint, got none.")
+    return files
+
+
+def _number(returned: Any) -> float:
+    """Return what ``score`` returned, NaN included, as a number."""
+    try:
+        return float(returned)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`score` must return a number, got {shown(returned)}.") from error

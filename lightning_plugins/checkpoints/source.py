@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_plugins._files import first_line
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 """Where a state dict lies inside a checkpoint: Lightning's name, then those of Fabric and of plain training loops."""
@@ -40,7 +43,7 @@ class TensorSpec:
     @property
     def numel(self) -> int:
         """The number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +96,7 @@ def as_count(value: Any) -> int | None:
 
 def unreadable(path: Path, error: Exception | str) -> str:
     """Return one line that says why ``path`` cannot be read."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{path} cannot be read as a checkpoint: {reason}"
+    return f"{path} cannot be read as a checkpoint: {first_line(error)}"
 
 
 def ema_note(header: Mapping[str, Any], names: Container[str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,14 @@ def load_pickled(path: Path, *, trust: bool) -> Any:
         CheckpointError: If the file is damaged, or needs more than tensors and plain values and is not trusted.
     """
     with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"  # files of torch < 1.6 are not, and cannot be mapped
+        start = file.read(300)
+    is_archive = start.startswith(b"PK\x03\x04")  # files of torch < 1.6 are not, and cannot be mapped
+    if start[257:262] == b"ustar":
+        raise CheckpointError(f"{path} is a tar archive of a torch before 0.2; load and save it with torch first.")
     try:
-        return torch.load(path, map_location="cpu", mmap=is_archive, weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on how the file was written
+            return torch.load(path, map_location="cpu", mmap=is_archive, weights_only=not trust)
     except pickle.UnpicklingError as error:
         names = _named_classes(path, error)
         if names:
@@ -64,8 +70,6 @@ def load_pickled(path: Path, *, trust: bool) -> Any:
                 f"whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
             ) from error
         raise CheckpointError(unreadable(path, _reason(error))) from error
-    except OSError:
-        raise
     except Exception as error:  # damaged bytes, or, when trusted, whatever the file's own code raises
         raise CheckpointError(unreadable(path, error)) from error
 

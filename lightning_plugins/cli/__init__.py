@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lightning_plugins._version import __version__
 from lightning_plugins.cli import average, extract, inspect, plot, schedule, synthesize
-from lightning_plugins.cli.commands import BAD_INPUT, Parser
+from lightning_plugins.cli.commands import BAD_INPUT, Parser, printable
 
 _COMMANDS = (average, extract, synthesize, schedule, plot, inspect)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
         return _UNREAD
     except (ImportError, OSError, TypeError, ValueError) as error:
-        message = " ".join(_reason(error).split())
-        print(f"lightning-plugins: error: {message}", file=sys.stderr)  # noqa: T201
+        print(f"lightning-plugins: error: {printable(_reason(error))}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lightning_plugins import ema
-from lightning_plugins.cli.commands import Commands, add_trust
+from lightning_plugins.cli.commands import Commands, add_trust, printable
 
 
 def add_parser(commands: Commands) -> None:
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = ema.describe_checkpoint(arguments.checkpoint, trust=arguments.trust)
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name.replace('_', ' '):<{width}}  {_text(value)}")  # noqa: T201
+        print(f"{name.replace('_', ' '):<{width}}  {printable(_text(value))}")  # noqa: T201
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins._validation import one_of, whole_number
+from lightning_plugins._validation import one_of, shown, whole_number
 from lightning_plugins.ema.decay import DecayRule, as_decay_rule
 from lightning_plugins.ema.files import Contents, read_contents, record
 from lightning_plugins.ema.follower import WeightFollower
@@ -91,7 +91,7 @@ class EMA(WeightFollower):
         self.checkpoint = one_of("checkpoint", checkpoint, ("average", "raw"))
         self.after_fit = one_of("after_fit", after_fit, ("average", "raw"))
         if not isinstance(name, str) or not name:
-            raise ValueError(f"`name` must be a word, got {name!r}.")
+            raise ValueError(f"`name` must be a word, got {shown(name)}.")
         self.name = name
         self._key = self._generate_state_key(name=name)  # kept, because Lightning asks for it at every hook
         self._shadow: Shadow | None = None

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from lightning_plugins._validation import real_number, whole_number
+from lightning_plugins._validation import real_number, shown, whole_number
 
 
 class DecayRule(ABC):
@@ -78,7 +78,7 @@ def as_decay_rule(decay: float | DecayRule) -> DecayRule:
     if isinstance(decay, DecayRule):
         return decay
     if isinstance(decay, bool) or not hasattr(decay, "__float__"):
-        raise TypeError(f"`decay` must be a number or a decay rule such as HalfLife(steps=1000), got {decay!r}.")
+        raise TypeError(f"`decay` must be a number or a decay rule such as HalfLife(steps=1000), got {shown(decay)}.")
     return WarmupDecay(_share("decay", decay))
 
 
@@ -96,7 +96,7 @@ class ConstantDecay(DecayRule):
     value: float
 
     def __post_init__(self) -> None:
-        _share("value", self.value)
+        _keep(self, value=_share("value", self.value))
 
     def _over(self, n: int, steps: int) -> float:
         return float(self.value**steps)
@@ -123,7 +123,7 @@ class WarmupDecay(_SingleSteps):
     value: float
 
     def __post_init__(self) -> None:
-        _share("value", self.value)
+        _keep(self, value=_share("value", self.value))
 
     def _single(self, n: int) -> float:
         return float(min(self.value, (1 + n) / (10 + n)))
@@ -151,10 +151,10 @@ class InverseGammaDecay(_SingleSteps):
     min_value: float = 0.0
 
     def __post_init__(self) -> None:
-        _share("max_value", self.max_value)
-        real_number("inv_gamma", self.inv_gamma, above=0)
-        real_number("power", self.power, above=0)
-        real_number("min_value", self.min_value, at_least=0, at_most=self.max_value)
+        _keep(self, max_value=_share("max_value", self.max_value))
+        _keep(self, inv_gamma=real_number("inv_gamma", self.inv_gamma, above=0))
+        _keep(self, power=real_number("power", self.power, above=0))
+        _keep(self, min_value=real_number("min_value", self.min_value, at_least=0, at_most=self.max_value))
 
     def _single(self, n: int) -> float:
         if n == 1:
@@ -181,6 +181,7 @@ class PowerDecay(DecayRule):
 
     def __post_init__(self) -> None:
         power_exponent(self.sigma_rel)
+        _keep(self, sigma_rel=float(self.sigma_rel))
 
     def _over(self, n: int, steps: int) -> float:
         return float((1 - steps / n) ** (power_exponent(self.sigma_rel) + 1))
@@ -211,12 +212,13 @@ class HalfLife(DecayRule):
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.samples is None):
             raise ValueError(
-                f"`HalfLife` must have exactly one of `steps` and `samples`, got {self.steps} and {self.samples}."
+                f"`HalfLife` must have exactly one of `steps` and `samples`, "
+                f"got {shown(self.steps)} and {shown(self.samples)}."
             )
         if self.steps is not None:
-            real_number("steps", self.steps, above=0)
+            _keep(self, steps=real_number("steps", self.steps, above=0))
         if self.samples is not None:
-            real_number("samples", self.samples, above=0)
+            _keep(self, samples=real_number("samples", self.samples, above=0))
 
     @property
     def needs_samples_per_step(self) -> bool:
@@ -252,7 +254,7 @@ class DebiasedDecay(DecayRule):
     value: float
 
     def __post_init__(self) -> None:
-        real_number("value", self.value, at_least=0, below=1)
+        _keep(self, value=real_number("value", self.value, at_least=0, below=1))
 
     def _over(self, n: int, steps: int) -> float:
         if self.value == 0:
@@ -262,6 +264,7 @@ class DebiasedDecay(DecayRule):
 
 
 LARGEST_SIGMA_REL = 12**-0.5
+_SMALLEST_SIGMA_REL = 1e-9  # of a billion steps the last one; far below it the cubes overflow
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -277,8 +280,9 @@ def power_exponent(sigma_rel: float) -> float:
         >>> round(power_exponent(0.10), 6)
         6.937204
     """
-    real_number("sigma_rel", sigma_rel, above=0, below=LARGEST_SIGMA_REL)
-    inverse = float(sigma_rel) ** -2
+    sigma = real_number("sigma_rel", sigma_rel, above=0, below=LARGEST_SIGMA_REL)
+    real_number("sigma_rel", sigma_rel, at_least=_SMALLEST_SIGMA_REL)
+    inverse = float(sigma) ** -2
     x = math.sqrt(inverse)  # the polynomial is positive and convex from here down to its largest root
     while True:
         value = ((x + 7) * x + 16 - inverse) * x + 12 - inverse
@@ -291,3 +295,8 @@ def power_exponent(sigma_rel: float) -> float:
 
 def _share(name: str, value: float) -> float:
     return real_number(name, value, at_least=0, at_most=1)
+
+
+def _keep(rule: DecayRule, **checked: float) -> None:
+    """Set fields of a frozen rule to what was checked: plain numbers, so that rules compare, hash and pickle."""
+    rule.__dict__.update(checked)

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_plugins._validation import one_of
+from lightning_plugins._files import read_plain
+from lightning_plugins._validation import a_path, one_of, shown
 from lightning_plugins.ema.tensors import clean_name, fill
 
 RECORD_KEY = "lightning_plugins_ema"
@@ -137,7 +137,7 @@ def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, sour
     if average is None:
         there = sorted({*contents.averages, *([contents.name] if contents.name else [])})
         has = f"it has {', '.join(map(repr, there))}" if there else "it has none, only the trained weights"
-        raise ValueError(f"`name` must be that of an average in {source}, got {name!r}; {has}.")
+        raise ValueError(f"`name` must be that of an average in {source}, got {shown(name)}; {has}.")
     fill(state, average)
     return state
 
@@ -152,18 +152,17 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: If it is no checkpoint file, or needs more than tensors and plain values to load without trust.
     """
-    path = Path(path)
+    path = Path(a_path("checkpoint_path", path))
     if not path.is_file():
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
     try:
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
+        loaded: dict[str, Any] = read_plain(path, trust=trust)
     except pickle.UnpicklingError as error:
-        what = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise ValueError(
-            f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({what}). If you trust "
+            f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({error}). If you trust "
             "whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except ValueError as error:
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {path} cannot be read: {error}") from error
     has_state = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping)
     if not has_state:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._progress import with_progress
-from lightning_plugins._validation import whole_number
+from lightning_plugins._validation import a_path, shortened, whole_number
 from lightning_plugins.ema.decay import power_exponent
 from lightning_plugins.ema.snapshots import Snapshot, list_snapshots, read_frozen
 
@@ -46,7 +46,10 @@ def synthesis_weights(
     wanted_exponent = torch.tensor([power_exponent(sigma_rel)], dtype=torch.float64)
     inner = _inner_products(steps, exponents, steps, exponents)
     target = _inner_products(steps, exponents, wanted_step, wanted_exponent)
-    shares = torch.linalg.solve(inner, target)[:, 0]
+    try:
+        shares = torch.linalg.solve(inner, target)[:, 0]
+    except RuntimeError as error:  # a singular matrix
+        raise ValueError("`snapshots` must be of different steps or values of `sigma_rel`, got one twice.") from error
     if normalize:
         shares = shares / shares.sum()
     return [float(share) for share in shares]
@@ -79,7 +82,8 @@ def synthesize_ema(
         ValueError: If the directory has no snapshots, ``step`` is none of theirs, or ``sigma_rel`` is out of range.
     """
     power_exponent(sigma_rel)
-    snapshots = list_snapshots(dirpath)
+    sigma_rel = float(sigma_rel)
+    snapshots = list_snapshots(a_path("dirpath", dirpath))
     if not snapshots:
         raise ValueError(f"`dirpath` must be a directory with snapshots of PostHocEMA, got {str(dirpath)!r}.")
     there = [snapshot.step for snapshot in snapshots]
@@ -106,7 +110,12 @@ def _combine(
         for average in loaded.averages:
             share = next(shares)
             for name in names:
-                tensor = average[name] if name in average else frozen[name]  # frozen until then: its own average
+                tensor = average.get(name, frozen.get(name))  # frozen until then: its own average
+                if tensor is None or tensor.shape != last.averages[0][name].shape:
+                    raise ValueError(
+                        f"`dirpath` must hold snapshots of one module, but `{shortened(name)}` in {snapshot.path} is "
+                        "not as in the last one."
+                    )
                 wide = torch.complex128 if tensor.is_complex() else torch.float64
                 if name not in sums:
                     sums[name] = torch.zeros(tensor.shape, dtype=wide)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins._validation import one_of, whole_number
+from lightning_plugins._validation import a_list, a_path, one_of, whole_number
 from lightning_plugins.ema.decay import PowerDecay
 from lightning_plugins.ema.follower import WeightFollower
 from lightning_plugins.ema.restore import check_fit
@@ -19,6 +19,7 @@ from lightning_plugins.ema.snapshots import FORMATS, Loaded, set_aside, write_fr
 from lightning_plugins.ema.tensors import clean_name, gather, local
 
 POSTHOC_KEY = "lightning_plugins_posthoc_ema"
+_FOLDER = "posthoc_ema"
 
 
 class PostHocEMA(WeightFollower):
@@ -33,7 +34,8 @@ class PostHocEMA(WeightFollower):
         every_n_steps: Applied steps between two snapshots; at least 1. A last one is written when fit ends. Some tens
             of snapshots over a run are enough.
         dirpath: Directory of the snapshots; ``None`` for ``posthoc_ema/`` beside the run's checkpoints. A resumed run
-            goes on in the directory that it began in.
+            goes on in the directory that it began in if that lies beside or below its checkpoint's or below the
+            Trainer's root directory; a checkpoint cannot name any other place.
         dtype: Type in which snapshots are stored: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` at half the size
             and three or two digits. The averages themselves are kept in float32.
         file_format: ``"torch"`` or ``"safetensors"``, which needs the package of that name.
@@ -66,17 +68,18 @@ class PostHocEMA(WeightFollower):
         file_format: Literal["torch", "safetensors"] = "torch",
     ) -> None:
         super().__init__(start_step=0, every=1)
-        self.sigma_rels = tuple(float(sigma) for sigma in sigma_rels)
-        self.rules = [PowerDecay(sigma) for sigma in self.sigma_rels]
+        self.rules = [PowerDecay(sigma) for sigma in a_list("sigma_rels", sigma_rels, "a list of numbers")]
+        self.sigma_rels = tuple(rule.sigma_rel for rule in self.rules)
         if not self.rules or len(set(self.sigma_rels)) < len(self.rules):
             raise ValueError(f"`sigma_rels` must be one or more different numbers, got {self.sigma_rels}.")
         self.every_n_steps = whole_number("every_n_steps", every_n_steps, at_least=1, unit="steps")
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = None if dirpath is None else Path(a_path("dirpath", dirpath))
         self.dtype = one_of("dtype", dtype, ("float32", "float16", "bfloat16"))
         self.file_format = one_of("file_format", file_format, FORMATS)
         self._shadows: list[Shadow] = []
         self._restored: list[dict[str, Tensor]] | None = None
         self._directory: Path | None = None
+        self._claimed: Path | None = None  # where a file says that its run wrote
         self._written = 0  # step of the last snapshot
 
     @property
@@ -112,7 +115,7 @@ class PostHocEMA(WeightFollower):
         if self._restored is not None:
             self._pace.load_state_dict(state_dict)
             self._written = state_dict["written"]
-            self._directory = Path(state_dict["directory"])
+            self._claimed = Path(a_path("directory", state_dict["directory"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on, to count and to average, in a directory without traces of another run."""
@@ -121,7 +124,7 @@ class PostHocEMA(WeightFollower):
         for shadow in self._shadows:
             shadow.rebind()
         super().on_train_start(trainer, pl_module)
-        self._directory = self.dirpath or self._directory or _beside_checkpoints(trainer)
+        self._directory = self.dirpath or self._known_directory(trainer) or _beside_checkpoints(trainer)
         if trainer.is_global_zero and self._directory.is_dir():
             moved = set_aside(self._directory, after=self._pace.last)
             if moved is not None:
@@ -157,6 +160,23 @@ class PostHocEMA(WeightFollower):
             for shadow in self._shadows:
                 shadow.rebind()
 
+    def _known_directory(self, trainer: Trainer) -> Path | None:
+        """Return where an earlier fit, or the run that is resumed, wrote; a file may not choose any other place."""
+        if self._claimed is None:
+            return self._directory
+        claimed, self._claimed = self._claimed, None
+        folder = Path(str(trainer.ckpt_path)).resolve().parent  # the checkpoint's
+        places = (folder.parent / _FOLDER, _beside_checkpoints(trainer).resolve())
+        above = (folder, Path(trainer.default_root_dir).resolve())
+        place = claimed.resolve()
+        if place in places or any(place.is_relative_to(root) for root in above):
+            return claimed
+        rank_zero_info(
+            f"PostHocEMA: the snapshots of the run that is resumed are said to lie in {claimed}, neither beside its "
+            "checkpoint nor below the Trainer's directory. Pass `dirpath` to go on there."
+        )
+        return None
+
     def _begin(self, pl_module: LightningModule) -> None:
         self._build(pl_module)
 
@@ -176,7 +196,7 @@ class PostHocEMA(WeightFollower):
         self._restored = None
 
     def _forget(self) -> None:
-        self._shadows, self._restored, self._directory, self._written = [], None, None, 0
+        self._shadows, self._restored, self._directory, self._claimed, self._written = [], None, None, None, 0
         self._pace.reset()
 
     def _write(self, trainer: Trainer, n: int) -> None:
@@ -211,4 +231,4 @@ class PostHocEMA(WeightFollower):
 def _beside_checkpoints(trainer: Trainer) -> Path:
     """Return ``posthoc_ema/`` beside the directory of the run's checkpoints."""
     dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return (Path(dirpath).parent if dirpath else Path(trainer.default_root_dir)) / "posthoc_ema"
+    return (Path(dirpath).parent if dirpath else Path(trainer.default_root_dir)) / _FOLDER

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plugins._files import first_line, read_plain
+from lightning_plugins._validation import a_list, real_number, shown, whole_number
+
 FORMATS = ("torch", "safetensors")
 VERSION = 1
 _SUFFIXES = {"torch": ".pt", "safetensors": ".safetensors"}
@@ -118,8 +121,14 @@ def read_frozen(dirpath: str | Path) -> dict[str, Tensor]:
     path = Path(dirpath) / _FROZEN
     if not path.is_file():
         return {}
-    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return tensors
+    try:
+        tensors = read_plain(path)
+    except (pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} is damaged: {error}") from error
+    if not _are_tensors(tensors):
+        raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} holds no tensors by name.")
+    found: dict[str, Tensor] = tensors
+    return found
 
 
 def set_aside(dirpath: Path, after: int) -> Path | None:
@@ -157,29 +166,54 @@ def _write(path: Path, save: Callable[[Path], Any]) -> None:
 def _read(path: Path) -> tuple[dict[str, Any], Loaded]:
     try:
         header, loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} is none: {error!r}") from error
+        if header["version"] == VERSION:
+            _check(path, header, loaded)
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes can raise anything
+        why = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} is none: {why}") from error
     if header["version"] != VERSION:
-        raise ValueError(f"A snapshot must be of version {VERSION}, but {path} is of version {header['version']!r}.")
+        raise ValueError(
+            f"A snapshot must be of version {VERSION}, but {path} is of version {shown(header['version'])}."
+        )
     return header, loaded
 
 
+def _check(path: Path, header: Mapping[str, Any], loaded: Loaded) -> None:
+    """Raise unless a snapshot is what its name and its header say."""
+    match = _NAME.fullmatch(path.name)
+    if match is None or whole_number("step", header["step"], at_least=1) != int(match[1]):
+        raise ValueError(f"its name and its content differ, which is of step {shown(header['step'])}")
+    sigmas = [real_number("sigma_rels", sigma) for sigma in a_list("sigma_rels", header["sigma_rels"])]
+    if not sigmas or len(sigmas) != len(loaded.averages):
+        raise ValueError(f"it has {len(loaded.averages)} averages for {len(sigmas)} values of `sigma_rels`")
+    names = loaded.averages[0].keys()
+    if not all(_are_tensors(average) and average.keys() == names for average in loaded.averages):
+        raise ValueError("its averages are not of the same names")
+    if not _are_tensors(loaded.rest) or not all(name in names for name in loaded.tied.values()):
+        raise ValueError("it is not whole")
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
 def _read_torch(path: Path) -> tuple[dict[str, Any], Loaded]:
-    header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    header = read_plain(path)
     return header, Loaded(header["averages"], header["rest"], header["tied"])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Loaded]:
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+    from safetensors import safe_open  # noqa: PLC0415
 
-    try:
-        with safe_open(path, framework="pt") as opened:
-            header = json.loads(opened.metadata()["posthoc_ema"])
-            averages: list[dict[str, Tensor]] = [{} for _ in header["sigma_rels"]]
-            rest: dict[str, Tensor] = {}
-            for key in opened.keys():  # noqa: SIM118  # not a mapping
-                where, name = key.split("/", 1)
-                (rest if where == "rest" else averages[int(where)])[name] = opened.get_tensor(key)
-    except SafetensorError as error:
-        raise RuntimeError(str(error)) from error
+    with safe_open(path, framework="pt") as opened:
+        header = json.loads(opened.metadata()["posthoc_ema"])
+        averages: list[dict[str, Tensor]] = [{} for _ in header["sigma_rels"]]
+        rest: dict[str, Tensor] = {}
+        for key in opened.keys():  # noqa: SIM118  # not a mapping
+            where, name = key.split("/", 1)
+            (rest if where == "rest" else averages[int(where)])[name] = opened.get_tensor(key)
     return header, Loaded(averages, rest, header["tied"])

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins._validation import shown
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -51,8 +53,8 @@ def device_name(device: Any) -> str | None:
     """
     try:
         return None if device is None else str(torch.device(device))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` must be the name of a device such as 'cpu', got {device!r}.") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"`device` must be the name of a device such as 'cpu', got {shown(device)}.") from error
 
 
 def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:

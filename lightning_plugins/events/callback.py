@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, sum_over_ranks
+from lightning_plugins._validation import a_list, shown
 from lightning_plugins.events.course import Course
 from lightning_plugins.events.events import Event
 from lightning_plugins.events.loop import TrainingLoop
@@ -66,11 +67,12 @@ class EventCallback(Callback):
         self, function: Callable[[TrainingLoop, Event], Any], *, events: Iterable[Event | str] | None = None
     ) -> None:
         if not callable(function):
-            raise TypeError(f"`function` must be a function of (loop, event), got {function!r}.")
+            raise TypeError(f"`function` must be a function of (loop, event), got {shown(function)}.")
         if isinstance(events, str):  # an Event is one too
             events = (events,)
         self.function = function
-        self.events = tuple(Event) if events is None else tuple(dict.fromkeys(Event.named(name) for name in events))
+        given = Event if events is None else a_list("events", events, "a list of events")
+        self.events = tuple(dict.fromkeys(Event.named(name) for name in given))
         if not self.events:
             raise ValueError("`events` must name at least one event, got none. Leave it out for all of them.")
         names = ",".join(event.value for event in self.events) if events is not None else "all"

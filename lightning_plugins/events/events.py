@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from lightning_plugins._validation import shown
+
 
 class Event(str, Enum):
     """A moment of a fit. The values are Swift for TensorFlow's spellings.
@@ -43,13 +45,11 @@ class Event(str, Enum):
         Raises:
             ValueError: If there is none.
         """
-        if isinstance(name, str) and name in cls.__members__:
-            return cls[name]
-        try:
-            return cls(name)
-        except ValueError:
-            known = ", ".join(event.name for event in cls)
-            raise ValueError(f"`events` must be out of {known}, got {name!r}.") from None
+        for event in cls if isinstance(name, str) else ():
+            if name in (event.value, event.name):
+                return event
+        known = ", ".join(event.name for event in cls)
+        raise ValueError(f"`events` must be out of {known}, got {shown(name)}.")
 
 
 class CancelAction(Exception):

@@ -20,7 +20,14 @@ from lightning_plugins._lightning import (
     torch_optimizers,
 )
 from lightning_plugins._run import RunLength
-from lightning_plugins._validation import LightningPluginsWarning, one_of, real_number, true_or_false, whole_number
+from lightning_plugins._validation import (
+    LightningPluginsWarning,
+    one_of,
+    real_number,
+    shown,
+    true_or_false,
+    whole_number,
+)
 from lightning_plugins.schedules.durations import RunLengthUnknownError, ScheduleTooLongError
 from lightning_plugins.schedules.plateau import Plateau, PlateauState
 from lightning_plugins.schedules.ramps import Constant
@@ -91,7 +98,7 @@ class LearningRateScheduler(Callback):
     ) -> None:
         check_schedule(schedule)
         if plateau is not None and not isinstance(plateau, Plateau):
-            raise TypeError(f"`plateau` must be a Plateau, got {plateau!r}.")
+            raise TypeError(f"`plateau` must be a Plateau, got {shown(plateau)}.")
         self.schedule = schedule
         self.base_lr = check_base_lr(base_lr)
         self.min_lr = real_number("min_lr", min_lr, at_least=0)

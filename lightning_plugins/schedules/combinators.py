@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from lightning_plugins._validation import real_number, whole_number
+from lightning_plugins._validation import real_number, shown, whole_number
 from lightning_plugins.schedules.curves import cosine
 from lightning_plugins.schedules.durations import Duration, Horizon, in_steps
 from lightning_plugins.schedules.schedule import Schedule, duration, factor, parts
@@ -233,7 +233,7 @@ class Cycled(_OfOne):
 
     def _check(self) -> None:
         super()._check()
-        real_number("multiplier", self.multiplier, at_least=1)
+        self.__dict__["multiplier"] = real_number("multiplier", self.multiplier, at_least=1)
         real_number("decay", self.decay, at_least=0, at_most=1)
         if self.count is not None:
             self.__dict__["count"] = whole_number("count", self.count, at_least=1, unit="cycles")
@@ -293,7 +293,7 @@ class CosineRestarts(Schedule):
     _cycles: ClassVar[_Cycles]  # set by _prepare, on the instance
 
     def _check(self) -> None:
-        real_number("multiplier", self.multiplier, at_least=1)
+        self.__dict__["multiplier"] = real_number("multiplier", self.multiplier, at_least=1)
         real_number("decay", self.decay, at_least=0, at_most=1)
 
     def _prepare(self) -> dict[str, Any]:
@@ -310,7 +310,7 @@ class CosineRestarts(Schedule):
 
 def _check_schedule(name: str, value: Any) -> None:
     if not isinstance(value, Schedule):
-        raise TypeError(f"`{name}` must be a schedule, got {value!r}.")
+        raise TypeError(f"`{name}` must be a schedule, got {shown(value)}.")
 
 
 def _at_least_one(name: str, length: Duration) -> int:

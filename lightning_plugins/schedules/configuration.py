@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_plugins._lazy import by_import_path
+from lightning_plugins._validation import shown
 from lightning_plugins.schedules.curves import NAMED_CURVES, import_path
 from lightning_plugins.schedules.schedule import Schedule, field_items
 
@@ -79,13 +80,15 @@ def _built(value: Any, *, trust: bool) -> Any:
 def _imported(path: str, *, trust: bool) -> Any:
     if not trust:
         raise ValueError(
-            f"`class` must be one of {', '.join(sorted(known_schedules()))}, got {path!r}; a schedule of your own "
+            f"`class` must be one of {', '.join(sorted(known_schedules()))}, got {shown(path)}; a schedule of your own "
             "needs `trust=True`, because importing it runs its code."
         )
     try:
         kind = by_import_path(str(path))
     except ImportError as error:
-        raise ValueError(f"`class` must name a schedule, got {path!r}, which cannot be imported: {error}.") from error
+        raise ValueError(
+            f"`class` must name a schedule, got {shown(path)}, which cannot be imported: {error}."
+        ) from error
     if not (dataclasses.is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, Schedule)):
-        raise ValueError(f"`class` must name a schedule, got {path!r}, which is {kind!r}.")
+        raise ValueError(f"`class` must name a schedule, got {shown(path)}, which is {kind!r}.")
     return kind

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_plugins._lazy import by_import_path
+from lightning_plugins._validation import shown
 
 Curve: TypeAlias = Callable[[float], float]
 if TYPE_CHECKING:
@@ -50,7 +51,12 @@ def progress_along(name: str, curve: Curve | str, *, flat: bool = False) -> Curv
     if isinstance(curve, str) and curve in NAMED_CURVES:
         return NAMED_CURVES[curve]
     function = _load(name, curve)
-    first, last = float(function(0.0)), float(function(1.0))
+    try:
+        first, last = float(function(0.0)), float(function(1.0))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"`{name}` must take every number from 0 to 1 and return one, got {shown(curve)}: {error}."
+        ) from error
     if not (math.isfinite(first) and math.isfinite(last)):
         raise ValueError(f"`{name}` must be finite at 0 and 1, got {first} and {last} from {curve!r}.")
     if first == last:
@@ -73,12 +79,12 @@ def import_path(name: str, curve: Curve | str) -> str:
         return curve
     path = f"{getattr(curve, '__module__', None)}.{getattr(curve, '__qualname__', '<unnamed>')}"
     if "<" in path:
-        raise ValueError(f"`{name}` has no import path, got {curve!r}; define it as a function of a module.")
+        raise ValueError(f"`{name}` has no import path, got {shown(curve)}; define it as a function of a module.")
     return path
 
 
 def _rescaled(function: Curve, first: float, rise: float, x: float) -> float:
-    return (function(x) - first) / rise
+    return (float(function(x)) - first) / rise
 
 
 def _load(name: str, curve: Curve | str) -> Curve:
@@ -87,15 +93,15 @@ def _load(name: str, curve: Curve | str) -> Curve:
     if not isinstance(curve, str):
         raise TypeError(
             f"`{name}` must be one of {', '.join(map(repr, NAMED_CURVES))}, a callable or its import path, "
-            f"got {curve!r}."
+            f"got {shown(curve)}."
         )
     try:
         loaded = by_import_path(curve)
     except ImportError as error:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, NAMED_CURVES))} or an import path, "
-            f"got {curve!r}, which cannot be imported: {error}."
+            f"got {shown(curve)}, which cannot be imported: {error}."
         ) from error
     if not callable(loaded):
-        raise TypeError(f"`{name}` must be callable, got {loaded!r} at {curve!r}.")
+        raise TypeError(f"`{name}` must be callable, got {shown(loaded)} at {curve!r}.")
     return loaded  # type: ignore[no-any-return]  # checked where it is called, at 0 and at 1

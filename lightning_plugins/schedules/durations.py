@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from lightning_plugins._validation import whole_number
+from lightning_plugins._validation import real_number, shown, whole_number
 
 Duration: TypeAlias = int | float | str | None
 
@@ -45,7 +45,7 @@ def check_duration(name: str, value: Any, *, rest: bool = False) -> Duration:
         TypeError: If ``value`` is of another type.
         ValueError: If it is negative, or a share or a text that cannot be read.
     """
-    if rest and (value is None or value == "rest"):
+    if rest and (value is None or (isinstance(value, str) and value == "rest")):
         return None
     if isinstance(value, str):
         return _check_text(name, value)
@@ -53,12 +53,13 @@ def check_duration(name: str, value: Any, *, rest: bool = False) -> Duration:
         if not 0 < value < 1:
             raise ValueError(
                 f"`{name}` as a float is a share of the run and must lie between 0 and 1 (both excluded), "
-                f"got {value!r}; {_REMEDY}."
+                f"got {shown(value)}; {_REMEDY}."
             )
-        return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be a duration, got {value!r}; {_REMEDY}.")
-    return whole_number(name, value, unit="steps")
+        return float(value)
+    try:
+        return whole_number(name, value, unit="steps")
+    except TypeError:
+        raise TypeError(f"`{name}` must be a duration, got {shown(value)}; {_REMEDY}.") from None
 
 
 def is_open(duration: Duration) -> bool:
@@ -69,7 +70,7 @@ def is_open(duration: Duration) -> bool:
 def in_steps(duration: Duration) -> int:
     """Return a duration that has been resolved, as the ``int`` that it is."""
     if not isinstance(duration, int):
-        raise TypeError(f"`duration` must be in steps by now, got {duration!r}; call `resolve` first.")
+        raise TypeError(f"`duration` must be in steps by now, got {shown(duration)}; call `resolve` first.")
     return duration
 
 
@@ -101,11 +102,11 @@ class Horizon:
         if duration is None:
             return int(self._known(name, duration, self.remaining, "the run"))
         if isinstance(duration, float):
-            return _nearest(duration * self._known(name, duration, self.total_steps, "the run"))
+            return _nearest(name, duration * self._known(name, duration, self.total_steps, "the run"))
         number, unit = _parse(duration)
         if unit == "%":
-            return _nearest(number * self._known(name, duration, self.total_steps, "the run") / 100)
-        return _nearest(number * self._known(name, duration, self.steps_per_epoch, "an epoch"))
+            return _nearest(name, number * self._known(name, duration, self.total_steps, "the run") / 100)
+        return _nearest(name, number * self._known(name, duration, self.steps_per_epoch, "an epoch"))
 
     def after(self, steps: int) -> Horizon:
         """Return the horizon of a part that begins ``steps`` later; negative: earlier."""
@@ -137,9 +138,9 @@ class Horizon:
 def _check_text(name: str, value: str) -> str:
     match = _TEXT.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f"`{name}` must be a duration, got {value!r}; {_REMEDY}.")
+        raise ValueError(f"`{name}` must be a duration, got {shown(value)}; {_REMEDY}.")
     if match["unit"] == "%" and float(match["number"]) > 100:
-        raise ValueError(f"`{name}` must be at most 100% of the run, got {value!r}.")
+        raise ValueError(f"`{name}` must be at most 100% of the run, got {shown(value)}.")
     return value
 
 
@@ -149,5 +150,6 @@ def _parse(text: str) -> tuple[float, str]:
     return float(match["number"]), match["unit"]
 
 
-def _nearest(steps: float) -> int:
-    return math.floor(steps + 0.5)  # not Python's round, which takes 2.5 to 2
+def _nearest(name: str, steps: float) -> int:
+    whole = math.floor(real_number(name, steps) + 0.5)  # not Python's round, which takes 2.5 to 2
+    return whole_number(name, whole, unit="steps")

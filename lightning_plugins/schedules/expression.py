@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import difflib
 import operator
+import warnings
 from typing import Any
 
+from lightning_plugins._validation import shortened, shown
 from lightning_plugins.schedules.configuration import known_schedules
 from lightning_plugins.schedules.curves import NAMED_CURVES
 from lightning_plugins.schedules.durations import check_duration
 from lightning_plugins.schedules.schedule import Schedule
 
+_LONGEST = 5000  # characters; the longest that a person writes has some hundred
+_DEEPEST = 60  # calls, lists and factors inside each other, well inside Python's own limits
 _METHODS = ("cycle", "delay", "floor", "hold_every", "scale", "shift")
 
 
@@ -31,17 +35,32 @@ def parse_schedule(text: str) -> Schedule:
         >>> parse_schedule("WarmupCosine(warmup='5%', hold=10) * 0.5")
         Scaled(schedule=WarmupCosine(warmup='5%', hold=10, total=None, start=0.0, end=0.0), factor=0.5)
     """
+    quoted = f"`{shortened(text)}`"
+    if len(text) > _LONGEST:
+        raise ValueError(f"{quoted} is too long; an expression has at most {_LONGEST} characters.")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's own, about what is legal but odd
+            tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"`{text}` is not an expression: {error}.") from error
+        raise ValueError(f"{quoted} is not an expression: {error}.") from error
+    if _depth(tree.body) > _DEEPEST:
+        raise ValueError(f"{quoted} has more than {_DEEPEST} calls, lists and factors inside each other.")
     try:
         schedule = _value(tree.body)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"`{text}`: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{quoted}: {error}") from error
     if not isinstance(schedule, Schedule):
-        raise ValueError(f"`{text}` is not a schedule; write for example WarmupCosine(warmup='5%').")  # noqa: TRY004
+        raise ValueError(f"{quoted} is not a schedule; write for example WarmupCosine(warmup='5%').")  # noqa: TRY004
     return schedule
+
+
+def _depth(node: ast.AST) -> int:
+    """Return how many nodes lie inside each other, without recursion, which is what has to be kept in bounds."""
+    depth, level = 0, [node]
+    while level:
+        depth, level = depth + 1, [child for parent in level for child in ast.iter_child_nodes(parent)]
+    return depth
 
 
 def _value(node: ast.expr) -> Any:
@@ -58,7 +77,7 @@ def _value(node: ast.expr) -> Any:
             return operator.mul(*_factors(_value(left), _value(right)))
         case ast.Call(func=function):
             return _function(function)(*[_value(item) for item in node.args], **_keywords(node))
-    raise ValueError(f"`{ast.unparse(node)}` is neither a schedule nor a literal.")
+    raise ValueError(f"`{shortened(ast.unparse(node))}` is neither a schedule nor a literal.")
 
 
 def _function(node: ast.expr) -> Any:
@@ -69,7 +88,7 @@ def _function(node: ast.expr) -> Any:
             schedule = _value(owner)
             if isinstance(schedule, Schedule):
                 return getattr(schedule, name)
-    raise ValueError(f"`{ast.unparse(node)}` is no schedule and none of the methods {', '.join(_METHODS)}.")
+    raise ValueError(f"`{shortened(ast.unparse(node))}` is no schedule and none of the methods {', '.join(_METHODS)}.")
 
 
 def _named(name: str) -> Any:
@@ -78,7 +97,7 @@ def _named(name: str) -> Any:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
-    raise ValueError(f"`{name}` is not a schedule; {hint}")
+    raise ValueError(f"`{shortened(name)}` is not a schedule; {hint}")
 
 
 def _keywords(node: ast.Call) -> dict[str, Any]:
@@ -89,7 +108,7 @@ def _keywords(node: ast.Call) -> dict[str, Any]:
 
 def _factors(left: Any, right: Any) -> tuple[Any, Any]:
     if not any(isinstance(side, Schedule) for side in (left, right)):
-        raise ValueError(f"`*` multiplies a schedule with a schedule or a number, got {left!r} and {right!r}.")
+        raise ValueError(f"`*` multiplies a schedule with a schedule or a number, got {shown(left)} and {right!r}.")
     return left, right
 
 
@@ -100,6 +119,6 @@ def _check_text(text: str) -> str:
         except ValueError:
             shapes = ", ".join(map(repr, NAMED_CURVES))
             raise ValueError(
-                f"a text must be a duration such as '5%' or '2ep', or one of {shapes}, got {text!r}."
+                f"a text must be a duration such as '5%' or '2ep', or one of {shapes}, got {shown(text)}."
             ) from None
     return text

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
-from lightning_plugins._validation import true_or_false
+from lightning_plugins._validation import shown, true_or_false
 from lightning_plugins.schedules.curves import Curve, progress_along
 from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps
 from lightning_plugins.schedules.schedule import (
@@ -256,7 +256,7 @@ class Segments(Schedule):
 
 def _check_kind(name: str, items: Any, kind: type) -> None:
     if not isinstance(items, tuple) or not items or not all(isinstance(item, kind) for item in items):
-        raise TypeError(f"`{name}` must be a list of {kind.__name__} with at least one, got {items!r}.")
+        raise TypeError(f"`{name}` must be a list of {kind.__name__} with at least one, got {shown(items)}.")
 
 
 def _check_number(boundaries: Sequence[Duration], pieces: Sequence[Any], *, of: str) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_plugins._validation import one_of, real_number, whole_number
+from lightning_plugins._validation import one_of, real_number, shown, whole_number
 
 
 class PlateauState(NamedTuple):
@@ -68,13 +68,16 @@ class Plateau:
     def __post_init__(self) -> None:
         """Check the arguments."""
         if not isinstance(self.monitor, str) or not self.monitor:
-            raise TypeError(f"`monitor` must be the name of a metric, got {self.monitor!r}.")
-        one_of("mode", self.mode, ("min", "max"))
-        real_number("factor", self.factor, above=0, below=1)
-        whole_number("patience", self.patience, unit="checks")
-        real_number("threshold", self.threshold, at_least=0)
-        whole_number("cooldown", self.cooldown, unit="checks")
-        real_number("min_factor", self.min_factor, at_least=0, at_most=1)
+            raise TypeError(f"`monitor` must be the name of a metric, got {shown(self.monitor)}.")
+        checked = {
+            "mode": one_of("mode", self.mode, ("min", "max")),
+            "factor": real_number("factor", self.factor, above=0, below=1),
+            "patience": whole_number("patience", self.patience, unit="checks"),
+            "threshold": real_number("threshold", self.threshold, at_least=0),
+            "cooldown": whole_number("cooldown", self.cooldown, unit="checks"),
+            "min_factor": real_number("min_factor", self.min_factor, at_least=0, at_most=1),
+        }
+        self.__dict__.update(checked)  # plain numbers, past the frozen dataclass's __setattr__
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
         """Return the state after one more check."""

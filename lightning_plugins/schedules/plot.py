@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_plugins.schedules.schedule import Schedule
 
 _POINTS = 2000  # more would lie on one pixel
+_MOST_STEPS = 1_000_000  # that a sketch looks at
 _LABEL_WIDTH = 95  # characters across the picture
 
 
@@ -52,7 +54,7 @@ def plot_schedules(
     axes = figure.subplots()
     for label, schedule in schedules.items():
         known = schedule.resolve(total_steps, steps_per_epoch) if schedule.is_open else schedule
-        axes.plot(steps, [scale * known(step) for step in steps], label=textwrap.fill(label, _LABEL_WIDTH))
+        axes.plot(steps, _values(known, steps, scale), label=textwrap.fill(label, _LABEL_WIDTH))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("factor of the base learning rate" if base_lr is None else "learning rate")
     axes.set_xlim(0, total_steps)
@@ -78,32 +80,49 @@ def sketch(
 
     Args:
         schedule: The schedule; an open one is resolved for ``total_steps``.
-        total_steps: Optimizer steps to show, at least 1.
+        total_steps: Optimizer steps to show, at least 1; beyond a million, evenly chosen ones are looked at.
         base_lr: Base learning rate; ``None`` shows factors.
         steps_per_epoch: Optimizer steps of an epoch, for durations in epochs.
         width: Characters across, at least 8.
         height: Lines of the picture, at least 2.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or a value not finite.
     """
     total_steps = whole_number("total_steps", total_steps, at_least=1, unit="steps")
     whole_number("width", width, at_least=8, unit="characters")
     whole_number("height", height, at_least=2, unit="lines")
     scale = 1.0 if base_lr is None else real_number("base_lr", base_lr, above=0)
-    values = [scale * value for value in schedule.preview(total_steps, steps_per_epoch)]
+    known = schedule.resolve(total_steps, steps_per_epoch) if schedule.is_open else schedule
+    steps = range(0, total_steps, -(-total_steps // _MOST_STEPS))
+    values = _values(known, steps, scale)
     columns = [_peak_of(values, column, width) for column in range(width)]
     top = max(values) or 1.0
     rows = [min(round(value / top * (height - 1)), height - 1) for value in columns]
     lines = []
     for row in reversed(range(height)):
-        axis = f"{top * row / (height - 1):9.3g} |" if row in (0, height - 1) else " " * 9 + " |"
+        axis = f"{top if row else 0:9.3g} |" if row in (0, height - 1) else " " * 9 + " |"
         lines.append((axis + "".join("*" if level == row else " " for level in rows)).rstrip())
     lines.append(" " * 9 + " +" + "-" * width)
     lines.append(" " * 11 + f"0{'step ' + str(total_steps - 1):>{width - 1}}")
-    marks = sorted({0, 1, values.index(top) if top in values else 0, total_steps // 2, total_steps - 1})
-    lines += [f"{'step ' + str(step):>20}  {values[step]:.6g}" for step in marks if step < total_steps]
+    peak = steps[values.index(top)] if top in values else 0
+    marks = [step for step in sorted({0, 1, peak, total_steps // 2, total_steps - 1}) if step < total_steps]
+    for step, value in zip(marks, _values(known, marks, scale), strict=True):
+        lines.append(f"{'step ' + str(step):>20}  {value:.6g}")
     return "\n".join(lines)
+
+
+def _values(schedule: Schedule, steps: Sequence[int], scale: float) -> list[float]:
+    """Return the factors or rates of some steps.
+
+    Raises:
+        ValueError: If one is beyond what can be drawn.
+    """
+    values = [scale * schedule(step) for step in steps]
+    for step, value in zip(steps, values, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"`schedule` must have finite values, got {value} at step {step}.")
+    return values
 
 
 def _drawn_steps(total_steps: int) -> list[int]:

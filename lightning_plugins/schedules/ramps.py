@@ -150,7 +150,7 @@ class Polynomial(_Ramp):
     power: float = 1.0
 
     def _check(self) -> None:
-        real_number("power", self.power, above=0)
+        self.__dict__["power"] = real_number("power", self.power, above=0)
 
     def _factor(self, step: float) -> float:
         if step >= self._length:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lightning_plugins._validation import real_number, whole_number
+from lightning_plugins._validation import a_list, real_number, shown, whole_number
 from lightning_plugins.schedules.durations import (
     Duration,
     Horizon,
@@ -292,13 +292,11 @@ class Schedule(ABC):
                 f"{self!r} has lengths that depend on the run's: call `resolve(total_steps)` first, "
                 "or give every length in steps."
             )
-        raise ValueError(f"`step` must be at least 0, got {step!r}.")
+        raise ValueError(f"`step` must be at least 0, got {shown(step)}.")
 
 
 def _each(name: str, values: Any, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"`{name}` must be a list, got {values!r}.")
-    return tuple(check(f"{name}[{index}]", value) for index, value in enumerate(values))
+    return tuple(check(f"{name}[{index}]", value) for index, value in enumerate(a_list(name, values)))
 
 
 def _check_factor(name: str, value: Any) -> float:

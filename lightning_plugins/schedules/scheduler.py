@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_plugins._clock import StepClock
-from lightning_plugins._validation import LightningPluginsWarning, one_of, real_number, whole_number
+from lightning_plugins._validation import LightningPluginsWarning, one_of, real_number, shown, whole_number
 from lightning_plugins.schedules.families import Noam
 from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.warmup import WarmupCosine
@@ -75,13 +75,17 @@ class ScheduleLR(LRScheduler):
         clock: str = "attempted",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"`optimizer` must be a torch optimizer, got {optimizer!r}.")
+            raise TypeError(f"`optimizer` must be a torch optimizer, got {shown(optimizer)}.")
         check_schedule(schedule)
         if schedule.is_open:
-            raise ValueError(f"`schedule` must have every length in steps, got {schedule!r}; call its `resolve` first.")
+            raise ValueError(
+                f"`schedule` must have every length in steps, got {shown(schedule)}; call its `resolve` first."
+            )
         self.schedule = schedule
         self.scale = 1.0
         self.min_lr = real_number("min_lr", min_lr, at_least=0)
+        if not isinstance(parameter, str):
+            raise TypeError(f"`parameter` must be the name of an entry of the groups, got {shown(parameter)}.")
         self.parameter = parameter
         self.clock = one_of("clock", clock, ("attempted", "applied"))
         self._base_lr = check_base_lr(base_lr)
@@ -199,12 +203,13 @@ class ScheduleLR(LRScheduler):
         if self.parameter not in group:
             numbers = sorted(k for k, v in group.items() if isinstance(v, float) and not k.startswith("initial_"))
             raise ValueError(
-                f"`parameter` must be an entry of the optimizer's groups, got {self.parameter!r}; "
+                f"`parameter` must be an entry of the optimizer's groups, got {shown(self.parameter)}; "
                 f"there are {', '.join(numbers)}."
             )
         if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
             raise TypeError(
-                f"`parameter` must name a number of the optimizer's groups, got {self.parameter!r}: {value!r}."
+                f"`parameter` must name a number of the optimizer's groups, "
+                f"got {shown(self.parameter)}: {shown(value)}."
             )
 
     def _rate_new_groups(self) -> None:
@@ -316,7 +321,7 @@ class NoamLR(ScheduleLR):
 def check_schedule(schedule: Any) -> None:
     """Raise unless ``schedule`` is one."""
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"`schedule` must be a Schedule such as WarmupCosine(warmup=100), got {schedule!r}.")
+        raise TypeError(f"`schedule` must be a Schedule such as WarmupCosine(warmup=100), got {shown(schedule)}.")
 
 
 def check_base_lr(base_lr: float | Sequence[float] | None) -> float | tuple[float, ...] | None:

@@ -225,7 +225,7 @@ class OneCycle(Schedule):
     _progress: ClassVar[Progress]
 
     def _check(self) -> None:
-        real_number("peak_at", self.peak_at, at_least=0, at_most=1)
+        self.__dict__["peak_at"] = real_number("peak_at", self.peak_at, at_least=0, at_most=1)
         one_of("shape", self.shape, ("cosine", "linear"))
 
     def _prepare(self) -> dict[str, Any]:

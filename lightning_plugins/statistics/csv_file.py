@@ -159,7 +159,7 @@ class CSVFile:
 
     def _find_place(self, content: bytes) -> list[str]:
         lines = content.splitlines(keepends=True)
-        header = [name.strip() for name in next(csv.reader([_text(lines[0])]), [])] if lines else []
+        header = _cells(lines[0]) if lines else []
         if header[:2] != ["epoch", "batch"]:
             return self._give_up("its first line does not name the columns")
         if self._fixed and header != self._columns:
@@ -192,8 +192,7 @@ class CSVFile:
         """Return which line is the last row before the checkpoint; line 0 is the header."""
 
         def is_it(line: bytes) -> bool:
-            cells = [cell.strip() for cell in next(csv.reader([_text(line)]), [])]
-            return _key(dict(zip(header, cells, strict=False))) == self._last_key
+            return _key(dict(zip(header, _cells(line), strict=False))) == self._last_key
 
         if len(lines) > self._rows and is_it(lines[self._rows]):
             return self._rows
@@ -209,8 +208,12 @@ def _key(row: Mapping[str, str]) -> list[str]:
     return [row.get(name, "") for name in _KEY]
 
 
-def _text(line: bytes) -> str:
-    return line.decode(errors="replace").rstrip("\r\n")
+def _cells(line: bytes) -> list[str]:
+    """Return the cells of a line, none if it is of no CSV file."""
+    try:
+        return [cell.strip() for cell in next(csv.reader([line.decode(errors="replace").rstrip("\r\n")]), [])]
+    except csv.Error:
+        return []
 
 
 def _warn(message: str) -> None:

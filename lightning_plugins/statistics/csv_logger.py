@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins._validation import one_of, real_number
+from lightning_plugins._validation import a_list, a_path, one_of, real_number, shown
 from lightning_plugins.statistics.csv_file import CSVFile
 from lightning_plugins.statistics.layouts import LAYOUTS, SEPARATORS, batch_columns, epoch_cells, epoch_columns
 from lightning_plugins.statistics.logged import LoggedMetricsRecorder
@@ -77,11 +77,9 @@ class CSVStatisticsLogger(StatisticsReader):
         flush_seconds: float = 5.0,
     ) -> None:
         super().__init__()
-        if not isinstance(path, (str, Path)):
-            raise TypeError(f"`path` must be a path, got {path!r}.")
-        self.path = str(path)
+        self.path = a_path("path", path)
         if Path(self.path).suffix != ".csv":
-            raise ValueError(f"`path` must end in '.csv', got {self.path!r}.")
+            raise ValueError(f"`path` must end in '.csv', got {shown(self.path)}.")
         self.columns = _checked_columns(columns)
         self.every = one_of("every", every, ("batch", "epoch"))
         self.layout = one_of("layout", layout, tuple(LAYOUTS))
@@ -107,7 +105,9 @@ class CSVStatisticsLogger(StatisticsReader):
             return
         same = [c for c in trainer.callbacks if isinstance(c, CSVStatisticsLogger) and _same_place(c.path, self.path)]  # type: ignore[attr-defined]
         if len(same) > 1:
-            raise MisconfigurationException(f"`path` must be another for each CSVStatisticsLogger, got {self.path!r}.")
+            raise MisconfigurationException(
+                f"`path` must be another for each CSVStatisticsLogger, got {shown(self.path)}."
+            )
         self._check_columns()
         if self._writes and not is_remote(self.path):
             _check_writable(Path(self.path))
@@ -208,18 +208,19 @@ class CSVStatisticsLogger(StatisticsReader):
                 nearest = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
                 raise MisconfigurationException(
-                    f"`columns` must name some of {', '.join(map(repr, known))}, got {name!r}{hint}"
+                    f"`columns` must name some of {', '.join(map(repr, known))}, got {shown(name)}{hint}"
                 )
 
 
 def _checked_columns(columns: Sequence[str] | None) -> tuple[str, ...] | None:
     if columns is None:
         return None
-    if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
-        raise TypeError(f"`columns` must be a list of names, got {columns!r}.")
-    if len(set(columns)) != len(columns):
-        raise ValueError(f"`columns` must be distinct, got {list(columns)}.")
-    return tuple(dict.fromkeys(("epoch", "batch", *columns)))
+    names = a_list("columns", columns, "a list of names")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`columns` must be a list of names, got {shown(columns)}.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"`columns` must be distinct, got {shown(names)}.")
+    return tuple(dict.fromkeys(("epoch", "batch", *names)))
 
 
 def _same_place(one: str, other: str) -> bool:

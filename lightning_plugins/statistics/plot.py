@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_plugins._validation import shortened
 from lightning_plugins.statistics.confusion import Report
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION
 
@@ -51,7 +52,12 @@ def read_curves(path: str | Path) -> Curves:
         OSError: If it cannot be read.
     """
     with Path(path).open(newline="", encoding="utf-8", errors="replace") as handle:
-        rows = list(csv.DictReader(handle, skipinitialspace=True))
+        try:
+            found = list(csv.DictReader(handle, skipinitialspace=True))
+        except csv.Error as error:
+            raise ValueError(f"'{path}' is no CSV file: {error}.") from error
+    # cells beyond the header have no name, and those of a row that was cut off no value
+    rows = [{name: cell or "" for name, cell in row.items() if name} for row in found]
     if not rows:
         raise ValueError(f"'{path}' has no rows to plot.")
     if "epoch" not in rows[0] or "batch" not in rows[0]:
@@ -61,8 +67,8 @@ def read_curves(path: str | Path) -> Curves:
     try:
         for x, phase, row in _epochs(rows) if per_epoch else _batches(rows):
             _add_row(curves, x, phase, row)
-    except ValueError as error:
-        raise ValueError(f"'{path}' has a cell that is no number: {error}.") from error
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"'{path}' has a cell that is no number: {shortened(str(error))}.") from error
     if not curves.lines:
         raise ValueError(f"'{path}' has no statistics to plot.")
     return curves

@@ -21,7 +21,7 @@ from lightning_plugins._lightning import (
     rank_zero_info,
     sum_over_ranks,
 )
-from lightning_plugins._validation import one_of
+from lightning_plugins._validation import one_of, true_or_false
 from lightning_plugins.statistics.publishing import Publisher
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Ledger, Reader, Row, evaluate
 from lightning_plugins.statistics.running import PhaseSums, statistic_set
@@ -96,7 +96,7 @@ class StatisticsRecorder(Callback):
         self._key = f"{type(self).__qualname__}{{names={list(self.names)!r}, every={self.every!r}}}"
         self._ledger = Ledger(self._statistics)
         # not `self.log`: Lightning hangs the module's function of that name on every callback
-        self._publisher = Publisher(self._ledger, log=log)
+        self._publisher = Publisher(self._ledger, log=true_or_false("log", log))
         self._latest: dict[str, Row] = {}
         self._newest: Row | None = None  # of the phase that runs, or has run last
         self._cancelling: list[Any] = []

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
-from lightning_plugins._validation import real_number, whole_number
+from lightning_plugins._validation import a_list, a_path, real_number, shown, whole_number
 from lightning_plugins.statistics.confusion import ConfusionMatrix, Report
 from lightning_plugins.statistics.files import replace_file
 from lightning_plugins.statistics.sources import StepSources
@@ -206,19 +206,20 @@ def _filled(path: str, phase: str, epoch: int) -> Path:
 def _checked_labels(labels: Sequence[int] | None, num_classes: int) -> tuple[int, ...] | None:
     if labels is None:
         return None
-    checked = tuple(whole_number("labels", label) for label in labels)
+    checked = tuple(whole_number("labels", label) for label in a_list("labels", labels, "a list of classes"))
     if not checked or len(set(checked)) != len(checked) or max(checked) >= num_classes:
-        raise ValueError(f"`labels` must be distinct classes from 0 to {num_classes - 1}, got {list(labels)}.")
+        raise ValueError(f"`labels` must be distinct classes from 0 to {num_classes - 1}, got {shown(list(checked))}.")
     return checked
 
 
 def _checked_names(
-    names: Sequence[str] | None, labels: tuple[int, ...] | None, num_classes: int
+    given: Sequence[str] | None, labels: tuple[int, ...] | None, num_classes: int
 ) -> tuple[str, ...] | None:
-    if names is None:
+    if given is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`target_names` must be a list of names, got {names!r}.")
+    names = a_list("target_names", given, "a list of names")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`target_names` must be a list of names, got {shown(given)}.")
     wanted = num_classes if labels is None else len(labels)
     if len(names) != wanted:
         what = "classes" if labels is None else "`labels`"
@@ -230,15 +231,16 @@ def _checked_zero_division(value: float) -> float:
     if isinstance(value, float) and math.isnan(value):
         return value
     if real_number("zero_division", value) not in (0, 1):
-        raise ValueError(f"`zero_division` must be 0, 1 or NaN, got {value!r}.")
+        raise ValueError(f"`zero_division` must be 0, 1 or NaN, got {shown(value)}.")
     return float(value)
 
 
 def _checked_paths(path: Sequence[str | Path] | str | Path | None) -> tuple[str, ...]:
-    given = () if path is None else (path,) if isinstance(path, (str, Path)) else tuple(path)
-    for one in given:
-        if not isinstance(one, (str, Path)):
-            raise TypeError(f"`path` must be a path or several, got {one!r}.")
+    if path is None:
+        return ()
+    given = [path] if isinstance(path, (str, Path)) else a_list("path", path, "a path or several")
+    paths = tuple(a_path("path", one) for one in given)
+    for one in paths:
         if Path(one).suffix not in _SUFFIXES:
-            raise ValueError(f"`path` must end in one of {', '.join(map(repr, _SUFFIXES))}, got '{one}'.")
-    return tuple(str(one) for one in given)
+            raise ValueError(f"`path` must end in one of {', '.join(map(repr, _SUFFIXES))}, got {shown(one)}.")
+    return paths

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from lightning_plugins._validation import a_list, shown
 from lightning_plugins.statistics.labels import LabelledBatch
 
 Columns = Mapping[str, Tensor]
@@ -140,18 +141,20 @@ def statistic_set(metrics: Any) -> StatisticSet:
     """
     if isinstance(metrics, (str, Metric, MetricCollection)):
         metrics = [metrics]
+    if not isinstance(metrics, Mapping):
+        metrics = a_list("metrics", metrics, "a list of names or torchmetrics objects, or a mapping from names to them")
     entries = metrics.items() if isinstance(metrics, Mapping) else _named(metrics)
     names, statistics, objects = ["loss"], [LOSS], {}
     for name, entry in entries:
         if name in names:
-            raise ValueError(f"`metrics` must have distinct names, got {name!r} twice.")
+            raise ValueError(f"`metrics` must have distinct names, got {shown(name)} twice.")
         names.append(name)
         if isinstance(entry, Statistic):
             statistics.append(entry)
         elif isinstance(entry, Metric):
             objects[name] = entry
         else:
-            raise TypeError(f"`metrics` must hold names or torchmetrics objects, got {entry!r}.")
+            raise TypeError(f"`metrics` must hold names or torchmetrics objects, got {shown(entry)}.")
     return StatisticSet(tuple(names), tuple(statistics), objects)
 
 
@@ -173,7 +176,8 @@ def _by_name(name: str) -> Statistic:
     nearest = difflib.get_close_matches(name, BY_NAME, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise ValueError(
-        f"`metrics` must name one of {', '.join(map(repr, BY_NAME))} or be torchmetrics objects, got {name!r}{hint}"
+        f"`metrics` must name one of {', '.join(map(repr, BY_NAME))} or be torchmetrics objects, "
+        f"got {shown(name)}{hint}"
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins._lazy import by_import_path
+from lightning_plugins._validation import shown
 
 Source = str | Callable[[Any, Any], Any]
 """A key of what the step returns, the dotted name of a submodule, or ``f(outputs, batch)``, also by import path."""
@@ -43,7 +44,7 @@ class StepSources:
     def __init__(self, predictions: Source | None, targets: Source | None, owner: str) -> None:
         for name, value in (("predictions", predictions), ("targets", targets)):
             if not (value is None or isinstance(value, str) or callable(value)):
-                raise TypeError(f"`{name}` must be a key, a function of (outputs, batch) or None, got {value!r}.")
+                raise TypeError(f"`{name}` must be a key, a function of (outputs, batch) or None, got {shown(value)}.")
         self._predictions = predictions
         self._targets = targets
         self._owner = owner

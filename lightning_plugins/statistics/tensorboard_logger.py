@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer
-from lightning_plugins._validation import one_of
+from lightning_plugins._validation import a_path, one_of, shown
 from lightning_plugins.statistics.event_file import EventFile, Scalars, hyperparameter_summaries
 from lightning_plugins.statistics.reader import StatisticsReader
 from lightning_plugins.statistics.remote import is_remote
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Row
 
 _VERSION = 1
+_STAMP = re.compile(r"[\w-]{0,200}")  # one name below the root, whatever a file says; empty in a file of before the fit
 
 
 class TensorBoardStatisticsLogger(StatisticsReader):
@@ -65,11 +67,9 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         axis: Literal["step", "epoch", "samples", "time"] = "step",
     ) -> None:
         super().__init__()
-        if not isinstance(root, (str, Path)):
-            raise TypeError(f"`root` must be a path, got {root!r}.")
-        if is_remote(str(root)):
-            raise ValueError(f"`root` must be a local directory, got {str(root)!r}.")
-        self.root = str(root)
+        self.root = a_path("root", root)
+        if is_remote(self.root):
+            raise ValueError(f"`root` must be a local directory, got {shown(self.root)}.")
         self.axis = one_of("axis", axis, ("step", "epoch", "samples", "time"))
         self._key = f"{type(self).__qualname__}{{root={self.root!r}, axis={self.axis!r}}}"
         self._stamp = ""
@@ -157,6 +157,16 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         if self._recorder is not None:
             self._recorder.flush()
         return {"version": _VERSION, "stamp": self._stamp, "last": dict(self._last), "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the place until the fit begins, if it lies in the directory of the runs."""
+        stamp = state_dict["stamp"]
+        if not isinstance(stamp, str) or _STAMP.fullmatch(stamp) is None:
+            raise MisconfigurationException(
+                "The checkpoint's `stamp` of TensorBoardStatisticsLogger must be the name of a run, "
+                f"got {shown(stamp)}."
+            )
+        super().load_state_dict(state_dict)
 
     def _place(self, row: Row) -> int:
         """Return the row's place on the x axis, and remember that the phase got there."""

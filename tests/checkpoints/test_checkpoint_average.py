@@ -500,5 +500,5 @@ def test_damaged_safetensors_headers_are_refused(tmp_path):
             average_checkpoints([good, file])
     text = '{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}'
     file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"1234")
-    with pytest.raises(CheckpointError, match=r"`a` in .* has the dtype F4, which is not known"):
+    with pytest.raises(CheckpointError, match=r"`a` in .* has the dtype 'F4', which is not known"):
         average_checkpoints([good, file])

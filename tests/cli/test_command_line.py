@@ -170,7 +170,7 @@ def test_ctrl_c_is_one_line_and_status_130(run, tmp_path):
 
 
 def test_an_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
-    schedules = ["Linear(4, 1, 0)"] * 200  # more text than a pipe holds
+    schedules = [f"Linear({steps}, 1, 0)" for steps in range(1, 200)]  # different ones: more text than a pipe holds
     process = start(tmp_path, "pass", "schedule", *schedules, "--total", "9")
     assert process.stdout.readline()
     process.stdout.close()

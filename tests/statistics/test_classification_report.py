@@ -149,7 +149,7 @@ def test_wrong_arguments_are_refused_at_construction():
         ClassificationReport(3, zero_division=0.5)
     with pytest.raises(ValueError, match=r"`path` must end in one of '.txt', '.json', '.csv', '.png', got 'r.html'"):
         ClassificationReport(3, path="r.html")
-    with pytest.raises(TypeError, match="`path` must be a path or several, got 3"):
+    with pytest.raises(TypeError, match=r"`path` must be a path, got 3\."):
         ClassificationReport(3, path=[3])
 
 

@@ -1,0 +1,232 @@
+"""What every technique costs somebody whose run ends, fails or is interrupted: nothing that stays.
+
+Each run is compared with one of a bare Trainer that ends the same way, and each process with itself before the run.
+"""
+
+import copy
+import functools
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import torch
+
+from tests.support.traces import of_module, of_optimizer, of_process, of_trainer
+from tests.support.training import make_trainer
+from tests.test_architecture import CALLBACKS
+
+ROOT = Path(__file__).parents[2]
+NAMESPACES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
+STACK = "all of them"
+ENDS = {  # the hook of the user's module that raises, what, and at which of its calls
+    "fit": None,
+    "in setup": ("setup", RuntimeError, 1),
+    "in configure_optimizers": ("configure_optimizers", RuntimeError, 1),
+    "in on_fit_start": ("on_fit_start", RuntimeError, 1),
+    "in the sanity check": ("validation_step", RuntimeError, 1),
+    "in on_train_start": ("on_train_start", RuntimeError, 1),
+    "in a batch": ("training_step", RuntimeError, 2),
+    "in backward": ("on_after_backward", RuntimeError, 2),
+    "in a step": ("on_before_optimizer_step", RuntimeError, 1),
+    "in validation": ("validation_step", RuntimeError, 4),
+    "at the end of validation": ("on_validation_epoch_end", RuntimeError, 2),
+    "at the end of an epoch": ("on_train_epoch_end", RuntimeError, 1),
+    "at the end": ("on_train_end", RuntimeError, 1),
+    "Ctrl-C in a batch": ("training_step", KeyboardInterrupt, 2),
+    "Ctrl-C in validation": ("validation_step", KeyboardInterrupt, 4),
+    "SystemExit in a batch": ("training_step", SystemExit, 2),
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt"),
+    pytest.mark.filterwarnings("ignore:.*shutdown"),
+    pytest.mark.filterwarnings("ignore::lightning_plugins._validation.LightningPluginsWarning"),
+]
+
+
+class Batches(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.full((4,), float(index)), index % 2
+
+
+def user_module(namespace, scheduled):
+    """A module of somebody who knows nothing of this package; ``scheduled``: with a scheduler of torch's own."""
+
+    class User(namespace.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+            self.register_buffer("mine", torch.zeros(1))
+
+        def forward(self, x):
+            return self.layer(x)
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            loss = torch.nn.functional.cross_entropy(logits, batch[1])
+            self.log("val_loss" if self.trainer.validating or self.trainer.sanity_checking else "loss", loss.detach())
+            return {"loss": loss, "logits": logits, "target": batch[1]}
+
+        validation_step = test_step = training_step
+
+        def predict_step(self, batch, batch_idx):
+            return self(batch[0])
+
+        def configure_optimizers(self):
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            if not scheduled:
+                return self.optimizer
+            scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+            return [self.optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    return User()
+
+
+def break_at(module, name, error, number):
+    """Make the module's hook ``name`` raise ``error`` at its call of that number."""
+    kind, calls = type(module), []
+    whole = getattr(kind, name)
+
+    def hook(self, *args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            raise error("the user's")
+        return whole(self, *args, **kwargs)
+
+    setattr(kind, name, hook)
+
+
+def interrupted(message):
+    """Press Ctrl-C: the signal comes, and Python makes the exception of it, somewhere in the batch."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+    return RuntimeError(f"{message}: no signal came")
+
+
+def run(namespace, end, callbacks, *, scheduled=False):
+    """Fit until the end; return the module and the Trainer."""
+    module = user_module(namespace, scheduled)
+    if end is not None:
+        break_at(module, *end)
+    data = torch.utils.data.DataLoader(Batches(), batch_size=2)
+    saving = namespace.callbacks.ModelCheckpoint(Path("checkpoints"), save_top_k=-1)
+    trainer = make_trainer(
+        Path.cwd(), namespace, callbacks=[*callbacks, saving], max_epochs=2, enable_checkpointing=True
+    )
+    if end is None:
+        trainer.fit(module, data, data)
+    else:
+        with pytest.raises((RuntimeError, SystemExit), match=r"^the user's$|^1$"):
+            trainer.fit(module, data, data)
+    return module, trainer
+
+
+def left(module, trainer):
+    optimizer = getattr(module, "optimizer", None)
+    return {*of_module(module), *(of_optimizer(optimizer) if optimizer else ()), *of_trainer(trainer)}
+
+
+def made(name):
+    return [CALLBACKS[each][0]() for each in (sorted(CALLBACKS) if name == STACK else [name])]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@functools.cache
+def bare(namespace, end, scheduled):
+    """What a Trainer without any technique leaves, and torch's own scheduler where one is compared with it."""
+    return left(*run(NAMESPACES[namespace], ENDS[end], [], scheduled=scheduled))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("name", [*sorted(CALLBACKS), STACK])
+def test_nothing_is_left(name, namespace):
+    everything = name == STACK or namespace == "lightning.pytorch"
+    scheduled = name in (STACK, "LearningRateScheduler")  # torch's own schedulers wrap `optimizer.step` for good
+    for end in ENDS if everything else ("fit", "in a batch"):
+        without = bare(namespace, end, scheduled)
+        before = set(of_process())
+        callbacks = made(name)
+        listed = {*callbacks}
+        module, trainer = run(NAMESPACES[namespace], ENDS[end], callbacks)
+        found = {line for line in left(module, trainer) if not line.startswith("callback ")}
+        assert sorted(found - without) == [], end
+        assert sorted(set(of_process()) - before) == [], end
+        assert {*trainer.callbacks} - {trainer.checkpoint_callback} == listed, end  # events stand late in the list
+        assert len(trainer.callbacks) == len(listed) + 1, end
+
+
+@pytest.mark.slow
+def test_nothing_is_left_after_a_real_signal(tmp_path):
+    """In a process of its own: Lightning ignores a second Ctrl-C for good."""
+    program = "from tests.integration.test_innocent_user import interrupt_in_this_process as run; run()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"of the run": [], "of the process": [], "rows": 2}
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2  # the header and the batch before the signal
+
+
+def interrupt_in_this_process():
+    """Interrupt a bare Trainer, then one with everything; print what the second leaves and the first does not."""
+    end = ("training_step", interrupted, 2)
+    without = left(*run(lightning.pytorch, end, [], scheduled=True))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    callbacks, handler = made(STACK), signal.getsignal(signal.SIGINT)
+    before = set(of_process())
+    module, trainer = run(lightning.pytorch, end, callbacks)
+    signal.signal(signal.SIGINT, handler)
+    found = {line for line in left(module, trainer) if not line.startswith("callback ")}
+    rows = len(Path("a.csv").read_text().splitlines())
+    extra = sorted(set(of_process()) - before)
+    print(json.dumps({"of the run": sorted(found - without), "of the process": extra, "rows": rows}))  # noqa: T201
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("call", ["validate", "test", "predict"])
+def test_another_modules_evaluation_is_left_alone(call):
+    """After a fit with everything, somebody else's module is evaluated by the same Trainer."""
+    found = []
+    for callbacks in ([], made(STACK)):
+        trainer = run(lightning.pytorch, None, callbacks)[1]
+        other = user_module(lightning.pytorch, scheduled=False)
+        weights, process = copy.deepcopy(other.state_dict()), set(of_process())
+        getattr(trainer, call)(other, torch.utils.data.DataLoader(Batches(), batch_size=2))
+        found.append({*of_module(other), *sorted(set(of_process()) - process)})
+        assert all(torch.equal(weights[name], tensor) for name, tensor in other.state_dict().items())
+    assert sorted(found[1] - found[0]) == []
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("name", [*sorted(CALLBACKS), STACK])
+def test_the_module_is_not_kept_alive(name):
+    callbacks = made(name)
+    module, trainer = run(lightning.pytorch, None, callbacks)
+    alive = weakref.ref(module)
+    for callback in [*callbacks, *(getattr(callback, "_own", None) for callback in callbacks)]:
+        for attribute in ("log", "log_dict"):  # the module's own, which Lightning hangs on every callback
+            getattr(callback, "__dict__", {}).pop(attribute, None)
+    del module, trainer
+    gc.collect()
+    assert (alive() is not None) == (name in KEEPERS)
+
+
+KEEPERS = {"EMA", "PostHocEMA", STACK}  # they go on averaging in a second fit of the module
