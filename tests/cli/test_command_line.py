@@ -170,13 +170,12 @@ def test_ctrl_c_is_one_line_and_status_130(run, tmp_path):
 
 
 def test_an_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
-    schedules = [f"Linear({steps}, 1, 0)" for steps in range(1, 200)]  # different ones: more text than a pipe holds
-    process = start(tmp_path, "pass", "schedule", *schedules, "--total", "9")
-    assert process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 141
-    process.stderr.close()
+    schedules = [f"Linear({steps}, 1, 0)" for steps in range(300)]  # 160 kB of text, more than a pipe holds
+    with start(tmp_path, "pass", "schedule", *schedules, "--total", "9") as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 141
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
