@@ -1,0 +1,47 @@
+"""A run that was killed near its end and goes on from its last checkpoint still gets its average."""
+
+import lightning.pytorch as unified
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_plugins import CheckpointAveraging
+from tests.support.checkpoints_models import load_state, loader, module_class, trainer
+
+
+class Death(unified.Callback):
+    """An exception at the end of an epoch's validation, after the checkpoint was cut there."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            raise RuntimeError("killed")
+
+
+def run(folder, *callbacks, validates=True, **options):
+    torch.manual_seed(0)
+    module = module_class()(batch_norm=True)
+    averaging = CheckpointAveraging(last=2)
+    saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=not validates)
+    limits = {} if validates else {"limit_val_batches": 0}
+    fit = trainer(folder, callbacks=[averaging, saving, *callbacks], max_epochs=3, **limits)
+    fit.fit(module, loader(), loader(seed=1), **options)
+    return averaging, fit
+
+
+def test_a_run_in_which_nothing_is_validated_gets_its_batch_statistics(tmp_path):
+    averaging, fit = run(tmp_path, validates=False)
+    assert averaging.scores is None
+    assert load_state(averaging.path)["net.1.num_batches_tracked"].item() > 0
+    assert "_last_val_time" not in vars(fit)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_run_that_died_after_its_last_validation_is_averaged_and_compared(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "broken", Death())
+    assert not (tmp_path / "broken" / "averaged.ckpt").exists()
+    resumed, _ = run(tmp_path / "broken", ckpt_path=tmp_path / "broken" / "epoch=2.ckpt")
+    one, other = load_state(whole.path), load_state(resumed.path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert resumed.scores == whole.scores
