@@ -236,6 +236,15 @@ def refreshed_statistics(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         return statistics(layers, lambda value: trainer.strategy.reduce(value, reduce_op="mean"))
 
 
+def last_order(trainer: Any) -> None:
+    """Put samplers that shuffle by the epoch in the order of the last one, as the end of training finds them."""
+    for loader in trainer.fit_loop._combined_loader.flattened:
+        for batches in (loader, getattr(loader, "batch_sampler", None)):
+            set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(trainer.current_epoch - 1)
+
+
 def can_refresh(pl_module: Any) -> bool:
     """Return whether ``training_step`` may be called for its forward pass alone."""
     takes_iterator = "dataloader_iter" in inspect.signature(pl_module.training_step).parameters

@@ -10,6 +10,7 @@ from lightning_plugins._lightning import (
     Callback,
     LightningModule,
     MisconfigurationException,
+    RemainingEnd,
     Trainer,
     rank_zero_info,
     torch_optimizers,
@@ -37,6 +38,7 @@ class WeightFollower(Callback):
         self._pace = Pace(start_step, every)
         self._clock: StepClock | None = None
         self._trainer: Trainer | None = None  # while the clock runs
+        self._end = RemainingEnd()
         self._in_batch = False
         self._new_epoch = False
 
@@ -51,6 +53,10 @@ class WeightFollower(Callback):
     @abstractmethod
     def _adopt(self) -> None:
         """Take in the weights that became trainable."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that a run that was killed while it ended does end."""
+        self._end.watch(trainer, lambda: self.on_train_end(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count: the checkpoint, if any, is restored by now."""
@@ -117,6 +123,7 @@ class WeightFollower(Callback):
             self._pace.applied = self._clock.applied
             self._clock.close()
         self._trainer, self._clock = None, None
+        self._end.remove()
         self._in_batch = False
 
     def state_dict(self) -> dict[str, Any]:
