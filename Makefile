@@ -9,7 +9,7 @@ CLIENTS := .venv-clients
 LOWEST := .venv-lowest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-clients test-lowest lint docs build bench clean
+.PHONY: help demo test torture test-clients test-lowest lint docs build bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
