@@ -25,7 +25,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from tests.support.survival_evidence import Evidence, Truth, check_dead, compare, hidden_files, is_torn, look, quietly
+from tests.support.survival_evidence import (
+    Evidence,
+    Truth,
+    check_dead,
+    compare,
+    hidden_files,
+    look,
+    quietly,
+    torn_files,
+)
 from tests.support.survival_faults import (
     KINDS,
     MOMENTS,
@@ -249,7 +258,7 @@ class Chain:
         """Let the run go on until the fault; look at what it left. Return whether the run has to go on."""
         newest = self.found.newest(self.plan)
         path = None if newest is None else self.place.run / newest
-        before = hidden_files(self.place.run)
+        before = hidden_files(self.place.run), torn_files(self.place.run)
         ended = attempt(self.place, self.plan, self.truth, fault, ckpt_path=path, extra=extra)
         self.history.append(f"from {newest}: {fault}, {ended['code']} {ended['error']}")
         if fault is None:
@@ -257,20 +266,18 @@ class Chain:
             died = False
         else:
             died = died_of(fault, ended)
-        self._look(fault, died=died, before=before)
+        self._look(fault, *before)
         if died:
             self.counts[fault.kind] += 1
         return died
 
-    def _look(self, fault: Fault | None, *, died: bool, before: set[str]) -> None:
+    def _look(self, fault: Fault | None, hidden: set[str], torn: set[str]) -> None:
         self.found = quietly(look, self.place.run)
         check_dead(self.found, self.truth)
-        if fault is None or fault.kind != "cut in a write":
-            torn = [path.name for path in self.place.run.glob("*.csv") if is_torn(path)]
-            assert not torn, f"torn: {torn}"
+        if not torn and (fault is None or fault.kind != "cut in a write"):
+            assert not (found := torn_files(self.place.run)), f"torn: {found}"
         if fault is None or fault.kind.startswith(("exception", "full")):
-            new = hidden_files(self.place.run) - before
-            assert not new, f"left behind: {new}"
+            assert not (new := hidden_files(self.place.run) - hidden), f"left behind: {new}"
 
     def _share_left(self) -> float:
         newest = self.found.newest(self.plan)

@@ -116,9 +116,10 @@ def read_rows(path: Path) -> list[tuple[str, ...]]:
     return [tuple(row[number] for number in keep) for row in rows]
 
 
-def is_torn(path: Path) -> bool:
-    text = path.read_bytes()
-    return bool(text) and not text.endswith(b"\n")
+def torn_files(folder: Path) -> set[str]:
+    """Return the CSV files whose last row was cut."""
+    contents = {path.name: path.read_bytes() for path in folder.glob("*.csv")}
+    return {name for name, content in contents.items() if content and not content.endswith(b"\n")}
 
 
 def read_scalars(stamp: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
