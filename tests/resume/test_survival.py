@@ -20,13 +20,50 @@ from tests.support.survival_run import PLANS, Plan, train
 pytestmark = pytest.mark.slow
 
 
+def whole_run(folder, plan):
+    place = Place(folder / "disk", folder / "aside", is_small=False)
+    place.aside.mkdir()
+    return place, uninterrupted(place, plan)
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_a_run_that_is_killed_at_any_moment_is_the_uninterrupted_one_in_the_end(tmp_path, name, record_property):
-    kills, seed = counts.wanted(11, 200), counts.seed()
+    kills, seed = counts.wanted(9, 170), counts.seed()
     found, disk = chains([PLANS[name]], tmp_path, kills=kills, seed=seed, timed=counts.TORTURE)
     counts.record(record_property, "kills", found, f"SEED={seed}, a disk is {disk}")
     assert sum(found.values()) >= kills
     assert set(found) == set(KINDS)
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory):
+    return whole_run(tmp_path_factory.mktemp("dying"), DYING)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("exception in a batch", "training", 0.3),
+        Fault("exception in validation", "validation", 0.4),
+        Fault("exception in the writer", "append", 0.35),
+        Fault("exception in the writer", "append", 0.6),
+        Fault("SIGTERM", "training", 0.8),
+    ],
+    ids=lambda fault: f"{fault.kind} {fault.share}",
+)
+def test_a_checkpoint_that_lightning_cuts_as_a_run_dies_is_true(dying, fault):
+    """It is in the middle of everything, so plain Lightning cannot go on from it; the weights in it are the run's."""
+    chain = Chain(dying[0], DYING, dying[1])
+    assert chain.step(fault)
+    assert [name for name in chain.found.checkpoints if name.startswith("checkpoints/epoch")]
+
+
+DYING = Plan(
+    "on an exception",
+    {"save_top_k": -1, "every_n_epochs": 9, "save_on_exception": True},
+    accumulation={"batches": 4, "carry": True},
+    stateful=True,
+)
 
 
 # what a resume that restores nothing of one technique would look like
@@ -55,9 +92,7 @@ TECHNIQUES = {
 def dead(tmp_path_factory):
     """The truth, and a run that was killed some batches after its checkpoint."""
     folder = tmp_path_factory.mktemp("control")
-    place = Place(folder / "disk", folder / "aside", is_small=False)
-    place.aside.mkdir()
-    truth = uninterrupted(place, CONTROL)
+    place, truth = whole_run(folder, CONTROL)
     chain = Chain(place, CONTROL, truth)
     cut = place.aside / "cut"
     cut.mkdir()
@@ -155,10 +190,7 @@ LIES = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    place = Place(folder / "disk", folder / "aside", is_small=False)
-    place.aside.mkdir()
-    return place, uninterrupted(place, CONTROL)
+    return whole_run(tmp_path_factory.mktemp("finished"), CONTROL)
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -136,7 +136,7 @@ class Chronicle(pl.Callback):
         self.folder = folder
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         trainer.save_checkpoint(self.folder / f"{done}.ckpt")
 
 
@@ -287,9 +287,7 @@ class Chain:
         return 1.1 - done  # a resume has work of its own
 
 
-def chains(
-    plans: list[Plan], folder: Path, *, kills: int, seed: int, timed: bool, kinds: tuple[str, ...] = tuple(KINDS)
-) -> tuple[Counter[str], str]:
+def chains(plans: list[Plan], folder: Path, *, kills: int, seed: int, timed: bool) -> tuple[Counter[str], str]:
     """Kill until there are enough deaths, each plan and each kind in turn; return their counts, and what was full.
 
     Raises:
@@ -305,13 +303,13 @@ def chains(
         counts: Counter[str] = Counter()
         truths = {plan.name: uninterrupted(place, plan) for plan in plans}
         number = 0
-        while sum(counts.values()) < kills:
+        while sum(counts.values()) < kills or set(counts) < set(KINDS):
             plan = plans[number % len(plans)]
             rng = random.Random(f"{seed} {number}")
-            order = sorted(rng.sample(kinds, len(kinds)), key=counts.__getitem__)  # the rarest so far first
+            order = sorted(rng.sample(sorted(KINDS), len(KINDS)), key=counts.__getitem__)  # the rarest so far first
             chain = Chain(place, plan, truths[plan.name])
             try:
-                wrong = chain.run(rng, order[: 1 + kills - sum(counts.values())], timed=timed)
+                wrong = chain.run(rng, order, timed=timed)
                 assert not wrong, "the finished run is not the uninterrupted one:\n" + "\n".join(wrong)
             except Exception as error:
                 shutil.copytree(place.run, folder / "evidence")  # what is on the small disk goes with this process

@@ -66,7 +66,7 @@ def is_full(name: str) -> bool:
 
 
 def batches_done(checkpoint: dict[str, Any]) -> int:
-    return checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+    return checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
 
 
 def epochs_done(checkpoint: dict[str, Any]) -> int:
@@ -158,9 +158,12 @@ def _short(value: Any) -> str:
     return text if len(text) < 300 else f"{text[:200]} ... {text[-90:]}"
 
 
-# What of a checkpoint is not the run's, but a clock's or a path's; and a count of Lightning's, the x axis of its own
-# loggers, that loses one at every resume from a checkpoint that was cut at a batch's end.
-NOT_THE_RUNS = {"seconds", "stamp", "directory", "foreign", "time", "_batches_that_stepped"}
+# What of a checkpoint is not the run's, but a clock's or a path's;
+NOT_THE_RUNS = {"seconds", "stamp", "directory", "foreign", "time"}
+# a count of Lightning's, the x axis of its own loggers, that loses one when a run goes on from a batch's end;
+NOT_THE_RUNS |= {"_batches_that_stepped"}
+# and metrics of training, which Lightning does not save: a run that goes on inside a validation has the latter's only.
+NOT_THE_RUNS |= {"train_loss", "train_accuracy"}
 
 
 def essence(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Plan:
         accumulation: Arguments of ``GradientAccumulation``.
         averaging: Arguments of ``CheckpointAveraging``.
         stateful: Whether the loader keeps its place.
+        trainer: Arguments of the Trainer.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Plan:
     accumulation: dict[str, Any] = field(default_factory=lambda: {"batches": 2})
     averaging: dict[str, Any] = field(default_factory=lambda: {"last": 3})
     stateful: bool = False
+    trainer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def window(self) -> int:
@@ -85,6 +87,14 @@ PLANS = {
             {"save_top_k": -1, "every_n_train_steps": 1},
             accumulation={"batches": 4, "carry": True},
             stateful=True,
+        ),
+        # twice an epoch; the first of them stands in the middle of a step
+        Plan(
+            "after a validation in mid-epoch",
+            {"save_top_k": -1, "save_on_train_epoch_end": False},
+            accumulation={"batches": 4, "carry": True},
+            stateful=True,
+            trainer={"val_check_interval": 3},
         ),
     )
 }
@@ -185,6 +195,7 @@ def train(folder: Path, plan: Plan, final: Path, *, ckpt_path: Path | None = Non
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[*callbacks, *extra],
+        **plan.trainer,
     )
     trainer.fit(module, *loaders(plan), ckpt_path=ckpt_path)
     trainer.save_checkpoint(final)
@@ -202,9 +213,9 @@ def train(folder: Path, plan: Plan, final: Path, *, ckpt_path: Path | None = Non
 def can_resume(checkpoint: dict[str, Any], plan: Plan) -> bool:
     """Return whether plain Lightning goes on from this checkpoint as if nothing had been.
 
-    Two are left out. One cut by ``every_n_train_steps`` on an epoch's last batch skips that epoch's validation. One cut
-    in the middle of a window has lost the window's gradients, unless windows are carried: ``every_n_train_steps`` cuts
-    such ones after a resume, when the step that it was just saved at is still the current one.
+    Two are left out. One cut by ``every_n_train_steps`` on an epoch's last batch skips that epoch's validation. One
+    cut in the middle of a window has lost the window's gradients, unless windows are carried: ``every_n_train_steps``
+    cuts such ones after a resume, when the step that it was just saved at is still the current one.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     if "every_n_train_steps" not in plan.checkpoints:
