@@ -84,19 +84,26 @@ class Place:
             path.mkdir(parents=True)
 
 
-def in_child(work: Callable[[], Any], report: Path, kill: tuple[float, signal.Signals] | None = None) -> dict[str, Any]:
+def in_child(
+    work: Callable[[], Any],
+    report: Path,
+    kill: tuple[float, signal.Signals] | None = None,
+    *,
+    seconds: float = SECONDS,
+) -> dict[str, Any]:
     """Run ``work`` in a child; return how it ended: signal or exit code, exception, and what it returned.
 
     Args:
         work: What to do.
         report: A file for the child's answer.
         kill: Seconds after which the child gets a signal from outside.
+        seconds: How long it may take.
     """
     report.unlink(missing_ok=True)
     child = os.fork()
     if not child:
         _be_child(work, report)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     strike = (time.monotonic() + kill[0], kill[1]) if kill else (deadline, signal.SIGKILL)
     status = None
     while status is None:
@@ -319,6 +326,6 @@ def chains(plans: list[Plan], folder: Path, *, kills: int, seed: int, timed: boo
             number += 1
         return {"counts": counts, "disk": "a file system of 2 MB" if place.is_small else "a limit of file sizes"}
 
-    ended = in_child(work, answer, None)
+    ended = in_child(work, answer, seconds=len(KINDS) * kills * SECONDS)  # each attempt has its own limit
     assert ended["code"] == 0, ended["text"]
     return Counter(ended["result"]["counts"]), ended["result"]["disk"]
