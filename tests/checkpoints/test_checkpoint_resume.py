@@ -3,7 +3,6 @@
 import lightning.pytorch as unified
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_plugins import CheckpointAveraging
 from tests.support.checkpoints_models import load_state, loader, module_class, trainer
@@ -24,13 +23,15 @@ class DeathAtTheEnd(unified.Callback):
         raise RuntimeError("killed")
 
 
-def run(folder, *callbacks, validates=True, **options):
+def run(folder, *callbacks, validates=True, namespace=unified, **options):
     torch.manual_seed(0)
-    module = module_class()(batch_norm=True)
+    module = module_class(namespace)(batch_norm=True)
     averaging = CheckpointAveraging(last=2)
-    saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=not validates)
+    saving = namespace.callbacks.ModelCheckpoint(
+        folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=not validates
+    )
     limits = {} if validates else {"limit_val_batches": 0}
-    fit = trainer(folder, callbacks=[*callbacks, averaging, saving], max_epochs=3, **limits)
+    fit = trainer(folder, namespace, callbacks=[*callbacks, averaging, saving], max_epochs=3, **limits)
     fit.fit(module, loader(), loader(seed=1), **options)
     return averaging, fit
 
@@ -58,12 +59,14 @@ def test_a_run_that_died_after_its_last_validation_is_averaged_and_compared(tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
-def test_a_run_that_died_at_its_very_end_is_averaged_when_nothing_is_left_to_train(tmp_path):
-    whole, _ = run(tmp_path / "whole", validates=False)
+def test_a_run_that_died_at_its_very_end_is_averaged_when_nothing_is_left_to_train(tmp_path, namespace):
+    whole, _ = run(tmp_path / "whole", validates=False, namespace=namespace)
     with pytest.raises(RuntimeError, match="killed"):
-        run(tmp_path / "broken", DeathAtTheEnd(), validates=False)
+        run(tmp_path / "broken", DeathAtTheEnd(), validates=False, namespace=namespace)
     assert not (tmp_path / "broken" / "averaged.ckpt").exists()
-    resumed, fit = run(tmp_path / "broken", validates=False, ckpt_path=tmp_path / "broken" / "epoch=2.ckpt")
+    resumed, fit = run(
+        tmp_path / "broken", validates=False, namespace=namespace, ckpt_path=tmp_path / "broken" / "epoch=2.ckpt"
+    )
     assert fit.global_step == 12
     assert same_average(resumed, whole)
     assert "run" not in vars(fit.fit_loop)
