@@ -225,6 +225,10 @@ DEATHS = {
 }
 
 
+# Deaths that leave time to clean up. A signal can strike in between, and so can an error as a file is being removed.
+CLEAN = {"exception in validation", "exception in a batch", "full disk"}
+
+
 def died_of(fault: Fault, ended: dict[str, Any]) -> bool:
     """Return whether the fault killed the attempt; anything else that did is an AssertionError."""
     number, errors = DEATHS[fault.kind]
@@ -283,7 +287,7 @@ class Chain:
         check_dead(self.found, self.truth)
         if not torn and (fault is None or fault.kind != "cut in a write"):
             assert not (found := torn_files(self.place.run)), f"torn: {found}"
-        if fault is None or fault.kind.startswith(("exception", "full")):
+        if fault is None or fault.kind in CLEAN:
             assert not (new := hidden_files(self.place.run) - hidden), f"left behind: {new}"
 
     def _share_left(self) -> float:
