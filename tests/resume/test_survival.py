@@ -58,6 +58,26 @@ def test_a_checkpoint_that_lightning_cuts_as_a_run_dies_is_true(dying, fault):
     assert [name for name in chain.found.checkpoints if name.startswith("checkpoints/epoch")]
 
 
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory):
+    return whole_run(tmp_path_factory.mktemp("ending"), PLANS["each epoch"])
+
+
+@pytest.mark.parametrize(
+    ("moment", "share"), [("validation", 0.8), ("validation", 0.95), ("file", 0.95), ("file", 0.99)]
+)
+def test_a_run_that_is_killed_while_it_ends_does_end(ending, moment, share, record_property):
+    """Its last checkpoint is cut by then, so Lightning finds nothing left to train."""
+    place, truth = ending
+    chain = Chain(place, PLANS["each epoch"], truth)
+    assert chain.step(Fault("SIGKILL", moment, share))
+    assert chain.found.checkpoints["checkpoints/last.ckpt"]["global_step"] == truth.result["checkpoint"]["global_step"]
+    assert not chain.step(None)
+    assert place.result()["rates"] == []  # no step was taken
+    assert compare(chain.found, place.result(), truth) == []
+    counts.record(record_property, "kills", chain.counts)
+
+
 DYING = Plan(
     "on an exception",
     {"save_top_k": -1, "every_n_epochs": 9, "save_on_exception": True},
