@@ -139,7 +139,7 @@ class _EndingRun:
 
     def __call__(self) -> None:
         self._own()
-        if self._trainer.fit_loop.max_batches and self._trainer.limit_train_batches != 0:
+        if self._trainer.global_step and self._trainer.limit_train_batches != 0:  # else there never was a run
             for end in list(self.ends):
                 finish = end.finish
                 end.remove()
