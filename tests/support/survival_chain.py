@@ -48,6 +48,7 @@ from tests.support.survival_faults import (
 )
 from tests.support.survival_run import EPOCHS, Plan, train
 
+SOFT = {signal.SIGINT, signal.SIGTERM}
 SECONDS = 120  # an attempt that takes longer hangs
 
 
@@ -100,9 +101,11 @@ def in_child(
         seconds: How long it may take.
     """
     report.unlink(missing_ok=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SOFT)  # until the child is ready to die
     child = os.fork()
     if not child:
         _be_child(work, report)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SOFT)
     deadline = time.monotonic() + seconds
     strike = (time.monotonic() + kill[0], kill[1]) if kill else (deadline, signal.SIGKILL)
     status = None
@@ -121,19 +124,27 @@ def in_child(
 def _be_child(work: Callable[[], Any], report: Path) -> None:
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        logging.disable(logging.CRITICAL)
-        warnings.simplefilter("ignore")
-        told = {"result": work(), "error": None}
-        code = 0
-    except BaseException as error:  # noqa: BLE001  # whatever it is, the parent judges
-        told = {"error": type(error).__name__, "text": traceback.format_exc()}
-    try:
+        told = _try(work)
+        code = told.pop("code")
         unlimit_files()
         report.write_text(json.dumps(told))
     finally:
-        os._exit(code)
+        os._exit(code)  # whatever happens: the rest of the test run is the parent's
+
+
+def _try(work: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SOFT)
+        logging.disable(logging.CRITICAL)
+        warnings.simplefilter("ignore")
+        told = {"code": 0, "result": work(), "error": None}
+        signal.pthread_sigmask(signal.SIG_BLOCK, SOFT)
+    except BaseException as error:  # noqa: BLE001  # whatever it is, the parent judges
+        signal.pthread_sigmask(signal.SIG_BLOCK, SOFT)
+        told = {"code": 1, "error": type(error).__name__, "text": traceback.format_exc()}
+    return told
 
 
 class Chronicle(pl.Callback):
@@ -235,6 +246,7 @@ def died_of(fault: Fault, ended: dict[str, Any]) -> bool:
     if ended["code"] == 0:
         return False
     by_fault = ended["code"] == number or (ended["code"] == 1 and ended["error"] in errors)
+    by_fault |= fault.kind == "SIGINT" and ended["error"] is None  # as the child was about to say how it ended
     assert by_fault, f"{fault} ended with {ended['code']}: {ended['text']}"
     return True
 
