@@ -206,8 +206,8 @@ class EMA(WeightFollower):
         self._settle()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the raw weights back, wherever it happened; a file may still be written, so let no step be missing."""
-        self._catch_up()
+        """Put the raw weights back, wherever it happened."""
+        self._last_catch_up()
         self._stage.kept = self._stage.kept and not self._fitting
         self._leave()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from typing import Any
 
@@ -108,8 +109,13 @@ class WeightFollower(Callback):
             self._begin(trainer.lightning_module)
         due = self._pace.due(applied)
         if due is not None:
+            self._pace.updated(due[0])  # first: a step must not be blended in twice, whatever fails
             self._update(trainer, *due)
-            self._pace.updated(due[0])
+
+    def _last_catch_up(self) -> None:
+        """Catch up after an exception: a file may still be written, and no step should be missing from it."""
+        with contextlib.suppress(Exception):  # the one that ends the run is the one to be heard
+            self._catch_up()
 
     def _all_catch_up(self) -> None:
         """Bring every average of the run up to the weights, before one of them is shown or all are saved."""

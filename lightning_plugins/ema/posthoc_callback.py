@@ -146,9 +146,9 @@ class PostHocEMA(WeightFollower):
             self._write(trainer, self._pace.last)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizer; a file may still be written, so let no step be missing."""
+        """Let go of the optimizer."""
         if trainer.world_size == 1:  # the others may not have got so far, and a snapshot takes all of them
-            self._catch_up()
+            self._last_catch_up()
         self._release_clock()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -47,6 +47,7 @@ def dying(tmp_path_factory):
         Fault("exception in validation", "validation", 0.4),
         Fault("exception in the writer", "append", 0.35),
         Fault("exception in the writer", "append", 0.6),
+        Fault("exception in the writer", "file", 0.6),  # a snapshot's
         Fault("SIGTERM", "training", 0.8),
     ],
     ids=lambda fault: f"{fault.kind} {fault.share}",
