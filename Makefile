@@ -9,7 +9,7 @@ CLIENTS := .venv-clients
 LOWEST := .venv-lowest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-clients test-lowest lint docs build bench peers clean
+.PHONY: help demo test torture test-clients test-lowest lint docs build bench peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ demo: $(STAMP)  ## train a network on handwritten digits, about half a minute on
 
 test: $(STAMP)  ## the test suite, with branch coverage
 	$(BIN)/python -m pytest --cov --cov-report=term -n 2 --dist worksteal $(ARGS)
+
+torture: $(STAMP)  ## a thousand kills and ten thousand damaged files, from a new seed (or SEED=...)
+	TORTURE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(wildcard tests/resume tests/hostile) $(ARGS)
 
 test-clients: $(CLIENTS)/.installed  ## the callbacks inside pytorch-forecasting and darts
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)

@@ -28,6 +28,7 @@ __all__ = [
     "LRSchedulerConfig",
     "LightningModule",
     "MisconfigurationException",
+    "RemainingEnd",
     "Trainer",
     "cancelling_callbacks",
     "logged_by_module",
@@ -93,6 +94,62 @@ else:
 
     class MisconfigurationException(_UnifiedError, _ClassicError):
         """A setting that clashes with the Trainer's; either namespace's ``except`` catches it."""
+
+
+class RemainingEnd:
+    """Calls a function in a fit that finds nothing left to train, where Lightning calls no hook.
+
+    A run that was killed while it ended has its last checkpoint behind it. Resumed from there, Lightning's loop returns
+    at once, without ``on_train_start`` and ``on_train_end``, and what callbacks do at the end would never be done.
+    """
+
+    def __init__(self) -> None:
+        self.finish: Callable[[], None] = _do_nothing
+        self._run: _EndingRun | None = None
+
+    def watch(self, trainer: Trainer, finish: Callable[[], None]) -> None:
+        """Call ``finish`` in this fit unless :meth:`remove` comes first, as it should in ``on_train_start``.
+
+        Args:
+            trainer: The Trainer, in ``on_fit_start``.
+            finish: What there is to do; everything is still on its device.
+        """
+        self.remove()
+        there = vars(trainer.fit_loop).get("run")
+        self._run = there if isinstance(there, _EndingRun) else _EndingRun(trainer)
+        self._run.ends.append(self)
+        self.finish = finish
+
+    def remove(self) -> None:
+        """Give the loop its own method back, if nobody else watches it; harmless when that is done."""
+        run, self._run, self.finish = self._run, None, _do_nothing
+        if run is not None:
+            run.ends.remove(self)
+            run.leave()
+
+
+class _EndingRun:
+    """Stands in for the ``run`` of a Trainer's fit loop."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        loop: Any = trainer.fit_loop
+        self.ends: list[RemainingEnd] = []
+        self._trainer, self._own, self._before = trainer, loop.run, vars(loop).get("run")
+        loop.run = self
+
+    def __call__(self) -> None:
+        self._own()
+        if self._trainer.global_step and self._trainer.limit_train_batches != 0:  # else there never was a run
+            for end in list(self.ends):
+                finish = end.finish
+                end.remove()
+                finish()
+
+    def leave(self) -> None:
+        loop = vars(self._trainer.fit_loop)
+        if not self.ends and loop.get("run") is self:
+            del loop["run"]
+            loop.update({} if self._before is None else {"run": self._before})
 
 
 def torch_optimizers(trainer: Trainer) -> list[Optimizer]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.support import counts
+
 # A busy machine is slow, and that is no property of what is tested. The gate tries the same examples each time; whoever
 # runs the tests by hand looks for new ones.
 settings.register_profile(
@@ -36,3 +38,13 @@ def _clean_world():
 def namespace(request):
     """Lightning under either of its names."""
     return __import__(request.param, fromlist=["Trainer"])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say what was tried how often: the tests that kill runs and damage files count."""
+    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ()))
+    lines = counts.summary(reports)
+    if lines:
+        terminalreporter.section("counts")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -13,6 +13,7 @@ from lightning_plugins._lightning import (
     Callback,
     LightningModule,
     MisconfigurationException,
+    RemainingEnd,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
@@ -25,18 +26,19 @@ from lightning_plugins.checkpoints.pool import (
     Signature,
     best_records,
     foreign_files,
+    is_average_or_none,
     last_records,
     loss_name,
     own_records,
     remove,
 )
 from lightning_plugins.checkpoints.recipe import Recipe
-from lightning_plugins.checkpoints.selection import Record, read_manifest
+from lightning_plugins.checkpoints.selection import Record
 from lightning_plugins.checkpoints.sharded import is_sharded
-from lightning_plugins.checkpoints.source import CheckpointError
 from lightning_plugins.checkpoints.together import on_rank_zero, write_together
 from lightning_plugins.checkpoints.trial import (
     can_refresh,
+    last_order,
     load_checkpoint,
     no_trace,
     numbers,
@@ -123,6 +125,7 @@ class CheckpointAveraging(Callback):
         self._history: dict[int, dict[str, float]] = {}
         self._own_pool = False
         self._folder: Path | None = None  # of this fit's checkpoints; None: nothing is averaged
+        self._end = RemainingEnd()
 
     @property
     def state_key(self) -> str:
@@ -154,8 +157,13 @@ class CheckpointAveraging(Callback):
                     f"Two CheckpointAveraging callbacks would write {self.output}; give them different `output` names."
                 )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that a run that was killed while it ended gets its average."""
+        self._end.watch(trainer, lambda: self._finish(trainer, pl_module))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose whose files will be averaged, now that directories and the run's position are known."""
+        self._end.remove()
         self.path, self.scores, self.metric = None, None, None
         self._folder = None if trainer.fast_dev_run else self._checkpoint_folder(trainer)  # type: ignore[attr-defined]
         if self._folder is None:
@@ -212,6 +220,14 @@ class CheckpointAveraging(Callback):
         rank_zero_info(f"CheckpointAveraging: the mean of {len(paths)} checkpoints is in {target}.")
         self._report(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer as it was."""
+        self._end.remove()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        self._end.remove()
+
     def state_dict(self) -> dict[str, Any]:
         """Return which files are another run's, and the validation metrics by step."""
         return {"version": 1, "foreign": dict(self._foreign), "history": dict(self._history)}
@@ -220,6 +236,11 @@ class CheckpointAveraging(Callback):
         """Take both over from the run that is resumed."""
         self._foreign = dict(state_dict["foreign"])
         self._history = dict(state_dict["history"])
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last_order(trainer)
+        self.on_train_start(trainer, pl_module)
+        self.on_train_end(trainer, pl_module)
 
     # --- the files -------------------------------------------------------------------------------------------------
 
@@ -244,11 +265,7 @@ class CheckpointAveraging(Callback):
         return own if self._own_pool else self._folder or Path()
 
     def _check_output(self, target: Path) -> None:
-        try:
-            is_ours = not target.exists() or (target.is_file() and read_manifest(target) is not None)
-        except CheckpointError:
-            is_ours = False
-        if not is_ours:
+        if not is_average_or_none(target):
             raise MisconfigurationException(
                 f"`output` of CheckpointAveraging is a file that it did not write: {target}. Choose another name."
             )

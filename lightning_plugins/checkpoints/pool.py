@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.checkpoints.selection import Record, found_in, one_per_step, read_record
+from lightning_plugins.checkpoints.selection import Record, found_in, one_per_step, read_manifest, read_record
 from lightning_plugins.checkpoints.source import CheckpointError
 
 Signature = list[int]
@@ -62,6 +62,14 @@ def _record(path: Path) -> Record | None:
         return read_record(path)
     except CheckpointError:
         return None
+
+
+def is_average_or_none(path: Path) -> bool:
+    """Return whether a path holds an average, which may be replaced, or nothing at all."""
+    try:
+        return not path.exists() or (path.is_file() and read_manifest(path) is not None)
+    except CheckpointError:
+        return False
 
 
 def last_records(records: Iterable[Record], count: int) -> list[Record]:

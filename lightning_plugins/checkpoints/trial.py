@@ -115,7 +115,8 @@ def _metrics_kept(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _trainer_kept(trainer: Any) -> Iterator[None]:
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
-    callbacks, loggers, stage, time = trainer.callbacks, trainer.loggers, trainer.state.stage, trainer._last_val_time
+    callbacks, loggers, stage = trainer.callbacks, trainer.loggers, trainer.state.stage
+    time = {name: value for name, value in vars(trainer).items() if name == "_last_val_time"}  # of the last validation
     logged, running = vars(connector).copy(), vars(loop).copy()
     try:
         for name, value in logged.items():
@@ -123,14 +124,12 @@ def _trainer_kept(trainer: Any) -> Iterator[None]:
                 setattr(connector, name, {})
         loop.batch_progress = copy.deepcopy(loop.batch_progress)
         loop._results = type(loop._results)(training=False)
+        loop._restarting = False  # after a resume it would go on where the checkpoint's validation was
         yield
     finally:
-        trainer.callbacks, trainer.loggers, trainer.state.stage, trainer._last_val_time = (
-            callbacks,
-            loggers,
-            stage,
-            time,
-        )
+        trainer.callbacks, trainer.loggers, trainer.state.stage = callbacks, loggers, stage
+        vars(trainer).pop("_last_val_time", None)  # it had none if nothing was validated
+        vars(trainer).update(time)
         vars(connector).update(logged)
         vars(loop).update(running)
 
@@ -235,6 +234,15 @@ def refreshed_statistics(trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         for number, batch in enumerate(_training_batches(trainer)):
             pl_module.training_step(*((batch, number) if _takes_index(pl_module) else (batch,)))
         return statistics(layers, lambda value: trainer.strategy.reduce(value, reduce_op="mean"))
+
+
+def last_order(trainer: Any) -> None:
+    """Put samplers that shuffle by the epoch in the order of the last one, as the end of training finds them."""
+    for loader in trainer.fit_loop._combined_loader.flattened:
+        for batches in (loader, getattr(loader, "batch_sampler", None)):
+            set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(trainer.current_epoch - 1)
 
 
 def can_refresh(pl_module: Any) -> bool:

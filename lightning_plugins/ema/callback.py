@@ -147,6 +147,7 @@ class EMA(WeightFollower):
         """Place what a file gave, now that the module is on its device; watch the run's files."""
         if self._restored is not None:
             self._build(pl_module)
+        super().on_fit_start(trainer, pl_module)
         if _roles(trainer).writer is self:
             self._seam = CheckpointSeam(trainer.strategy, self._fill_state_dict, self._stamp)
 
@@ -207,6 +208,7 @@ class EMA(WeightFollower):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the raw weights back, wherever it happened."""
+        self._last_catch_up()
         self._stage.kept = self._stage.kept and not self._fitting
         self._leave()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning_plugins._lightning import (
     Callback,
     LightningModule,
     MisconfigurationException,
+    RemainingEnd,
     Trainer,
     rank_zero_info,
     torch_optimizers,
@@ -37,6 +39,7 @@ class WeightFollower(Callback):
         self._pace = Pace(start_step, every)
         self._clock: StepClock | None = None
         self._trainer: Trainer | None = None  # while the clock runs
+        self._end = RemainingEnd()
         self._in_batch = False
         self._new_epoch = False
 
@@ -51,6 +54,10 @@ class WeightFollower(Callback):
     @abstractmethod
     def _adopt(self) -> None:
         """Take in the weights that became trainable."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that a run that was killed while it ended does end."""
+        self._end.watch(trainer, lambda: self.on_train_end(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count: the checkpoint, if any, is restored by now."""
@@ -102,8 +109,13 @@ class WeightFollower(Callback):
             self._begin(trainer.lightning_module)
         due = self._pace.due(applied)
         if due is not None:
+            self._pace.updated(due[0])  # first: a step must not be blended in twice, whatever fails
             self._update(trainer, *due)
-            self._pace.updated(due[0])
+
+    def _last_catch_up(self) -> None:
+        """Catch up after an exception: a file may still be written, and no step should be missing from it."""
+        with contextlib.suppress(Exception):  # the one that ends the run is the one to be heard
+            self._catch_up()
 
     def _all_catch_up(self) -> None:
         """Bring every average of the run up to the weights, before one of them is shown or all are saved."""
@@ -117,6 +129,7 @@ class WeightFollower(Callback):
             self._pace.applied = self._clock.applied
             self._clock.close()
         self._trainer, self._clock = None, None
+        self._end.remove()
         self._in_batch = False
 
     def state_dict(self) -> dict[str, Any]:

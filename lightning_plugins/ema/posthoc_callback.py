@@ -119,13 +119,11 @@ class PostHocEMA(WeightFollower):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on, to count and to average, in a directory without traces of another run."""
-        if self._restored is not None:
-            self._build(pl_module)
+        self._place(trainer, pl_module)
         for shadow in self._shadows:
             shadow.rebind()
         super().on_train_start(trainer, pl_module)
-        self._directory = self.dirpath or self._known_directory(trainer) or _beside_checkpoints(trainer)
-        if trainer.is_global_zero and self._directory.is_dir():
+        if trainer.is_global_zero and self._directory is not None and self._directory.is_dir():
             moved = set_aside(self._directory, after=self._pace.last)
             if moved is not None:
                 rank_zero_info(f"PostHocEMA: snapshots of another run, later than this one is, were moved to {moved}.")
@@ -145,12 +143,15 @@ class PostHocEMA(WeightFollower):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last snapshot."""
+        self._place(trainer, pl_module)
         self._catch_up()
         if self._pace.last > self._written:
             self._write(trainer, self._pace.last)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizer."""
+        if trainer.world_size == 1:  # the others may not have got so far, and a snapshot takes all of them
+            self._last_catch_up()
         self._release_clock()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -189,6 +190,12 @@ class PostHocEMA(WeightFollower):
     def _adopt(self) -> None:
         for shadow in self._shadows:
             shadow.adopt()
+
+    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place what a file gave, now that the module is on its device, and find the directory."""
+        if self._restored is not None:
+            self._build(pl_module)
+        self._directory = self.dirpath or self._known_directory(trainer) or _beside_checkpoints(trainer)
 
     def _build(self, pl_module: LightningModule) -> None:
         starts: Sequence[dict[str, Tensor] | None] = self._restored or [None] * len(self.rules)

@@ -13,6 +13,7 @@ from lightning_plugins._lightning import (
     LightningModule,
     LRSchedulerConfig,
     MisconfigurationException,
+    RemainingEnd,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
@@ -117,6 +118,7 @@ class LearningRateScheduler(Callback):
         self._plateau_state = PlateauState()
         self._metric: Any = None  # the monitored metric as last seen: a new one is another object
         self._validated = False  # whether it is validation that logs it
+        self._end = RemainingEnd()
 
     @property
     def state_key(self) -> str:
@@ -141,9 +143,11 @@ class LearningRateScheduler(Callback):
             )
             self._schedulers.append(scheduler)
             configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
+        self._end.watch(trainer, lambda: self.on_train_start(trainer, pl_module))  # for the rate at the end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start at the restored position, or at the steps already taken."""
+        self._end.remove()
         taken = trainer.global_step
         if not pl_module.automatic_optimization:
             taken //= max(len(trainer.optimizers), 1)  # there global_step counts every optimizer's
@@ -220,6 +224,7 @@ class LearningRateScheduler(Callback):
 
     def _release(self) -> None:
         """Take every hook off the optimizers."""
+        self._end.remove()
         for scheduler in self._schedulers:
             scheduler.close()
         self._schedulers = []

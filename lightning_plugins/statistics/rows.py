@@ -5,6 +5,7 @@ Nothing here knows a Trainer or a file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -151,34 +152,39 @@ class Ledger:
         self._due_rows = 1  # only with several ranks
 
     def add(self, row: Row) -> None:
-        """Take a row; first hand out what is due."""
+        """Take a row, and hand out those before it if they are due."""
         if not self.readers:
             self._waiting = [row]
             return
-        if self._is_due():
-            self.flush()
-        self._waiting.append(row)
+        due = self._is_due()
+        self._waiting.append(row)  # first: a reader may fail
+        if due:
+            self.flush(keep=1)
 
     def end_phase(self, row: Row) -> None:
         """Tell the readers that a phase ended with ``row``; everything has been handed out."""
         for reader in self.readers:
             reader.phase_end(row)
 
-    def flush(self, *, together: bool = True) -> None:
-        """Evaluate and hand out all rows.
+    def flush(self, *, keep: int = 0, together: bool = True) -> None:
+        """Evaluate and hand out rows; to every reader, also when one of them fails.
 
         Args:
+            keep: How many of the newest stay.
             together: Whether all ranks do so now. After an exception they do not, and the last rows hold what rank 0
                 has seen.
         """
-        if not self._waiting:
+        end = len(self._waiting) - keep
+        if end <= 0:
             return
+        rows = self._waiting[:end]
         reduce = functools.partial(self._reduce_and_agree, self.reduce) if together and self.reduce else None
-        evaluate(self.statistics, self._waiting, reduce)
-        rows, self._waiting = self._waiting, []
+        evaluate(self.statistics, rows, reduce)
+        del self._waiting[:end]
         self._last_flush = time.monotonic()
-        for reader in self.readers:
-            reader.write(rows)
+        with contextlib.ExitStack() as all_of_them:
+            for reader in reversed(self.readers):
+                all_of_them.callback(reader.write, rows)
 
     def _is_due(self) -> bool:
         if self.reduce is not None:

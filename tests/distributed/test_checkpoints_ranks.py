@@ -48,7 +48,7 @@ def local_weights(module) -> list[list[float]]:
     return [part.double().flatten().tolist() for part in parts]
 
 
-def fit(kind: str, folder: str, save_top_k: int, batch_norm: bool) -> dict:
+def fit(kind: str, folder: str, save_top_k: int, batch_norm: bool, ckpt_path: Path | None = None) -> dict:
     torch.manual_seed(0)
     module = (Regressor if kind == "ddp" else Sharded)(batch_norm=batch_norm)
     averaging = CheckpointAveraging(last=3)
@@ -63,7 +63,9 @@ def fit(kind: str, folder: str, save_top_k: int, batch_norm: bool) -> dict:
         pass
 
     run = trainer(folder, callbacks=[First(), averaging, Last(), checkpoint], **options_of(kind))
-    run.fit(module, loader(), loader(seed=1))
+    run.fit(module, loader(), loader(seed=1), ckpt_path=ckpt_path)
+    if ckpt_path is not None:  # nothing was left to train
+        return {"path": str(averaging.path), "scores": averaging.scores, "step": run.global_step}
     return {"path": str(averaging.path), "scores": averaging.scores, "unchanged": weights[0] == weights[1]}
 
 
@@ -72,13 +74,17 @@ CASES = {"kept by ModelCheckpoint": (-1, False), "own files": (1, False), "batch
 
 def fit_all(kind: str, folder: str) -> dict:
     """Three fits in one pair of processes, which take longer to start than to train."""
-    return {case: fit(kind, f"{folder}/{case}", *options) for case, options in CASES.items()}
+    found = {case: fit(kind, f"{folder}/{case}", *options) for case, options in CASES.items()}
+    kept = f"{folder}/kept by ModelCheckpoint"
+    return {**found, "resumed at its end": fit(kind, kept, -1, False, select_checkpoints(kept)[-1])}
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2-full", "fsdp2-sharded"])
 def test_ranks_agree_and_rank_zero_writes_the_mean(tmp_path, kind):
     first, second = run_ranks(fit_all, kind, str(tmp_path))
     assert first == second
+    at_end, before = first["resumed at its end"], first["kept by ModelCheckpoint"]
+    assert at_end == {"path": before["path"], "scores": before["scores"], "step": 8}
     for case, (_, batch_norm) in CASES.items():
         found, folder = first[case], tmp_path / case
         assert found["unchanged"]

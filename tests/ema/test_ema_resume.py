@@ -241,3 +241,55 @@ def test_state_is_unchanged_by_saving(tmp_path):
     before = clone_state(module)
     fit.save_checkpoint(tmp_path / "a.ckpt")
     assert same(clone_state(module), before)
+
+
+def test_a_run_that_died_at_its_very_end_ends_when_it_is_resumed(tmp_path):
+    """Lightning trains nothing then and calls neither ``on_train_start`` nor ``on_train_end``."""
+
+    class Death(unified.Callback):
+        def on_train_end(self, trainer, pl_module):
+            raise RuntimeError("killed")
+
+    def run(where, *callbacks, **kwargs):
+        torch.manual_seed(0)
+        module, ema = Net(), EMA(0.9)
+        post = PostHocEMA(every_n_steps=7, dirpath=tmp_path / where)
+        saving = ModelCheckpoint(tmp_path / where / "files", filename="{epoch}", save_top_k=-1)
+        fit = trainer(*callbacks, ema, post, saving, max_epochs=2)
+        fit.fit(module, regression(), regression(8), **kwargs)
+        assert "run" not in vars(fit.fit_loop)
+        return module, ema
+
+    module, ema = run("whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run("broken", Death())
+    assert [snapshot.step for snapshot in list_snapshots(tmp_path / "broken")] == [7, 14]
+    resumed, again = run("broken", ckpt_path=tmp_path / "broken" / "files" / "epoch=1.ckpt")
+    assert same(clone_state(resumed), clone_state(module))  # the average, as `after_fit` says
+    assert same(again.raw_state_dict(), ema.raw_state_dict())
+    assert not same(again.raw_state_dict(), clone_state(module))
+    pairs = list(zip(list_snapshots(tmp_path / "whole"), list_snapshots(tmp_path / "broken"), strict=True))
+    assert [one.step for one, _ in pairs] == [7, 14, 16]
+    assert all(same(a, b) for one, two in pairs for a, b in zip(one.read().averages, two.read().averages, strict=True))
+
+
+def test_a_file_that_is_written_as_a_run_dies_lacks_no_step(tmp_path):
+    """The exception comes after the optimizer's step and before the average's turn."""
+
+    class Death(unified.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 5:
+                raise RuntimeError("killed")
+
+    def run(*callbacks, **kwargs):
+        torch.manual_seed(0)
+        ema, post = EMA(0.9), PostHocEMA(every_n_steps=5, dirpath=tmp_path / "posthoc")
+        trainer(*callbacks, ema, post, **kwargs).fit(Net(), regression())
+        return ema
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(Death(), ModelCheckpoint(tmp_path, filename="{step}", save_on_exception=True))
+    assert [snapshot.step for snapshot in list_snapshots(tmp_path / "posthoc")] == [5]
+    whole = run(max_steps=5)
+    assert same(extract_weights(tmp_path / "step=5.ckpt"), whole.average_state_dict())
+    assert same(extract_weights(tmp_path / "step=5.ckpt", "raw"), whole.raw_state_dict())

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
 from lightning_plugins._validation import LightningPluginsWarning
 from lightning_plugins.statistics.csv_file import CSVFile
-from tests.support.statistics_runs import dataset, fit, read
+from tests.support.statistics_runs import Classifier, dataset, fit, read
 
 
 def in_child(function, seconds=60):
@@ -153,3 +153,27 @@ def test_a_directory_that_vanishes_during_training_costs_a_warning():
 
     with pytest.warns(LightningPluginsWarning, match="somebody moved it, or another run took the path"):
         fit([CSVStatisticsLogger("logs/log.csv"), Vandal()])
+
+
+@pytest.mark.parametrize("first", ["csv", "tensorboard"])
+def test_a_writer_that_fails_costs_no_row_and_no_other_writer_a_row(first, monkeypatch):
+    """An error that nobody expects ends the run; what the run has done is on disk all the same."""
+    from lightning_plugins.statistics import files
+
+    original, calls = files.GrowingFile.append, []
+
+    def failing(self, data):
+        calls.append(self.path)
+        if len(calls) == 15:
+            raise ZeroDivisionError("broken")
+        return original(self, data)
+
+    monkeypatch.setattr(files.GrowingFile, "append", failing)
+    writers = [CSVStatisticsLogger("log.csv", flush_seconds=0), TensorBoardStatisticsLogger("tb")]
+    module = Classifier()
+    with pytest.raises(ZeroDivisionError):
+        fit([StatisticsRecorder(["accuracy"]), *(writers if first == "csv" else writers[::-1])], module, max_epochs=9)
+    done = [phase for phase, *_ in module.seen]
+    assert [row["phase"] for row in read("log.csv")] == done
+    (train,) = Path("tb").glob("*/train")
+    assert len(EventAccumulator(str(train)).Reload().Scalars("batch_loss")) == done.count("train")
