@@ -123,7 +123,7 @@ def main() -> None:
             TQDMProgressBar(refresh_rate=10),
         ]
         seed_everything(options.seed, workers=True, verbose=False)
-        processes = int(options.devices)
+        processes = max(torch.cuda.device_count(), 1) if options.devices == "auto" else int(options.devices)
         if options.accelerator == "auto" and torch.cuda.device_count() < processes:
             options.accelerator = "cpu"  # and not the one GPU that there is
         trainer = Trainer(

@@ -74,9 +74,10 @@ def program(monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (["--strategy", "zero"], "argument --strategy: invalid choice: 'zero'"),
-        (["--devices", "0"], "--devices must be a finite number above 0, got 0"),
+        (["--accelerator", "cpu", "--devices", "0"], "value is not a valid input"),
         (["--lr", "nan"], "--lr must be a finite number above 0, got nan"),
         (["--accelerator", "abacus"], "You selected an invalid accelerator name"),
+        (["--devices", "many"], "invalid literal for int() with base 10: 'many'"),
         (["--seed", "-1"], "-1 is not in bounds"),
     ],
 )
