@@ -40,6 +40,7 @@ from lightning_plugins import (
 )
 from lightning_plugins._lightning import Callback, MisconfigurationException
 from lightning_plugins.ema.snapshots import Loaded, write_snapshot
+from tests.support import counts
 from tests.support.hostile_values import HOSTILE
 
 ABSTRACT = {"Schedule", "DecayRule"}
@@ -230,7 +231,7 @@ def test_one_hostile_argument_gives_one_error_or_an_object_that_works(name, reco
             for value in HOSTILE:
                 check(name, row, {argument: value})
                 tried += 1
-    record_property("fuzz: hostile arguments", tried)
+    counts.record(record_property, "hostile inputs", {"hostile arguments": tried})
 
 
 @settings(max_examples=300)
@@ -294,7 +295,7 @@ def test_a_function_of_files_refuses_a_hostile_argument(name, record_property):
                 assert "`" in message or "does not exist" in message or "is not a dir" in message, (argument, value)
                 assert len(message) < 1500, (argument, value)
             tried += 1
-    record_property("fuzz: hostile arguments", tried)
+    counts.record(record_property, "hostile inputs", {"hostile arguments": tried})
 
 
 def check(name, row, hostile):

@@ -13,6 +13,7 @@ import torch
 from lightning_plugins import average_checkpoints, extract_weights, select_checkpoints, synthesize_ema
 from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.statistics.plot import plot_log
+from tests.support import counts
 from tests.support.damage import CASES, bounded, damage
 from tests.support.damaged_cases import SUBJECTS, uses, write_whole_files
 from tests.support.witness import code_run, listening, outside
@@ -50,7 +51,7 @@ def test_a_damaged_file_is_one_clear_error_or_the_numbers(whole, tmp_path, recor
         path = place(whole, tmp_path / "damaged", subject, damaged)
         errors = [error for name, use in uses(subject, path, whole) if (error := outcome(use, tmp_path, (name, what)))]
         refused += bool(errors)
-    record_property("fuzz: damaged files", len(seeds))
+    counts.record(record_property, "hostile inputs", {"damaged files": len(seeds)})
     assert refused > len(seeds) // 8  # the damage is seen, and seen often
 
 

@@ -16,6 +16,7 @@ import torch
 from lightning_plugins import average_checkpoints, extract_weights, greedy_soup, select_checkpoints, synthesize_ema
 from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.ema.snapshots import Loaded, write_snapshot
+from tests.support import counts
 from tests.support.damage import bounded
 from tests.support.damaged_cases import command, write_whole_files
 from tests.support.witness import code_run, listening, outside
@@ -140,7 +141,7 @@ def test_no_pickle_is_run(tmp_path, good, form, record_property):
             assert harm(read, tmp_path) == [], name
             assert not marker.exists(), name
             tried += 1
-    record_property("fuzz: malicious pickles", tried)
+    counts.record(record_property, "hostile inputs", {"malicious pickles": tried})
 
 
 def harm(read, folder):

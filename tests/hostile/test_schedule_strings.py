@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from lightning_plugins.cli import main
 from lightning_plugins.schedules import SCHEDULES
+from tests.support import counts
 from tests.support.witness import code_run, listening, paths_changed
 
 NASTY = [
@@ -152,7 +153,7 @@ def draw(capsys, tmp_path, monkeypatch, record_property):
         return status, printed
 
     yield run
-    record_property("fuzz: schedule strings", len(tried))
+    counts.record(record_property, "hostile inputs", {"schedule strings": len(tried)})
 
 
 @pytest.mark.parametrize("number", range(len(NASTY)), ids=lambda number: f"{number} {NASTY[number][:25]!r}")

@@ -1,14 +1,15 @@
 """Damaged files: what a bad disk, a cut connection or somebody's editor makes of bytes, and how to live with them."""
 
 import contextlib
-import os
 import random
 import resource
 import signal
 import threading
 from pathlib import Path
 
-CASES = 10_000 if os.environ.get("TORTURE") else 1_000
+from tests.support import counts
+
+CASES = counts.wanted(1_000, 10_000)
 """How many damaged files a test run tries, over all formats."""
 
 
