@@ -42,8 +42,8 @@ def namespace(request):
 
 def pytest_terminal_summary(terminalreporter):
     """Say what was tried how often: the tests that kill runs and damage files count."""
-    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ()))
-    lines = counts.summary(reports)
+    found = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "when")]
+    lines = counts.summary(found)
     if lines:
         terminalreporter.section("counts")
         for line in lines:

@@ -48,7 +48,7 @@ def summary(reports: Iterable[Any]) -> list[str]:
     notes: dict[str, dict[str, None]] = {}
     for report in reports:
         for name, value in getattr(report, "user_properties", ()):
-            if name == PROPERTY and report.when == "call":
+            if name == PROPERTY and report.when == "teardown":  # has those of the test and of its fixtures
                 totals.setdefault(value["what"], Counter()).update(value["counts"])
                 notes.setdefault(value["what"], {}).update({value["note"]: None} if value["note"] else {})
     lines = []
