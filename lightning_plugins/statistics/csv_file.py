@@ -45,6 +45,7 @@ class CSVFile:
         self._columns: list[str] = list(columns or ())
         self._file: GrowingFile | None = None
         self._waiting: list[Mapping[str, str]] = []
+        self._sent: tuple[Sequence[Any], int, int] = ((), 0, 0)  # a list, how much of it, where the file ends with that
         self._rows = 0
         self._last_key: list[str] = []
         self._complained: set[str] = set()
@@ -95,11 +96,14 @@ class CSVFile:
     # writing
 
     def _write(self) -> None:
+        self._let_go()
         try:
             self._make_room_for_columns()
             join, columns, file = self._separator.join, self._columns, self._open()
             text = "".join([join([row.get(name, "") for name in columns]) + "\n" for row in self._waiting]).encode()
-            file.append(text if file.size else self._header(columns) + text)
+            text = text if file.size or not text else self._header(columns) + text
+            self._sent = self._waiting, len(self._waiting), file.size + len(text)
+            file.append(text)
         except OSError as error:
             self._complain_once(
                 "disk",
@@ -107,8 +111,14 @@ class CSVFile:
                 "written when there is room again.",
             )
             return
-        self._waiting.clear()
+        self._let_go()
         self._complained.discard("disk")
+
+    def _let_go(self) -> None:
+        """Forget the rows that the file has: as soon as it has them, or later, if Ctrl-C came in between."""
+        rows, count, end = self._sent
+        if rows is self._waiting and self._file is not None and self._file.size == end:
+            self._waiting = self._waiting[count:]
 
     def _make_room_for_columns(self) -> None:
         known = set(self._columns)

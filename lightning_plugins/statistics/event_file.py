@@ -56,6 +56,7 @@ class EventFile:
         self._file: GrowingFile | None = None
         self._waiting = b""  # what a full disk did not take
         self._complained = False
+        self._sent = (b"", 0)  # of that, what was written last, and where the file ends with it
 
     def add(self, events: Sequence[Scalars]) -> None:
         """Append one event per step."""
@@ -86,9 +87,12 @@ class EventFile:
 
     def _write(self, records: Sequence[bytes]) -> None:
         self._waiting += frame(records)
+        self._let_go()
         try:
-            file = self._open()
-            file.append(self._waiting if file.size else self._first_records() + self._waiting)
+            file, data = self._open(), self._waiting
+            written = data if file.size or not data else self._first_records() + data
+            self._sent = data, file.size + len(written)
+            file.append(written)
         except OSError as error:
             if not self._complained:
                 self._complained = True
@@ -97,8 +101,14 @@ class EventFile:
                     "in memory and are written when there is room again."
                 )
             return
-        self._waiting = b""
+        self._let_go()
         self._complained = False
+
+    def _let_go(self) -> None:
+        """Forget the events that the file has: as soon as it has them, or later, if Ctrl-C came in between."""
+        data, end = self._sent
+        if data and self._file is not None and self._file.size == end and self._waiting.startswith(data):
+            self._waiting = self._waiting[len(data) :]
 
     def _open(self) -> GrowingFile:
         if self._file is None:

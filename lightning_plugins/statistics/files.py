@@ -40,10 +40,10 @@ class GrowingFile:
         try:
             while view:
                 view = view[self._handle.write(view) :]
-        except OSError:
+            self.size += len(data)
+        except BaseException:  # Ctrl-C too: `size` says whether the data are there
             os.ftruncate(self._handle.fileno(), self.size)
             raise
-        self.size += len(data)
 
     @property
     def is_in_place(self) -> bool:
