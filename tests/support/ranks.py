@@ -1,5 +1,6 @@
 """Real processes: one function on every rank of a gloo group on this machine."""
 
+import itertools
 import json
 import os
 import socket
@@ -9,6 +10,20 @@ import sys
 from tests.support.snippets import ROOT
 
 _MARK = "RESULT "
+_PORTS = (number % 1000 for number in itertools.count(os.getpid()))
+
+
+def _free_port():
+    """Return a port that nobody uses, below those that the system gives to whoever connects.
+
+    The worker processes of one test run look in different places, so that none finds what another is about to take.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in itertools.islice(_PORTS, 1000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", place := 20000 + 1000 * (worker % 8) + port)):
+                return place
+    raise RuntimeError("a thousand ports are taken")
 
 
 def run_ranks(function, *arguments, world_size=2, timeout=180):
@@ -16,9 +31,7 @@ def run_ranks(function, *arguments, world_size=2, timeout=180):
 
     The function must be importable by name. Lightning sees ranks that somebody else has started.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     code = (
         "import json, sys, warnings; warnings.simplefilter('ignore'); import torch; torch.set_num_threads(1); "
         f"from {function.__module__} import {function.__name__} as function; "
