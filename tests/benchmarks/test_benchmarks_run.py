@@ -1,6 +1,5 @@
 """Every benchmark runs, at sizes that mean nothing, and keeps no numbers of such a trial."""
 
-import logging
 import subprocess
 import sys
 
@@ -8,18 +7,6 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command, harness
-
-QUIETED = ("lightning.pytorch", "pytorch_lightning", "lightning_utilities", "lightning.fabric")
-
-
-@pytest.fixture(autouse=True)
-def undo_settings():
-    """Benchmarks choose the number of threads and silence Lightning for their process."""
-    threads, levels = torch.get_num_threads(), {name: logging.getLogger(name).level for name in QUIETED}
-    yield
-    torch.set_num_threads(threads)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def run(monkeypatch, *arguments):
