@@ -87,7 +87,7 @@ def check_ema(*, quick: bool) -> tuple[dict[str, Line], list[Check]]:
     """Updates and swaps: a constant per tensor and one per parameter; memory of the shadows."""
     small = 50 if quick else 1
     made: list[Callable[[], nn.Module]] = [
-        partial(equal_tensors, 2000 // small, 10_000),
+        partial(many_small, 1000 // small),  # large and tiny tensors in turn, as layers have them
         partial(equal_tensors, 20, 1_000_000 // small),
         partial(transformer, 8) if quick else transformer,
         partial(many_small, 1500 // small),
@@ -128,7 +128,7 @@ def check_averaging(folder: Path, *, quick: bool) -> tuple[Plane, float, list[Ch
     if quick:
         points, others, width = [(2, 0.7), (4, 0.7), (2, 1.4)], [(3, 1.0), (3, 1.4)], 8
     else:
-        points, others, width = [(2, 80.0), (6, 80.0), (2, 240.0)], [(5, 160.0), (4, 320.0)], 768
+        points, others, width = [(2, 80.0), (6, 80.0), (2, 400.0)], [(5, 160.0), (4, 320.0)], 768
     files: dict[float, list[Path]] = {}
     for size in {size for _, size in points + others}:
         place = folder / f"{size:.1f}"
