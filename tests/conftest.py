@@ -14,6 +14,8 @@ settings.register_profile(
     "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 settings.load_profile("busy machine")
+# Also for fixtures of a module, which come before those of a test: two threads round otherwise than one.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
