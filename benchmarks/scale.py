@@ -46,7 +46,7 @@ from benchmarks.statistics import rows
 from benchmarks.whole_stack import BARE, OURS, fitting, stacks
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.statistics.csv_file import CSVFile
-from lightning_plugins.statistics.layouts import number_cells
+from lightning_plugins.statistics.csv_layout import number_cells
 
 TOLERANCE = 0.2
 ROWS_TOGETHER = 512  # so many wait for each other on several ranks

@@ -15,9 +15,9 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.harness import interleaved, quiet, report, table
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
 from lightning_plugins.statistics.csv_file import CSVFile
+from lightning_plugins.statistics.csv_layout import number_cells
 from lightning_plugins.statistics.event_file import EventFile
-from lightning_plugins.statistics.layouts import number_cells
-from lightning_plugins.statistics.rows import Row
+from lightning_plugins.statistics.row_buffer import Row
 from lightning_plugins.statistics.running import Snapshot
 
 NAMES = ("loss", "accuracy", "top5_accuracy", "perplexity", "f1")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins._lazy import lazy_exports
 from lightning_plugins._version import __version__
+from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     # The redundant aliases tell type checkers that these names are exported.
     from lightning_plugins.accumulation import (
         GradientAccumulation as GradientAccumulation,
-        MicroBatching as MicroBatching,
         Tokens as Tokens,
     )
     from lightning_plugins.checkpoints import (
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
         EventCallback as EventCallback,
         on_events as on_events,
     )
+    from lightning_plugins.microbatching import MicroBatching as MicroBatching
     from lightning_plugins.schedules import (
         Constant as Constant,
         Cosine as Cosine,
@@ -86,7 +86,6 @@ if TYPE_CHECKING:
 _TECHNIQUES = {
     "accumulation": [
         "GradientAccumulation",
-        "MicroBatching",
         "Tokens",
     ],
     "checkpoints": [
@@ -117,6 +116,9 @@ _TECHNIQUES = {
         "Event",
         "EventCallback",
         "on_events",
+    ],
+    "microbatching": [
+        "MicroBatching",
     ],
     "schedules": [
         "Constant",

@@ -29,7 +29,7 @@ from lightning_plugins import (
     TensorBoardStatisticsLogger,
     WarmupCosine,
 )
-from lightning_plugins._lightning import Callback, MisconfigurationException
+from lightning_plugins.core.lightning import Callback, MisconfigurationException
 from tests.support.training import loader, make_module, make_trainer
 
 PACKAGE = Path(lightning_plugins.__file__).parent

@@ -1,22 +1,20 @@
-"""Gradient accumulation that equals the full batch, and batches that run in pieces."""
+"""Gradient accumulation that equals the full batch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins._lazy import lazy_exports
+from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_plugins.accumulation.callback import GradientAccumulation
-    from lightning_plugins.accumulation.counting import Tokens
-    from lightning_plugins.accumulation.microbatch_callback import MicroBatching
+    from lightning_plugins.core.counting import Tokens
 
 _MODULES = {
     "GradientAccumulation": f"{__name__}.callback",
-    "MicroBatching": f"{__name__}.microbatch_callback",
-    "Tokens": f"{__name__}.counting",
+    "Tokens": "lightning_plugins.core.counting",
 }
 
-__all__ = ["GradientAccumulation", "MicroBatching", "Tokens"]
+__all__ = ["GradientAccumulation", "Tokens"]
 
 __getattr__, __dir__ = lazy_exports(__name__, _MODULES)

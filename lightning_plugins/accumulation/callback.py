@@ -8,7 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_plugins._lightning import (
+from lightning_plugins.accumulation.carried_windows import CarriedWindows
+from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
+from lightning_plugins.accumulation.windows import batches_for, plan_changes
+from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter
+from lightning_plugins.core.lightning import (
     Callback,
     LightningModule,
     MisconfigurationException,
@@ -16,11 +20,8 @@ from lightning_plugins._lightning import (
     rank_zero_info,
     torch_optimizers,
 )
-from lightning_plugins._run import AccumulationPlan
-from lightning_plugins._validation import true_or_false
-from lightning_plugins.accumulation.carrying import CarriedWindows
-from lightning_plugins.accumulation.counting import Count, CountCheck, CountedBy, as_count, counter
-from lightning_plugins.accumulation.trainers import (
+from lightning_plugins.core.run_length import AccumulationPlan
+from lightning_plugins.core.strategies import (
     check_module,
     check_strategy,
     first_count,
@@ -29,8 +30,7 @@ from lightning_plugins.accumulation.trainers import (
     sum_over_ranks,
     when_data_is_loaded,
 )
-from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
-from lightning_plugins.accumulation.windows import batches_for, plan_changes
+from lightning_plugins.core.validation import true_or_false
 
 TESTED = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
 TESTED_CARRY = ("SingleDeviceStrategy", "DDPStrategy")  # the gradients of an open window are not saved sharded

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_plugins.accumulation.counting import Count, wide
+from lightning_plugins.core.counting import Count, wide
 
 
 class Window:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_plugins._validation import shown, whole_number
+from lightning_plugins.core.validation import shown, whole_number
 
 
 def plan_changes(

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins._lazy import lazy_exports
+from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_plugins.checkpoints.average import average_checkpoints
     from lightning_plugins.checkpoints.callback import CheckpointAveraging
+    from lightning_plugins.checkpoints.formats.base import CheckpointError
     from lightning_plugins.checkpoints.plan import Plan, plan_average
-    from lightning_plugins.checkpoints.recipe import weights_digest
     from lightning_plugins.checkpoints.selection import read_manifest, select_checkpoints
     from lightning_plugins.checkpoints.soup import greedy_soup
-    from lightning_plugins.checkpoints.source import CheckpointError
+    from lightning_plugins.checkpoints.streaming_mean import weights_digest
 
 __all__ = [
     "CheckpointAveraging",
@@ -34,13 +34,13 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "CheckpointAveraging": f"{__name__}.callback",
-        "CheckpointError": f"{__name__}.source",
+        "CheckpointError": f"{__name__}.formats.base",
         "Plan": f"{__name__}.plan",
         "average_checkpoints": f"{__name__}.average",
         "greedy_soup": f"{__name__}.soup",
         "plan_average": f"{__name__}.plan",
         "read_manifest": f"{__name__}.selection",
         "select_checkpoints": f"{__name__}.selection",
-        "weights_digest": f"{__name__}.recipe",
+        "weights_digest": f"{__name__}.streaming_mean",
     },
 )

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from lightning_plugins._files import check_output
-from lightning_plugins._progress import progress_bar
-from lightning_plugins._validation import LightningPluginsWarning, a_list, a_path, real_number, shown, true_or_false
 from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.recipe import Recipe
+from lightning_plugins.checkpoints.streaming_mean import Recipe
+from lightning_plugins.core.files import check_output
+from lightning_plugins.core.progress import progress_bar
+from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, real_number, shown, true_or_false
 
 
 def average_checkpoints(

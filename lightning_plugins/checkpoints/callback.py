@@ -9,20 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_plugins._lightning import (
-    Callback,
-    LightningModule,
-    MisconfigurationException,
-    RemainingEnd,
-    Trainer,
-    rank_zero_info,
-    rank_zero_warn,
-)
-from lightning_plugins._validation import LightningPluginsWarning, a_path, one_of, shown, true_or_false, whole_number
 from lightning_plugins.checkpoints.batch_norm import batch_norms
-from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.kept import capacity, checkpoint_folder, followed, model_checkpoints
-from lightning_plugins.checkpoints.pool import (
+from lightning_plugins.checkpoints.candidates import (
     Signature,
     best_records,
     foreign_files,
@@ -32,11 +20,10 @@ from lightning_plugins.checkpoints.pool import (
     own_records,
     remove,
 )
-from lightning_plugins.checkpoints.recipe import Recipe
-from lightning_plugins.checkpoints.selection import Record
-from lightning_plugins.checkpoints.sharded import is_sharded
-from lightning_plugins.checkpoints.together import on_rank_zero, write_together
-from lightning_plugins.checkpoints.trial import (
+from lightning_plugins.checkpoints.distributed import on_rank_zero, write_together
+from lightning_plugins.checkpoints.formats import open_checkpoint
+from lightning_plugins.checkpoints.formats.sharded import is_sharded
+from lightning_plugins.checkpoints.isolated_validation import (
     can_refresh,
     last_order,
     load_checkpoint,
@@ -44,6 +31,26 @@ from lightning_plugins.checkpoints.trial import (
     numbers,
     refreshed_statistics,
     validate,
+)
+from lightning_plugins.checkpoints.selection import Record
+from lightning_plugins.checkpoints.streaming_mean import Recipe
+from lightning_plugins.core.checkpoints_of_run import capacity, checkpoint_folder, followed, model_checkpoints
+from lightning_plugins.core.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    RemainingEnd,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_plugins.core.validation import (
+    LightningPluginsWarning,
+    a_path,
+    one_of,
+    shown,
+    true_or_false,
+    whole_number,
 )
 
 _HISTORY = 1000  # validations whose metrics are remembered

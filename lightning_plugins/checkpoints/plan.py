@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_plugins.checkpoints.average import average_checkpoints, normalised
+from lightning_plugins.checkpoints.formats.sharded import is_sharded
 from lightning_plugins.checkpoints.selection import Limits, Record, Selection, choose, found_in, read_record
-from lightning_plugins.checkpoints.sharded import is_sharded
 
 
 @dataclass(frozen=True)

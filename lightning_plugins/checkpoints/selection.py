@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins._validation import LightningPluginsWarning, a_path, shown, whole_number
-from lightning_plugins.checkpoints.inert import Archive, StoredTensor, UnreadableError
-from lightning_plugins.checkpoints.recipe import MANIFEST
-from lightning_plugins.checkpoints.safetensors_file import parse_metadata, read_header
-from lightning_plugins.checkpoints.sharded import is_sharded
-from lightning_plugins.checkpoints.source import CheckpointError, as_count, ema_note, unreadable
+from lightning_plugins.checkpoints.formats.base import CheckpointError, as_count, ema_note, unreadable
+from lightning_plugins.checkpoints.formats.safe_unpickler import Archive, StoredTensor, UnreadableError
+from lightning_plugins.checkpoints.formats.safetensors import parse_metadata, read_header
+from lightning_plugins.checkpoints.formats.sharded import is_sharded
+from lightning_plugins.checkpoints.streaming_mean import MANIFEST
+from lightning_plugins.core.validation import LightningPluginsWarning, a_path, shown, whole_number
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 

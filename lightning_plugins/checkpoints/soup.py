@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins._validation import a_list, a_path, one_of, shown, true_or_false
 from lightning_plugins.checkpoints.average import average_checkpoints
 from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.recipe import Recipe
+from lightning_plugins.checkpoints.streaming_mean import Recipe
+from lightning_plugins.core.validation import a_list, a_path, one_of, shown, true_or_false
 
 StateDict = OrderedDict[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from lightning_plugins import ema
-from lightning_plugins._files import write_state_dict
 from lightning_plugins.cli.commands import Commands, add_output, add_trust
+from lightning_plugins.core.files import write_state_dict
 
 _DESCRIPTION = """\
 Write one set of weights of a checkpoint as a plain state dict: the trained

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from lightning_plugins import ema
-from lightning_plugins._files import write_state_dict
 from lightning_plugins.cli.commands import Commands, add_output
+from lightning_plugins.core.files import write_state_dict
 
 _DESCRIPTION = """\
 Reconstruct an exponential moving average of any length from the snapshots that

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins._lazy import lazy_exports
+from lightning_plugins.core.imports import lazy_exports
 from lightning_plugins.ema.decay import (
     ConstantDecay,
     DebiasedDecay,
@@ -20,8 +20,8 @@ from lightning_plugins.ema.decay import (
 
 if TYPE_CHECKING:
     from lightning_plugins.ema.callback import EMA
+    from lightning_plugins.ema.checkpoint_format import extract_weights
     from lightning_plugins.ema.describe import describe_checkpoint
-    from lightning_plugins.ema.files import extract_weights
     from lightning_plugins.ema.posthoc import synthesize_ema
     from lightning_plugins.ema.posthoc_callback import PostHocEMA
     from lightning_plugins.ema.shadow import Shadow
@@ -49,7 +49,7 @@ __getattr__, __dir__ = lazy_exports(
         "PostHocEMA": f"{__name__}.posthoc_callback",
         "Shadow": f"{__name__}.shadow",
         "describe_checkpoint": f"{__name__}.describe",
-        "extract_weights": f"{__name__}.files",
+        "extract_weights": f"{__name__}.checkpoint_format",
         "synthesize_ema": f"{__name__}.posthoc",
     },
 )

@@ -8,18 +8,18 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins._validation import one_of, shown, whole_number
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
+from lightning_plugins.core.loaders import samples_per_step
+from lightning_plugins.core.module_state import clean_name, device_name, fill, gather, load_named, local, reshard
+from lightning_plugins.core.validation import one_of, shown, whole_number
+from lightning_plugins.ema.averaging_callback import WeightFollower
+from lightning_plugins.ema.checkpoint_format import Contents, read_contents, record
+from lightning_plugins.ema.checkpoint_hooks import CheckpointSeam
 from lightning_plugins.ema.decay import DecayRule, as_decay_rule
-from lightning_plugins.ema.files import Contents, read_contents, record
-from lightning_plugins.ema.follower import WeightFollower
+from lightning_plugins.ema.ownership import Roles, assign_roles
 from lightning_plugins.ema.restore import fitting_average, lightning_steps
-from lightning_plugins.ema.roles import Roles, assign_roles
-from lightning_plugins.ema.samples import samples_per_step
-from lightning_plugins.ema.seam import CheckpointSeam
 from lightning_plugins.ema.shadow import Shadow, Which, disown, showing
-from lightning_plugins.ema.stage import Stage
-from lightning_plugins.ema.tensors import clean_name, device_name, fill, gather, load_named, local, reshard
+from lightning_plugins.ema.swapping import Stage
 
 
 class EMA(WeightFollower):

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from lightning_plugins._validation import real_number, shown, whole_number
+from lightning_plugins.core.validation import real_number, shown, whole_number
 
 
 class DecayRule(ABC):

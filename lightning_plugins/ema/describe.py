@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_plugins.ema.files import load_checkpoint, read_contents
+from lightning_plugins.ema.checkpoint_format import load_checkpoint, read_contents
 
 
 def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> dict[str, Any]:

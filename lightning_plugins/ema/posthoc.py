@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_plugins._progress import with_progress
-from lightning_plugins._validation import a_path, shortened, whole_number
+from lightning_plugins.core.progress import with_progress
+from lightning_plugins.core.validation import a_path, shortened, whole_number
 from lightning_plugins.ema.decay import power_exponent
 from lightning_plugins.ema.snapshots import Snapshot, list_snapshots, read_frozen
 

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins._validation import a_list, a_path, one_of, whole_number
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
+from lightning_plugins.core.module_state import clean_name, gather, local
+from lightning_plugins.core.validation import a_list, a_path, one_of, whole_number
+from lightning_plugins.ema.averaging_callback import WeightFollower
 from lightning_plugins.ema.decay import PowerDecay
-from lightning_plugins.ema.follower import WeightFollower
 from lightning_plugins.ema.restore import check_fit
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.ema.snapshots import FORMATS, Loaded, set_aside, write_frozen, write_snapshot
-from lightning_plugins.ema.tensors import clean_name, gather, local
 
 POSTHOC_KEY = "lightning_plugins_posthoc_ema"
 _FOLDER = "posthoc_ema"

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_plugins.ema.files import Contents
-from lightning_plugins.ema.tensors import averaged_slots, misfits, named_slots
+from lightning_plugins.core.module_state import averaged_slots, misfits, named_slots
+from lightning_plugins.ema.checkpoint_format import Contents
 
 
 def fitting_average(

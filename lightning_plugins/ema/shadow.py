@@ -17,8 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.ema.group import Group, Motion, Operation
-from lightning_plugins.ema.tensors import (
+from lightning_plugins.core.module_state import (
     Slot,
     averaged_slots,
     gather,
@@ -28,6 +27,7 @@ from lightning_plugins.ema.tensors import (
     scatter,
     shadow_dtype,
 )
+from lightning_plugins.ema.tensor_groups import Group, Motion, Operation
 
 Which = Literal["average", "raw"]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins._files import first_line, read_plain
-from lightning_plugins._validation import a_list, real_number, shown, whole_number
+from lightning_plugins.core.files import first_line, read_plain
+from lightning_plugins.core.validation import a_list, real_number, shown, whole_number
 
 FORMATS = ("torch", "safetensors")
 VERSION = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins._lazy import lazy_exports
+from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_plugins.events.callback import EventCallback, on_events
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         CancelValidation,
         Event,
     )
-    from lightning_plugins.events.loop import TrainingLoop
+    from lightning_plugins.events.training_loop import TrainingLoop
 
 _MODULES = {
     "CancelAction": f"{__name__}.events",
@@ -28,7 +28,7 @@ _MODULES = {
     "CancelValidation": f"{__name__}.events",
     "Event": f"{__name__}.events",
     "EventCallback": f"{__name__}.callback",
-    "TrainingLoop": f"{__name__}.loop",
+    "TrainingLoop": f"{__name__}.training_loop",
     "on_events": f"{__name__}.callback",
 }
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_plugins._lightning import Callback, LightningModule, Trainer, sum_over_ranks
-from lightning_plugins._validation import a_list, shown
-from lightning_plugins.events.course import Course
+from lightning_plugins.core.lightning import Callback, LightningModule, Trainer, sum_over_ranks
+from lightning_plugins.core.validation import a_list, shown
+from lightning_plugins.events.dispatcher import Course
 from lightning_plugins.events.events import Event
-from lightning_plugins.events.loop import TrainingLoop
+from lightning_plugins.events.training_loop import TrainingLoop
 
 _CHECKPOINT_KEY = "lightning_plugins_events"
 

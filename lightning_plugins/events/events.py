@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-from lightning_plugins._validation import shown
+from lightning_plugins.core.validation import shown
 
 
 class Event(str, Enum):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_plugins._lightning import (
+from lightning_plugins.core.lightning import (
     Callback,
     LightningModule,
     LRSchedulerConfig,
@@ -20,8 +20,8 @@ from lightning_plugins._lightning import (
     run_length,
     torch_optimizers,
 )
-from lightning_plugins._run import RunLength
-from lightning_plugins._validation import (
+from lightning_plugins.core.run_length import RunLength
+from lightning_plugins.core.validation import (
     LightningPluginsWarning,
     one_of,
     real_number,

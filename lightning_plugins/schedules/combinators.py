@@ -6,7 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from lightning_plugins._validation import real_number, shown, whole_number
+from lightning_plugins.core.validation import real_number, shown, whole_number
 from lightning_plugins.schedules.curves import cosine
 from lightning_plugins.schedules.durations import Duration, Horizon, in_steps
 from lightning_plugins.schedules.schedule import Schedule, duration, factor, parts

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_plugins._lazy import by_import_path
-from lightning_plugins._validation import shown
+from lightning_plugins.core.imports import by_import_path
+from lightning_plugins.core.validation import shown
 from lightning_plugins.schedules.curves import NAMED_CURVES, import_path
 from lightning_plugins.schedules.schedule import Schedule, field_items
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from lightning_plugins._lazy import by_import_path
-from lightning_plugins._validation import shown
+from lightning_plugins.core.imports import by_import_path
+from lightning_plugins.core.validation import shown
 
 Curve: TypeAlias = Callable[[float], float]
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from lightning_plugins._validation import real_number, shown, whole_number
+from lightning_plugins.core.validation import real_number, shown, whole_number
 
 Duration: TypeAlias = int | float | str | None
 

@@ -8,7 +8,7 @@ import operator
 import warnings
 from typing import Any
 
-from lightning_plugins._validation import shortened, shown
+from lightning_plugins.core.validation import shortened, shown
 from lightning_plugins.schedules.configuration import known_schedules
 from lightning_plugins.schedules.curves import NAMED_CURVES
 from lightning_plugins.schedules.durations import check_duration

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_plugins._validation import one_of, real_number, shown, whole_number
+from lightning_plugins.core.validation import one_of, real_number, shown, whole_number
 
 
 class PlateauState(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_plugins._validation import real_number, whole_number
+from lightning_plugins.core.validation import real_number, whole_number
 
 if TYPE_CHECKING:
     from lightning_plugins.schedules.schedule import Schedule

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lightning_plugins._validation import a_list, real_number, shown, whole_number
+from lightning_plugins.core.validation import a_list, real_number, shown, whole_number
 from lightning_plugins.schedules.durations import (
     Duration,
     Horizon,

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_plugins._clock import StepClock
-from lightning_plugins._validation import LightningPluginsWarning, one_of, real_number, shown, whole_number
+from lightning_plugins.core.step_clock import StepClock
+from lightning_plugins.core.validation import LightningPluginsWarning, one_of, real_number, shown, whole_number
 from lightning_plugins.schedules.families import Noam
 from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.warmup import WarmupCosine

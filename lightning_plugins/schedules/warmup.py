@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar, cast
 
-from lightning_plugins._validation import one_of, real_number
+from lightning_plugins.core.validation import one_of, real_number
 from lightning_plugins.schedules.curves import NAMED_CURVES, Progress
 from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps, is_open
 from lightning_plugins.schedules.schedule import Schedule, duration, factor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins._lazy import lazy_exports
+from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_plugins.statistics.csv_logger import CSVStatisticsLogger

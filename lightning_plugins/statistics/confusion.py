@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_plugins.statistics.labels import IGNORED, class_numbers
+from lightning_plugins.statistics.labelled_batch import IGNORED, class_numbers
 
 Floats = NDArray[np.float64]
 

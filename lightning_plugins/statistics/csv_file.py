@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.statistics.files import GrowingFile, free_name, move_aside, replace_file
+from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.statistics.append_only_file import GrowingFile, free_name, move_aside, replace_file
 
 _KEY = ("epoch", "batch", "phase")
 

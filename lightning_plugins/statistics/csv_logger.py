@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins._validation import a_list, a_path, one_of, real_number, shown
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
+from lightning_plugins.core.validation import a_list, a_path, one_of, real_number, shown
 from lightning_plugins.statistics.csv_file import CSVFile
-from lightning_plugins.statistics.layouts import LAYOUTS, SEPARATORS, batch_columns, epoch_cells, epoch_columns
-from lightning_plugins.statistics.logged import LoggedMetricsRecorder
-from lightning_plugins.statistics.reader import StatisticsReader
-from lightning_plugins.statistics.remote import RemoteFile, is_remote
-from lightning_plugins.statistics.rows import TRAIN, Row
+from lightning_plugins.statistics.csv_layout import LAYOUTS, SEPARATORS, batch_columns, epoch_cells, epoch_columns
+from lightning_plugins.statistics.fsspec_file import RemoteFile, is_remote
+from lightning_plugins.statistics.logged_values import LoggedMetricsRecorder
+from lightning_plugins.statistics.row_buffer import TRAIN, Row
+from lightning_plugins.statistics.row_source import StatisticsReader
 
 _VERSION = 1
 

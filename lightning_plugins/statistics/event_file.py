@@ -20,9 +20,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2 as hparams
 
-from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.statistics.files import GrowingFile
-from lightning_plugins.statistics.records import frame
+from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.statistics.append_only_file import GrowingFile
+from lightning_plugins.statistics.tfrecord import frame
 
 FILE_VERSION = "brain.Event:2"
 

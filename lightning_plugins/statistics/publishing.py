@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_plugins._lightning import Trainer
-from lightning_plugins.statistics.rows import TRAIN, Ledger, Row, evaluate
+from lightning_plugins.core.lightning import Trainer
+from lightning_plugins.statistics.row_buffer import TRAIN, Ledger, Row, evaluate
 from lightning_plugins.statistics.running import PhaseSums
 
 

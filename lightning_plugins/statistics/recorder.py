@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lightning_plugins._lightning import (
+from lightning_plugins.core.lightning import (
     Callback,
     LightningModule,
     MisconfigurationException,
@@ -21,11 +21,11 @@ from lightning_plugins._lightning import (
     rank_zero_info,
     sum_over_ranks,
 )
-from lightning_plugins._validation import one_of, true_or_false
+from lightning_plugins.core.step_outputs import StepSources, batch_size
+from lightning_plugins.core.validation import one_of, true_or_false
 from lightning_plugins.statistics.publishing import Publisher
-from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Ledger, Reader, Row, evaluate
+from lightning_plugins.statistics.row_buffer import TRAIN, VALIDATION, Ledger, Reader, Row, evaluate
 from lightning_plugins.statistics.running import PhaseSums, statistic_set
-from lightning_plugins.statistics.sources import StepSources, batch_size
 
 _VERSION = 1
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lightning_plugins._validation import a_list, shown
-from lightning_plugins.statistics.labels import LabelledBatch
+from lightning_plugins.core.validation import a_list, shown
+from lightning_plugins.statistics.labelled_batch import LabelledBatch
 
 Columns = Mapping[str, Tensor]
 """Term -> its sums, one element per row; also ``batches``, the number of batches that had a loss."""

@@ -8,12 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_plugins._lightning import LightningModule, MisconfigurationException, Trainer
-from lightning_plugins._validation import a_path, one_of, shown
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_plugins.core.validation import a_path, one_of, shown
 from lightning_plugins.statistics.event_file import EventFile, Scalars, hyperparameter_summaries
-from lightning_plugins.statistics.reader import StatisticsReader
-from lightning_plugins.statistics.remote import is_remote
-from lightning_plugins.statistics.rows import TRAIN, VALIDATION, Row
+from lightning_plugins.statistics.fsspec_file import is_remote
+from lightning_plugins.statistics.row_buffer import TRAIN, VALIDATION, Row
+from lightning_plugins.statistics.row_source import StatisticsReader
 
 _VERSION = 1
 _STAMP = re.compile(r"[\w-]{0,200}")  # one name below the root, whatever a file says; empty in a file of before the fit

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_plugins import GradientAccumulation, Tokens
-from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins.accumulation import counting
+from lightning_plugins.core import counting
+from lightning_plugins.core.lightning import MisconfigurationException
 from tests.support.accumulation_cases import CASES
 from tests.support.accumulation_runs import (
     Dictionaries,

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch.nn.functional import cross_entropy
 
 from lightning_plugins import GradientAccumulation, LearningRateScheduler, Linear, MicroBatching, Tokens
-from lightning_plugins._lightning import run_length
-from lightning_plugins.accumulation import counting
+from lightning_plugins.core import counting
+from lightning_plugins.core.lightning import run_length
 from tests.support.accumulation_cases import BOUND, CASES
 from tests.support.accumulation_runs import (
     Dictionaries,

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lightning_plugins import GradientAccumulation, Tokens
-from lightning_plugins.accumulation.counting import CountCheck, as_count, counter, wide
 from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
 from lightning_plugins.accumulation.windows import batches_for, plan_changes
+from lightning_plugins.core.counting import CountCheck, as_count, counter, wide
 
 
 @given(

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from lightning_plugins import average_checkpoints
-from lightning_plugins._validation import LightningPluginsWarning
 from lightning_plugins.checkpoints import CheckpointError, plan_average, read_manifest, weights_digest
+from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.checkpoints_models import Regressor, assert_is_mean, float64_mean, write_files
 
 

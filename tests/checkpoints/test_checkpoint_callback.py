@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightning_plugins import CheckpointAveraging, select_checkpoints
-from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins._validation import LightningPluginsWarning
 from lightning_plugins.checkpoints import plan_average, read_manifest
+from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.checkpoints_models import (
     NAMESPACES,
     Regressor,
@@ -368,7 +368,7 @@ class Endless(torch.utils.data.IterableDataset):
 
 
 def test_data_without_a_length_give_statistics_from_a_bounded_number_of_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_plugins.checkpoints.trial.UNSIZED_BATCHES", 3)
+    monkeypatch.setattr("lightning_plugins.checkpoints.isolated_validation.UNSIZED_BATCHES", 3)
     steps = []
 
     class Counting(Regressor):

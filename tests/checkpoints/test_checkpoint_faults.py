@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_plugins import average_checkpoints
-from lightning_plugins._files import replacing
+from lightning_plugins.core.files import replacing
 from tests.support.checkpoints_models import assert_is_mean, float64_mean, load_state, write_files
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Every written part is announced and then waited upon, so that the parent kills in the middle of the file.
 SLOW_WRITER = """
 import sys, time
-from lightning_plugins.checkpoints import writing, safetensors_file
+from lightning_plugins.checkpoints.formats import safetensors as safetensors_file, torch_writer as writing
 from lightning_plugins import average_checkpoints
 
 def slowed(method):

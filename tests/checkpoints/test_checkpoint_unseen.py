@@ -12,7 +12,7 @@ import torchmetrics
 from torch import nn
 
 from lightning_plugins import CheckpointAveraging
-from lightning_plugins.checkpoints.trial import SilentLogger, no_trace
+from lightning_plugins.checkpoints.isolated_validation import SilentLogger, no_trace
 from tests.support.checkpoints_models import NAMESPACES, loader, module_class, trainer
 
 

@@ -197,7 +197,7 @@ def read(terminal):
     ids=["average", "synthesize"],
 )
 def test_long_work_shows_a_bar_on_a_terminal_and_nowhere_else(run, tmp_path, arguments, what):
-    code = "import lightning_plugins._progress as progress; progress._LONG = 0"  # as if the files were large
+    code = "import lightning_plugins.core.progress as progress; progress._LONG = 0"  # as if the files were large
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a new one has no width, for no bar
     process = start(run, code, *arguments, str(tmp_path / "seen.ckpt"), stderr=theirs)

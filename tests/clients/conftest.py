@@ -25,6 +25,6 @@ def pytest_collection_modifyitems(items):
     """Let clients warn; a warning of our own stays an error."""
     for item in items:
         if "clients" in item.path.parts:
-            ours = "error::lightning_plugins._validation.LightningPluginsWarning"
+            ours = "error::lightning_plugins.core.validation.LightningPluginsWarning"
             item.add_marker(pytest.mark.filterwarnings("ignore"))
             item.add_marker(pytest.mark.filterwarnings(ours))

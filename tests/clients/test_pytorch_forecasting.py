@@ -11,7 +11,7 @@ from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.metrics import QuantileLoss
 
 from lightning_plugins import extract_weights, synthesize_ema
-from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins.core.lightning import MisconfigurationException
 from tests.clients import by_hand
 from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack
 

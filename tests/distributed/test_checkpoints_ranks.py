@@ -263,8 +263,8 @@ def test_damaged_and_malicious_directories_are_refused(directories, tmp_path, mo
 
 def write_with_faults(folder: str) -> dict:
     """Average together while one rank fails, and without a fault; return what this rank was told."""
-    from lightning_plugins.checkpoints.recipe import Recipe
-    from lightning_plugins.checkpoints.together import write_together
+    from lightning_plugins.checkpoints.distributed import write_together
+    from lightning_plugins.checkpoints.streaming_mean import Recipe
 
     told = {}
     for fault in ("read", "write", "none"):

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.callbacks import ModelCheckpoint as ClassicModelCheckpoint
 
 from lightning_plugins import EMA, ConstantDecay, WarmupDecay, extract_weights
-from lightning_plugins.ema.files import RECORD_KEY
+from lightning_plugins.ema.checkpoint_format import RECORD_KEY
 from tests.support.ema_runs import (
     THETA,
     ClassicNet,

@@ -6,7 +6,7 @@ import pytorch_lightning as classic
 import torch
 
 from lightning_plugins import EMA, ConstantDecay, PowerDecay, WarmupDecay
-from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins.core.lightning import MisconfigurationException
 from tests.support.ema_runs import (
     THETA,
     ClassicScripted,

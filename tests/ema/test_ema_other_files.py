@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
 from lightning_plugins import EMA, ConstantDecay, PostHocEMA, WarmupDecay, extract_weights
-from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.ema.checkpoint_format import RECORD_KEY
+from lightning_plugins.ema.checkpoint_hooks import CheckpointSeam
 from lightning_plugins.ema.describe import describe_checkpoint
-from lightning_plugins.ema.files import RECORD_KEY
-from lightning_plugins.ema.seam import CheckpointSeam
 from tests.support.ema_runs import (
     THETA,
     Net,
@@ -141,7 +141,7 @@ def test_without_strict_loading_names_may_differ(tmp_path):
 
 
 def test_counters_of_another_version_are_refused():
-    from lightning_plugins.ema.pace import Pace
+    from lightning_plugins.ema.timing import Pace
 
     with pytest.raises(ValueError, match="state of an average must be of version 1, got 3"):
         Pace().load_state_dict({"version": 3})

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_plugins import EMA, PostHocEMA, PowerDecay, synthesize_ema
-from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema import snapshots as snapshots_module
 from lightning_plugins.ema.posthoc import synthesis_weights
 from lightning_plugins.ema.snapshots import Loaded, list_snapshots, read_frozen, set_aside, write_frozen, write_snapshot

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins.ema import group as group_module
+from lightning_plugins.core.module_state import averaged_slots, clean_name, load_named, misfits, named_slots
+from lightning_plugins.ema import tensor_groups as group_module
 from lightning_plugins.ema.decay import WarmupDecay
-from lightning_plugins.ema.group import Group
-from lightning_plugins.ema.layout import Layout
 from lightning_plugins.ema.shadow import Shadow, disown, showing
-from lightning_plugins.ema.tensors import averaged_slots, clean_name, load_named, misfits, named_slots
+from lightning_plugins.ema.tensor_batches import Layout
+from lightning_plugins.ema.tensor_groups import Group
 from tests.support.ema_runs import THETA, clone_state, same
 
 

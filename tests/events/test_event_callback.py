@@ -23,7 +23,7 @@ from lightning_plugins import (
     WarmupLinear,
     on_events,
 )
-from lightning_plugins._lightning import MisconfigurationException
+from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.events import CancelAction
 from tests.support.events_runs import EPOCH, Diary, batches, fit, make_regression, weights
 from tests.support.training import make_trainer

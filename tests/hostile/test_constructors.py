@@ -38,7 +38,7 @@ from lightning_plugins import (
     StatisticsRecorder,
     WarmupCosine,
 )
-from lightning_plugins._lightning import Callback, MisconfigurationException
+from lightning_plugins.core.lightning import Callback, MisconfigurationException
 from lightning_plugins.ema.snapshots import Loaded, write_snapshot
 from tests.support import counts
 from tests.support.hostile_values import HOSTILE
@@ -279,7 +279,7 @@ def files(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("files")
-@pytest.mark.filterwarnings("ignore::lightning_plugins._validation.LightningPluginsWarning")
+@pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning")
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_function_of_files_refuses_a_hostile_argument(name, record_property):
     function, tried = getattr(lightning_plugins, name), 0

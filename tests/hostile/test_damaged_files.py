@@ -18,7 +18,7 @@ from tests.support.damage import CASES, bounded, damage
 from tests.support.damaged_cases import SUBJECTS, uses, write_whole_files
 from tests.support.witness import code_run, listening, outside
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_plugins._validation.LightningPluginsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning")
 SEEDS = -(-CASES // len(SUBJECTS))
 PARTS = 5  # so that workers can share a format
 

@@ -21,7 +21,7 @@ from tests.support.damage import bounded
 from tests.support.damaged_cases import command, write_whole_files
 from tests.support.witness import code_run, listening, outside
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_plugins._validation.LightningPluginsWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning")
 MARKER = "pwned"
 
 

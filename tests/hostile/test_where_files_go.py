@@ -29,9 +29,9 @@ from lightning_plugins import (
     extract_weights,
     synthesize_ema,
 )
-from lightning_plugins._files import write_state_dict
-from lightning_plugins._lightning import MisconfigurationException
 from lightning_plugins.checkpoints import CheckpointError
+from lightning_plugins.core.files import write_state_dict
+from lightning_plugins.core.lightning import MisconfigurationException
 from tests.support.damaged_cases import command, write_whole_files
 from tests.support.training import loader, make_module, make_trainer
 from tests.support.witness import listening, outside, paths_changed

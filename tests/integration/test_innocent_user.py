@@ -48,7 +48,7 @@ ENDS = {  # the hook of the user's module that raises, what, and at which of its
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Detected KeyboardInterrupt"),
     pytest.mark.filterwarnings("ignore:.*shutdown"),
-    pytest.mark.filterwarnings("ignore::lightning_plugins._validation.LightningPluginsWarning"),
+    pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning"),
 ]
 
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_plugins
 from lightning_plugins import EMA, GradientAccumulation, LearningRateScheduler, Linear, schedules
-from lightning_plugins._lightning import Callback
+from lightning_plugins.core.lightning import Callback
 from tests.support.training import loader, make_module, rates
 from tests.support.yaml_rows import ROWS, WRITTEN_INSIDE_ANOTHER, public_path
 

@@ -17,8 +17,8 @@ from lightning_plugins import (
     WarmupCosine,
     WarmupLinear,
 )
-from lightning_plugins._lightning import Callback, MisconfigurationException
-from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.core.lightning import Callback, MisconfigurationException
+from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.training import loader, make_module, make_trainer, rates
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_plugins import LearningRateScheduler, Linear, WarmupCosine, WarmupLinear
-from lightning_plugins._lightning import Callback
+from lightning_plugins.core.lightning import Callback
 from tests.support.training import loader, make_module, make_trainer, rates
 
 # Plain Lightning does not fast-forward a loader without state; rates do not depend on the data.

@@ -15,7 +15,7 @@ from lightning_plugins import (
     WarmupCosineLR,
     WarmupLinear,
 )
-from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.training import RecordingSGD
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.statistics import files
+from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.statistics import append_only_file as files
 from lightning_plugins.statistics.csv_file import CSVFile
-from lightning_plugins.statistics.layouts import shortest_float32
+from lightning_plugins.statistics.csv_layout import shortest_float32
 from tests.support.statistics_runs import read
 
 

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder
-from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.statistics_runs import (
     Classifier,
     expected_rows,

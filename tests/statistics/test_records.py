@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New, masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lightning_plugins.statistics.records import checksums, frame
+from lightning_plugins.statistics.tfrecord import checksums, frame
 
 
 @given(st.lists(st.binary(max_size=300), max_size=80))

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
-from lightning_plugins._validation import LightningPluginsWarning
+from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.statistics.csv_file import CSVFile
 from tests.support.statistics_runs import Classifier, dataset, fit, read
 
@@ -131,7 +131,7 @@ def test_a_kill_in_the_middle_leaves_whole_rows():
 
 def test_a_row_writes_its_own_bytes_and_no_more(monkeypatch):
     # the cost of a row does not depend on how many there are: nothing but the new rows is written
-    from lightning_plugins.statistics import files
+    from lightning_plugins.statistics import append_only_file as files
 
     written = []
     original = files.GrowingFile.append
@@ -159,7 +159,7 @@ def test_a_directory_that_vanishes_during_training_costs_a_warning():
 @pytest.mark.parametrize("when", ["before the write", "after the write"])
 def test_a_writer_that_fails_costs_no_row_and_no_other_writer_a_row(first, when, monkeypatch):
     """An error that nobody expects, or Ctrl-C, ends the run; what the run has done is on disk all the same, once."""
-    from lightning_plugins.statistics import files
+    from lightning_plugins.statistics import append_only_file as files
 
     original, calls = files.GrowingFile.append, []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_plugins import ClassificationReport
-from lightning_plugins.statistics.rows import Row, evaluate
+from lightning_plugins.statistics.row_buffer import Row, evaluate
 from lightning_plugins.statistics.running import PhaseSums, statistic_set
 
 pytestmark = [

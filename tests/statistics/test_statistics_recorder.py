@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProg
 from torch.utils.data import DataLoader
 
 from lightning_plugins import ClassificationReport, CSVStatisticsLogger, StatisticsRecorder
-from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins.statistics.sources import batch_size
+from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.step_outputs import batch_size
 from tests.support.statistics_runs import (
     Classifier,
     Recording,

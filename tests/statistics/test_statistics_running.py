@@ -9,8 +9,8 @@ import torchmetrics
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import accuracy_score, matthews_corrcoef, top_k_accuracy_score
 
-from lightning_plugins.statistics.labels import LabelledBatch
-from lightning_plugins.statistics.rows import Ledger, Row, evaluate
+from lightning_plugins.statistics.labelled_batch import LabelledBatch
+from lightning_plugins.statistics.row_buffer import Ledger, Row, evaluate
 from lightning_plugins.statistics.running import PhaseSums, statistic_set
 from tests.support.statistics_runs import Recording
 

@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from lightning_plugins import StatisticsRecorder, TensorBoardStatisticsLogger
-from lightning_plugins._lightning import MisconfigurationException
-from lightning_plugins._validation import LightningPluginsWarning
-from lightning_plugins.statistics import files
+from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.statistics import append_only_file as files
 from lightning_plugins.statistics.event_file import EventFile
 from tests.support.statistics_runs import Classifier, Recording, expected_rows, fit, loaders, resumable, trainer_of
 

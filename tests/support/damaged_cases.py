@@ -8,8 +8,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lightning_plugins import average_checkpoints, extract_weights, select_checkpoints, synthesize_ema
-from lightning_plugins._files import write_state_dict
 from lightning_plugins.cli import main
+from lightning_plugins.core.files import write_state_dict
 from lightning_plugins.ema.snapshots import Loaded, write_frozen, write_snapshot
 from lightning_plugins.statistics.csv_file import CSVFile
 from lightning_plugins.statistics.plot import read_curves

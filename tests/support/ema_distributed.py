@@ -151,7 +151,7 @@ def fsdp(directory):
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     from lightning_plugins import EMA, ConstantDecay, PostHocEMA
-    from lightning_plugins._lightning import MisconfigurationException
+    from lightning_plugins.core.lightning import MisconfigurationException
     from tests.support.ema_runs import regression
 
     full, light = Path(directory) / "full", Path(directory) / "weights"

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
-from lightning_plugins.accumulation.batches import batch_length
+from lightning_plugins.core.batches import batch_length
 from tests.support.accumulation_runs import Probe, Recorder, batches, fit, precision_arguments
 
 SIZES = ((8, 7, 2, 5, 3, 6, 1, 4, 9, 2, 3, 5, 7, 4), (6, 1, 8, 2, 9, 3, 5, 4, 1, 7, 2, 6, 3, 8))

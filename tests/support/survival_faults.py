@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_plugins.statistics.files import GrowingFile
+from lightning_plugins.statistics.append_only_file import GrowingFile
 from tests.support.survival_run import Net
 
 # kind of death -> the moments at which it can come

@@ -1,0 +1,38 @@
+"""Opens checkpoints of every format and offers their tensors one range at a time, mapped from the file.
+
+Read: Lightning's ``.ckpt`` and any other file of ``torch.save`` that holds a state dict, ``.safetensors``, and the
+directories of ``torch.distributed.checkpoint`` that Lightning's FSDP and ModelParallel strategies write. A file that
+needs more than tensors and plain values is refused unless it is trusted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
+from lightning_plugins.checkpoints.formats.safetensors import SafetensorsFile
+from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory, is_sharded
+from lightning_plugins.checkpoints.formats.torch_reader import TorchFile
+
+
+def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
+    """Open a checkpoint of any format; tensors are not read yet.
+
+    Args:
+        path: A file, or a sharded checkpoint's directory.
+        trust: Load whatever the file's pickle names, which runs code that the file chooses.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        CheckpointError: If it is no checkpoint, is damaged, or needs trust.
+    """
+    path = Path(path)
+    if "://" in str(path) or ":/" in str(path)[2:]:
+        raise CheckpointError(f"{path} is not on this machine; copy it to a local file first.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.is_dir():
+        if not is_sharded(path):
+            raise CheckpointError(f"{path} is a directory without a sharded checkpoint (no .metadata in it).")
+        return ShardedDirectory(path, trust=trust)
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path, trust=trust)

@@ -1,0 +1,135 @@
+"""What an open checkpoint offers, whatever its format, and the error of one that cannot be used."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.core.files import first_line
+
+STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
+"""Where a state dict lies inside a checkpoint: Lightning's name, then those of Fabric and of plain training loops."""
+
+
+EMA_RECORD = "lightning_plugins_ema"
+"""Where a run with this package's EMA says what a file's ``state_dict`` is; read here, never written."""
+
+
+class CheckpointError(ValueError):
+    """Checkpoints that cannot be read or averaged; the message is one readable line."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before its bytes are read.
+
+    Args:
+        dtype: The element type.
+        shape: Sizes.
+        alias: Equal for two names of one file that are the same elements of the same storage (tied weights).
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    alias: Any = None
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a mean makes sense: of floating-point and complex numbers, never of integers and booleans."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+class Checkpoint(ABC):
+    """One open checkpoint.
+
+    Attributes:
+        path: The file or directory.
+        specs: Tensor name -> what it is, in the file's order.
+        extras: Entries of the state dict that are no tensors.
+        header: What the checkpoint holds beside the state dict (``global_step``, ``hyper_parameters``, ...).
+        layout: The attributes of the state dict itself (``_metadata``, the modules' versions).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.specs: dict[str, TensorSpec] = {}
+        self.extras: dict[str, Any] = {}
+        self.header: dict[str, Any] = {}
+        self.layout: Any = None
+
+    @abstractmethod
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Return elements ``start`` to ``stop`` of the flattened tensor, mapped where the file allows it."""
+
+    @property
+    def step(self) -> int | None:
+        """The optimizer step at which it was saved, ``None`` when it does not say."""
+        return as_count(self.header.get("global_step"))
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch in which it was saved, from 0, ``None`` when it does not say."""
+        return as_count(self.header.get("epoch"))
+
+
+def as_count(value: Any) -> int | None:
+    """Return ``value`` if it is a whole number, else ``None``."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def unreadable(path: Path, error: Exception | str) -> str:
+    """Return one line that says why ``path`` cannot be read."""
+    return f"{path} cannot be read as a checkpoint: {first_line(error)}"
+
+
+def ema_note(header: Mapping[str, Any], names: Container[str]) -> str | None:
+    """Return what is known of the weights in ``state_dict`` if the file is of a run with an EMA, else ``None``.
+
+    The record of this package's EMA says which weights they are. Other callbacks, Lightning's own among them, are told
+    by a second set of the same weights somewhere in the file.
+
+    Args:
+        header: A checkpoint without its state dict.
+        names: The state dict's names.
+    """
+    record = header.get(EMA_RECORD)
+    if isinstance(record, Mapping) and record.get("state_dict") in ("average", "raw"):
+        kind = "EMA's averaged weights" if record["state_dict"] == "average" else "the raw weights, not EMA's average"
+        return f"`state_dict`, which is averaged, holds {kind}"
+    places = ", ".join(second_sets(header, names))
+    return f"a second set of weights (`{places}`) lies beside `state_dict`, which is averaged" if places else None
+
+
+def second_sets(header: Mapping[str, Any], names: Container[str]) -> list[str]:
+    """Return where ``header`` holds another set of the same weights, as ``"current_model_state"`` or ``"ema/raw"``."""
+    found = []
+    for place, mapping in _mappings(header):
+        tensors = [str(key) for key, value in mapping.items() if hasattr(value, "dtype")]
+        known = sum(key in names or key.partition(".")[2] in names for key in tensors)
+        if tensors and 2 * known > len(tensors):
+            found.append(place)
+    return found
+
+
+def _mappings(value: Mapping[str, Any], place: str = "", depth: int = 4) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for key, inner in value.items():
+        if isinstance(inner, Mapping) and depth and key not in ("optimizer_states", "hyper_parameters"):
+            yield f"{place}{key}", inner
+            yield from _mappings(inner, f"{place}{key}/", depth - 1)

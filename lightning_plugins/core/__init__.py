@@ -1,0 +1,1 @@
+"""What the techniques share; each module answers one question."""

@@ -1,0 +1,146 @@
+"""How many items a batch holds: samples, tokens, or whatever a function says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.core.batches import batch_length, look_up
+from lightning_plugins.core.validation import one_of, shown, whole_number
+
+Count = int | float | Tensor
+"""A number of items; a tensor stays on its device until somebody has to know."""
+
+CountedBy: TypeAlias = Literal["samples"] | Callable[[Any], Any]
+"""How to count; not just any text, so that a configuration's import path is known for a function."""
+
+_LEAST = -(2**63)  # of an index or a label
+
+
+class Tokens:
+    """Counts the tokens of a batch that the loss does not ignore.
+
+    A model that shifts the labels by itself (most causal language models) predicts no first token: count
+    ``batch["labels"][:, 1:]`` with a function of your own then.
+
+    Args:
+        key: Where the labels are: a key of the batch, an index into it, or the name of an attribute.
+        ignore_index: The label that the loss ignores; -100 is what ``torch.nn.functional.cross_entropy`` ignores.
+
+    Example:
+        >>> int(Tokens("labels")({"labels": torch.tensor([[5, 7, -100], [3, -100, -100]])}))
+        3
+    """
+
+    def __init__(self, key: str | int, ignore_index: int = -100) -> None:
+        if isinstance(key, bool) or not isinstance(key, (str, int)):
+            raise TypeError(f"`key` must be a field's name or index, got {shown(key)}.")
+        self.key = key if isinstance(key, str) else whole_number("key", key, at_least=_LEAST)
+        self.ignore_index = whole_number("ignore_index", ignore_index, at_least=_LEAST)
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Return the number of tokens, on the batch's device."""
+        labels = look_up(batch, self.key)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"`key` must name a tensor of labels, but {self.key!r} is a {type(labels).__name__}.")
+        return (labels != self.ignore_index).sum()
+
+    def __repr__(self) -> str:
+        return f"Tokens({self.key!r}, ignore_index={self.ignore_index})"
+
+
+def counter(count: str | Callable[[Any], Any]) -> Callable[[Any], Count]:
+    """Return the function behind the argument ``count``: ``"samples"`` or a function of the batch.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is another string.
+    """
+    if isinstance(count, str):
+        one_of("count", count, ("samples",))
+        return _samples
+    if not callable(count):
+        raise TypeError(f'`count` must be "samples", Tokens(key) or a function of the batch, got {shown(count)}.')
+    return lambda batch: as_count(count(batch))
+
+
+def _samples(batch: Any) -> int:
+    try:
+        return batch_length(batch)
+    except ValueError as error:
+        raise ValueError(f'`count` must not be "samples" here: {error} Count with a function of the batch.') from None
+
+
+def as_count(value: Any) -> Count:
+    """Return what a count function returned, as a number or a tensor without dimensions.
+
+    Raises:
+        TypeError: If it is not one number.
+        ValueError: If it is negative or not finite and that is known without asking a device.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"`count` must return one number, got a tensor of shape {tuple(value.shape)}.")
+        value = value.detach().reshape(())
+        return value if value.device.type != "cpu" else as_count(value.item())
+    if hasattr(value, "item"):  # a NumPy number
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`count` must return one number, got {shown(value)}.")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"`count` must return a finite number of at least 0, got {shown(value)}.")
+    return value
+
+
+def wide(count: Count, device: torch.device | str) -> Tensor:
+    """Return ``count`` on ``device`` in the widest floating-point type there is, without waiting for the device."""
+    dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    if isinstance(count, Tensor):
+        return count.to(device=device, dtype=dtype)
+    return torch.full((), float(count), dtype=dtype, device=device)
+
+
+class CountCheck:
+    """Finds counts that cannot be right without waiting for the device at every batch."""
+
+    _WINDOWS = 100  # so many windows without a single item are a mistake, also in an epoch that takes a week
+
+    def __init__(self) -> None:
+        self._lowest: Tensor | None = None
+        self._total: Count = 0
+        self._windows = 0
+        self._counted = False
+
+    def add_batch(self, count: Count) -> None:
+        """Remember the smallest count that is on a device; a number was looked at when it was counted."""
+        if isinstance(count, Tensor):
+            self._lowest = count if self._lowest is None else torch.minimum(self._lowest, count)
+
+    def add_window(self, total: Count) -> None:
+        """Remember whether anything was counted, until something was."""
+        if not self._counted:
+            self._total = self._total + total
+            self._windows += 1
+            self._counted = not isinstance(self._total, Tensor) and self._total > 0
+            if self._windows == self._WINDOWS:
+                self.verify()
+
+    def verify(self) -> None:
+        """Look at what was remembered; waits for the device.
+
+        Raises:
+            ValueError: If a count was negative, or all were zero.
+        """
+        if self._lowest is not None and not float(self._lowest) >= 0:
+            raise ValueError(f"`count` must return a finite number of at least 0, got {float(self._lowest):g}.")
+        self._lowest = None
+        if not self._counted and self._windows:
+            self._counted = float(self._total) > 0
+            if not self._counted:
+                raise ValueError(
+                    f"`count` must not be 0 for every batch, got only zeros in {self._windows} optimizer steps: "
+                    f"nothing would be learned. Does it look at the right field and the right `ignore_index`?"
+                )

@@ -1,0 +1,178 @@
+"""Where a checkpoint keeps averaged and raw weights, and how to get either out of it.
+
+The file's ``state_dict`` is one complete set, so that ``load_from_checkpoint`` needs nothing of ours. Beside it, under
+``lightning_plugins_ema``, lies a record of which set that is, and the averaged tensors' values in the other sets:
+
+    version     1
+    state_dict  "average" or "raw": what the file's state_dict is
+    name        whose average it is; None when it is raw
+    raw         name -> tensor, when the state_dict is an average; absent from weights-only files
+    averages    EMA's name -> {name -> tensor}, for every average that the state_dict is not
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_plugins.core.files import read_plain
+from lightning_plugins.core.module_state import clean_name, fill
+from lightning_plugins.core.validation import a_path, one_of, shown
+
+RECORD_KEY = "lightning_plugins_ema"
+RECORD_VERSION = 1
+
+
+@dataclass
+class Contents:
+    """The sets of weights that a checkpoint holds.
+
+    Args:
+        state_dict: What its ``state_dict`` is: ``"average"`` or ``"raw"``.
+        name: Whose average that is, ``None`` when it is raw or, in a file of Lightning's own callback, nobody's.
+        raw: Trained values of the averaged tensors, by clean name; ``None`` when the state dict has them or nobody.
+        averages: The averages beside the state dict, by the name of their EMA.
+        updates: Updates counted by Lightning's own callback, ``None`` in files of ours.
+    """
+
+    state_dict: str
+    name: str | None
+    raw: dict[str, Tensor] | None = None
+    averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    updates: int | None = None
+
+    def owns_state_dict(self, name: str) -> bool:
+        """Return whether the state dict is the average of the EMA called ``name``."""
+        return self.state_dict == "average" and (self.updates is not None or self.name == name)
+
+    def average(self, name: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Return the average of the EMA called ``name`` by clean name, ``None`` when the file lacks it.
+
+        Args:
+            name: The EMA's name.
+            state_dict: The file's own, ``None`` where a sharded strategy has already consumed it.
+        """
+        if name in self.averages:
+            return self.averages[name]
+        if not self.owns_state_dict(name) or state_dict is None:
+            return None
+        named = {clean_name(key): value for key, value in state_dict.items()}
+        return named if self.raw is None else {key: named[key] for key in self.raw if key in named}
+
+
+def record(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the checkpoint's record, made first if it has none."""
+    empty = {"version": RECORD_VERSION, "state_dict": "raw", "name": None, "raw": None, "averages": {}}
+    found: dict[str, Any] = checkpoint.setdefault(RECORD_KEY, empty)
+    return found
+
+
+def read_contents(checkpoint: Mapping[str, Any]) -> Contents | None:
+    """Return which sets a loaded checkpoint holds, ``None`` when no averaging callback wrote it.
+
+    Files of Lightning's ``EMAWeightAveraging`` are understood as well.
+
+    Raises:
+        ValueError: If the record is of a later version or no record at all.
+    """
+    found = checkpoint.get(RECORD_KEY)
+    if found is None:
+        return _lightnings(checkpoint)
+    if not isinstance(found, dict) or not {"version", "state_dict", "name"} <= found.keys():
+        raise ValueError(f"`{RECORD_KEY}` must be a record of averaged weights, got {type(found).__name__}.")
+    if found["version"] != RECORD_VERSION:
+        raise ValueError(
+            f"`{RECORD_KEY}` must be of version {RECORD_VERSION}, got {found['version']!r}: the file was written by "
+            "another version of lightning_plugins, which can read it."
+        )
+    return Contents(found["state_dict"], found["name"], found.get("raw"), dict(found.get("averages") or {}))
+
+
+def extract_weights(
+    checkpoint_path: str | Path, which: str = "average", name: str = "ema", *, trust: bool = False
+) -> dict[str, Tensor]:
+    """Return one complete set of weights out of a checkpoint, to be given to ``module.load_state_dict``.
+
+    Args:
+        checkpoint_path: A checkpoint that was written while an :class:`~lightning_plugins.EMA` was training, or
+            Lightning's ``EMAWeightAveraging``.
+        which: ``"average"`` or ``"raw"``, the trained weights.
+        name: The EMA's name, for ``"average"``.
+        trust: Load a file that needs more than tensors and plain values, such as one whose hyper-parameters hold
+            objects, which runs code that the file chooses.
+
+    Returns:
+        Name -> tensor, on the CPU, with the keys of the file's ``state_dict``. An average is in float32 also where
+        the weights are not.
+
+    Raises:
+        ValueError: If the file is not a checkpoint, needs trust that it is not given, or lacks the set.
+    """
+    one_of("which", which, ("average", "raw"))
+    return select_weights(load_checkpoint(checkpoint_path, trust=trust), which, name, source=str(checkpoint_path))
+
+
+def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, source: str) -> dict[str, Tensor]:
+    """Return one complete set of weights of a loaded checkpoint; ``source`` names it in messages.
+
+    Raises:
+        ValueError: If the checkpoint lacks the set.
+    """
+    contents = read_contents(checkpoint) or Contents("raw", None)
+    state: dict[str, Tensor] = dict(checkpoint["state_dict"])
+    if which == "raw":
+        if contents.state_dict == "average":
+            if contents.raw is None:
+                raise ValueError(
+                    f"`which` must be 'average' for {source}: it is a weights-only file and holds nothing else."
+                )
+            fill(state, contents.raw)
+        return state
+    average = contents.average(name, state)
+    if average is None:
+        there = sorted({*contents.averages, *([contents.name] if contents.name else [])})
+        has = f"it has {', '.join(map(repr, there))}" if there else "it has none, only the trained weights"
+        raise ValueError(f"`name` must be that of an average in {source}, got {shown(name)}; {has}.")
+    fill(state, average)
+    return state
+
+
+def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
+    """Return the contents of a checkpoint file, its tensors mapped rather than read, on the CPU.
+
+    Args:
+        path: The file.
+        trust: Load whatever it names, which runs code that the file chooses.
+
+    Raises:
+        ValueError: If it is no checkpoint file, or needs more than tensors and plain values to load without trust.
+    """
+    path = Path(a_path("checkpoint_path", path))
+    if not path.is_file():
+        raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
+    try:
+        loaded: dict[str, Any] = read_plain(path, trust=trust)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({error}). If you trust "
+            "whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {path} cannot be read: {error}") from error
+    has_state = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping)
+    if not has_state:
+        raise ValueError(f"`checkpoint_path` must be a Lightning checkpoint, but {path} has no `state_dict`.")
+    return loaded
+
+
+def _lightnings(checkpoint: Mapping[str, Any]) -> Contents | None:
+    """Return the contents of a file of Lightning's own averaging callback."""
+    if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
+        return None
+    raw = {clean_name(key): value for key, value in checkpoint["current_model_state"].items()}
+    return Contents("average", None, raw, updates=int(checkpoint["averaging_state"].get("n_averaged", 1)))

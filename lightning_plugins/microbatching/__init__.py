@@ -1,0 +1,16 @@
+"""Batches that run in pieces, so that they fit into memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_plugins.core.imports import lazy_exports
+
+if TYPE_CHECKING:
+    from lightning_plugins.microbatching.callback import MicroBatching
+
+_MODULES = {"MicroBatching": f"{__name__}.callback"}
+
+__all__ = ["MicroBatching"]
+
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

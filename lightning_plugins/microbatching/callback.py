@@ -1,0 +1,197 @@
+"""The callback that runs batches in pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_plugins.core.batches import batch_length, even_sizes
+from lightning_plugins.core.counting import CountedBy, counter
+from lightning_plugins.core.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+    torch_optimizers,
+)
+from lightning_plugins.core.strategies import check_module, check_strategy
+from lightning_plugins.core.validation import LightningPluginsWarning, shown, whole_number
+from lightning_plugins.microbatching.logging import BatchMetrics
+from lightning_plugins.microbatching.loop import BatchInPieces, PiecewiseClosure
+from lightning_plugins.microbatching.out_of_memory import add_hint, is_out_of_memory
+from lightning_plugins.microbatching.size_finder import SizeSearch
+
+TESTED = ("SingleDeviceStrategy", "DDPStrategy")
+
+
+class MicroBatching(Callback):
+    """Runs every batch in pieces that fit into memory, with the gradient, the outputs and the logs of the whole batch.
+
+    ``training_step`` is called once per piece, each with its own backward weighted by the piece's share of the
+    batch; the ranks synchronise once. Pieces are even, their sizes differ by one at most. ``outputs["loss"]`` is the
+    whole batch's, other outputs are put together (rows), averaged (fractions) or added (whole numbers).
+    What is logged is what the whole batch would log, also ``on_step``.
+
+    With ``"auto"`` the whole batch is tried first. When memory runs out, the size is halved and the same batch runs
+    again: gradients, random numbers, buffers, metrics and logs of the failed attempt are undone. The size found is
+    kept for the following batches, logged, and saved in checkpoints.
+
+    Dropout draws other random numbers per piece than for the whole batch, from the same distribution. Batch
+    normalisation (warned of) and losses over pairs inside a batch see only their piece.
+
+    Args:
+        size: Samples that fit at once, or ``"auto"``.
+        count: What the loss is a mean over, as in ``GradientAccumulation``: ``"samples"``, ``Tokens("labels")``, or a
+            function of the batch.
+
+    Raises:
+        TypeError: If ``size`` is no whole number; during the run if the batch cannot be split.
+        ValueError: If ``size`` is below 1 or another word, ``count`` another word; during the run if the batch's size
+            cannot be told.
+        MisconfigurationException: At setup: manual optimisation, several optimizers, DDP's ``static_graph``,
+            synchronised batch normalisation, or a strategy that it was not tested under.
+
+    Example:
+        >>> MicroBatching(16).size, MicroBatching().size
+        (16, 'auto')
+    """
+
+    def __init__(self, size: int | str = "auto", *, count: CountedBy = "samples") -> None:
+        if isinstance(size, str):
+            if size != "auto":
+                raise ValueError(f'`size` must be a number of samples or "auto", got {shown(size)}.')
+        else:
+            size = whole_number("size", size, at_least=1, unit="samples")
+        counter(count)
+        self.size = size
+        self.count = count
+        self._state_key = self._generate_state_key(size=size)  # once: Lightning's profiler asks for it at every hook
+        self._found: int | None = None
+        self._search: SizeSearch | None = None
+        self._metrics: BatchMetrics | None = None
+
+    @property
+    def state_key(self) -> str:
+        """What tells this callback's state from another's in a checkpoint."""
+        return self._state_key
+
+    @property
+    def size_found(self) -> int | None:
+        """The largest piece that fitted, in samples; ``None`` as long as whole batches do."""
+        return self.size if isinstance(self.size, int) else self._found
+
+    # hooks, in the order in which they fire
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        if stage == "fit":
+            check_module(pl_module, "MicroBatching")
+            check_strategy(trainer, "MicroBatching", TESTED)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what only the strategy's model and the optimizers show, and warn of batch normalisation."""
+        if len(torch_optimizers(trainer)) > 1:
+            raise MisconfigurationException("MicroBatching works with one optimizer, and the module has several.")
+        if getattr(trainer.strategy.model, "static_graph", False):
+            raise MisconfigurationException(
+                "MicroBatching does not work with DDPStrategy(static_graph=True), which expects one backward per "
+                "forward. Leave `static_graph` out."
+            )
+        norms = [
+            name for name, layer in pl_module.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]
+        if any(isinstance(layer, nn.SyncBatchNorm) for layer in pl_module.modules()):
+            raise MisconfigurationException(
+                "MicroBatching does not work with synchronised batch normalisation, whose ranks would have to run "
+                "equally many pieces. Set Trainer(sync_batchnorm=False)."
+            )
+        if norms:
+            rank_zero_warn(
+                f"MicroBatching splits batches, and batch normalisation ({norms[0]}"
+                f"{f' and {len(norms) - 1} more' if len(norms) > 1 else ''}) then takes its statistics over pieces: "
+                f"the gradients are not those of the whole batch. Layers such as GroupNorm have no such effect.",
+                category=LightningPluginsWarning,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of Lightning's closures and say so once."""
+        self._metrics = BatchMetrics(pl_module)
+        if self.size == "auto":
+            self._search = SizeSearch(trainer, self._metrics, self._found)
+            known = f"in pieces of at most {self._found} samples" if self._found else "whole"
+            rank_zero_info(f"MicroBatching: batches run {known}, and in smaller pieces if memory runs out.")
+        else:
+            rank_zero_info(f"MicroBatching: batches run in pieces of at most {self.size} samples.")
+        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
+        whole = loop._make_closure
+
+        def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+            return self._closure(trainer, whole, kwargs, optimizer, batch_idx)
+
+        loop._make_closure = make_closure
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the Trainer as it was; say what helps when memory ran out."""
+        if is_out_of_memory(exception) and trainer.training:
+            add_hint(exception, self._hint())
+        self._release(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        self._release(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the size found by ``"auto"``."""
+        return {"version": 1, "size_found": self._found}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the size found by ``"auto"`` before."""
+        self._found = state_dict["size_found"]
+
+    # what the hooks are made of
+
+    def _closure(self, trainer: Trainer, whole: Any, kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+        """Return what runs the batch: Lightning's own closure if it need not be split nor guarded.
+
+        Several ranks log in one order, after the backward, also where one has a single piece: logging may synchronise.
+        """
+        length = self._length(kwargs["batch"])
+        if isinstance(self.size, int) and length <= self.size and trainer.world_size == 1:
+            return whole(kwargs, optimizer, batch_idx)
+        count = None if self.count == "samples" else counter(self.count)
+        metrics = self._metrics or BatchMetrics(nn.Module())
+        batch = BatchInPieces(trainer, kwargs, optimizer, batch_idx, count=count, metrics=metrics)
+        search = self._search
+        if search is None:
+            sizes = even_sizes(length, int(self.size))
+            return PiecewiseClosure(lambda: batch.begin().run(sizes))
+        return PiecewiseClosure(lambda: self._searched(search, batch, length))
+
+    def _searched(self, search: SizeSearch, batch: BatchInPieces, length: int) -> Any:
+        result = search.run(batch.begin(), length)
+        self._found = search.size
+        return result
+
+    def _length(self, batch: Any) -> int:
+        try:
+            return batch_length(batch)
+        except ValueError as error:
+            raise ValueError(f"MicroBatching cannot tell the size of the batch: {error}") from None
+
+    def _hint(self) -> str:
+        if self._search is not None and self._search.settled:
+            return (
+                f"MicroBatching had settled on a size under DDP, where one rank cannot ask the others to go back. Give "
+                f"a number of samples below {self._search.largest} as `size`."
+            )
+        if self.size == "auto":
+            return "MicroBatching found no size that fits. Shorten the samples, or free memory in another way."
+        return f'MicroBatching ran pieces of at most {self.size} samples. Take a smaller `size`, or "auto".'
+
+    def _release(self, trainer: Trainer) -> None:
+        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
+        loop.__dict__.pop("_make_closure", None)
+        self._search = self._metrics = None

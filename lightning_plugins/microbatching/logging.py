@@ -1,0 +1,128 @@
+"""What the pieces of a batch log becomes what the whole batch would have logged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_plugins.core.counting import Count
+from lightning_plugins.microbatching.merging import combine_logged
+from lightning_plugins.microbatching.out_of_memory import MetricState
+
+
+class PieceLogs:
+    """Collects what is logged while the pieces run, and logs it once for the batch.
+
+    Lightning's results would keep the last piece's value for ``on_step`` and weigh the pieces by their samples for
+    ``on_epoch``. Collecting has a second use: an attempt that ran out of memory has logged nothing.
+
+    Args:
+        results: The training loop's result collection.
+    """
+
+    def __init__(self, results: Any) -> None:
+        self._results = results
+        self._batch = results.batch
+        self._piece = 0
+        self._logged: dict[str, list[tuple[int, Any, int]]] = defaultdict(list)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Catch what is logged; the results are as before when it ends, however it ends."""
+        self._logged.clear()
+        self._results.update_metrics = self._keep
+        try:
+            yield
+        finally:
+            del self._results.update_metrics
+            self._show(self._batch)
+
+    def begin(self, piece: int, batch: Any) -> None:
+        """Say which piece logs from now on; its size is what a value without a batch size is weighted by."""
+        self._piece = piece
+        self._show(batch)
+
+    def log(self, weights: Sequence[Count]) -> None:
+        """Log what was collected: one value of the whole batch for every call in ``training_step``."""
+        for key, entries in self._logged.items():
+            result = self._results[key]
+            if not result.is_tensor:
+                self._results.update_metrics(key, entries[-1][1], entries[-1][2])
+                continue
+            for call in _calls(entries):
+                shares = [weights[piece] for piece, _, _ in call]
+                value = combine_logged(result.meta.reduce_fx.__name__, [value for _, value, _ in call], shares)
+                self._results.update_metrics(key, value, sum(size for _, _, size in call))
+
+    def _keep(self, key: str, value: Any, batch_size: int) -> None:
+        self._logged[key].append((self._piece, value, batch_size))
+
+    def _show(self, batch: Any) -> None:
+        self._results.batch = batch
+        self._results.batch_size = None
+
+
+def _calls(entries: Sequence[tuple[int, Any, int]]) -> list[list[tuple[int, Any, int]]]:
+    """Return the entries by call: the first of every piece, the second of every piece, ..."""
+    calls: list[list[tuple[int, Any, int]]] = []
+    made: dict[int, int] = defaultdict(int)
+    for entry in entries:
+        number = made[entry[0]]
+        made[entry[0]] += 1
+        if number == len(calls):
+            calls.append([])
+        calls[number].append(entry)
+    return calls
+
+
+class BatchMetrics:
+    """Lets torchmetrics objects see the pieces of a batch as one batch.
+
+    While the pieces run, a metric starts from nothing; then its value is that of the batch, and what it had before is
+    merged into it again. Metrics whose states cannot be merged keep the last piece's value for ``on_step``.
+
+    Args:
+        module: The module whose metrics are meant.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+        self.metrics = metrics
+        self._mergeable = [m for m in metrics if m.full_state_update is False and not m.dist_sync_on_step]
+
+    @contextmanager
+    def one_batch(self) -> Iterator[None]:
+        """Make all updates inside count as those of one batch; on an error the metrics are as before."""
+        before = [(metric, MetricState(metric)) for metric in self._mergeable]
+        for metric in self._mergeable:
+            metric.reset()
+        try:
+            yield
+        except BaseException:
+            for metric, state in before:
+                state.restore(metric)
+            raise
+        for metric, state in before:
+            _merge(metric, state)
+
+
+def _merge(metric: Any, before: MetricState) -> None:
+    """Add what was there before the batch, and leave the batch's own value where the logger looks for it."""
+    if not metric.update_called:
+        before.restore(metric)
+        return
+    if metric._forward_cache is not None:  # the step called `forward`, so it wants the batch's value
+        metric._to_sync, to_sync = False, metric._to_sync
+        try:
+            metric._forward_cache = metric.compute()
+        finally:
+            metric._to_sync = to_sync
+    metric._computed = None
+    metric._update_count = before.updates + 1
+    if before.updates:
+        metric.merge_state(before.values)

@@ -1,0 +1,140 @@
+"""Runs one batch of Lightning's training loop in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.core.batches import split_batch
+from lightning_plugins.core.counting import Count
+from lightning_plugins.core.lightning import MisconfigurationException, Trainer
+from lightning_plugins.microbatching.logging import BatchMetrics, PieceLogs
+from lightning_plugins.microbatching.merging import merge, shares, weighted, weighted_sum
+
+
+class PiecewiseClosure:
+    """Stands where Lightning's closure stands: called by the optimizer's step, then asked for the result.
+
+    Args:
+        run: Runs the batch, gradients included, and returns Lightning's result of it.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self._result: Any = None
+
+    @torch.enable_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Run the batch and return its loss."""
+        self._result = self._run()
+        loss: Tensor | None = self._result.loss
+        return loss
+
+    def consume_result(self) -> Any:
+        """Return the result of the last call and forget it."""
+        result, self._result = self._result, None
+        return result
+
+
+class BatchInPieces:
+    """One batch, its optimizer and Lightning's loop: everything that an attempt to run it needs.
+
+    Args:
+        trainer: The Trainer.
+        kwargs: What the loop calls ``training_step`` with.
+        optimizer: The optimizer of the coming backward.
+        batch_idx: The batch's index in the epoch.
+        count: What the loss is a mean over, ``None`` for samples.
+        metrics: The module's metrics.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        kwargs: Mapping[str, Any],
+        optimizer: Any,
+        batch_idx: int,
+        *,
+        count: Callable[[Any], Count] | None,
+        metrics: BatchMetrics,
+    ) -> None:
+        self._trainer = trainer
+        self._loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
+        self._kwargs = kwargs
+        self._count = count
+        self._metrics = metrics
+        self._logs = PieceLogs(trainer._results)
+        self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
+        self._backward = self._loop._make_backward_fn(optimizer)
+        self._zeroed = False
+        self._weights: Sequence[Count] = ()
+        self._sizes: Sequence[int] = ()
+        self._results: list[Any] = []
+        self.on_first_backward: Callable[[], None] = lambda: None
+
+    def begin(self) -> BatchInPieces:
+        """Begin the batch; an optimizer may run it several times in a step, and each time zeroes the gradients."""
+        self._zeroed = False
+        return self
+
+    def run(self, sizes: Sequence[int]) -> Any:
+        """Run the batch in pieces of the given sizes and return Lightning's result of the whole."""
+        self.attempt(sizes)
+        return self.finish()
+
+    def attempt(self, sizes: Sequence[int]) -> None:
+        """Run the batch in pieces of the given sizes; nothing is logged yet.
+
+        May be called again after an attempt that failed; what was zeroed is not zeroed again.
+        """
+        pieces = split_batch(self._kwargs["batch"], sizes) if len(sizes) > 1 else [self._kwargs["batch"]]
+        self._weights = shares(pieces, sizes, self._count) if len(sizes) > 1 else [1.0]
+        self._sizes = sizes
+        metrics = self._metrics.one_batch() if len(sizes) > 1 else nullcontext()
+        with metrics, self._logs.collecting():
+            self._results = [self._run_piece(index, piece) for index, piece in enumerate(pieces)]
+
+    def finish(self) -> Any:
+        """Log what the attempt has logged, which may synchronise the ranks, and return Lightning's result."""
+        self._logs.log(self._weights)
+        return self._merged(self._results)
+
+    def _run_piece(self, index: int, piece: Any) -> Any:
+        """Forward and backward of one piece; only the last one's backward synchronises the ranks."""
+        self._logs.begin(index, piece)
+        pieces = len(self._weights)
+        with ExitStack() as stack:
+            if index + 1 < pieces and hasattr(self._trainer.strategy, "block_backward_sync"):
+                stack.enter_context(self._trainer.strategy.block_backward_sync())
+            result = self._loop._training_step({**self._kwargs, "batch": piece})
+            self._zero_once()
+            loss, result.closure_loss = result.closure_loss, None
+            if loss is not None and self._backward is not None:
+                self._backward(loss if pieces == 1 else weighted(loss, self._weights[index]))
+        return result
+
+    def _zero_once(self) -> None:
+        """Zero the gradients at a window's first batch, after the first forward, as Lightning does."""
+        if self._zero_grad is not None and not self._zeroed:
+            self._zero_grad()
+        self._zeroed = True
+        self.on_first_backward()
+
+    def _merged(self, results: Sequence[Any]) -> Any:
+        if len(results) == 1:
+            return results[0]
+        without = sum(result.loss is None for result in results)
+        if 0 < without < len(results):
+            raise MisconfigurationException(
+                f"`training_step` must return a loss for every piece of a batch or for none, but returned None for "
+                f"{without} of {len(results)}. Decide before the batch is split, in the loader."
+            )
+        merged = self._loop.output_result_cls(None)
+        if not without:
+            merged.loss = weighted_sum([result.loss for result in results], self._weights)
+            merged.extra = merge([result.extra for result in results], self._weights, self._sizes)
+        return merged
