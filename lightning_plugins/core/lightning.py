@@ -25,6 +25,7 @@ from lightning_plugins.core.run_length import AccumulationPlan, RunLength, count
 
 __all__ = [
     "Callback",
+    "CallbackOfBoth",
     "LRSchedulerConfig",
     "LightningModule",
     "MisconfigurationException",
@@ -63,10 +64,14 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 if TYPE_CHECKING:
+    CallbackOfBoth = _unified.Callback
     Callback = _unified.Callback
 else:
 
-    class Callback(_unified.Callback, _classic.Callback):
+    class CallbackOfBoth(_unified.Callback, _classic.Callback):
+        """A ``Callback`` of both namespaces."""
+
+    class Callback(CallbackOfBoth):
         """Base of every callback here: a ``Callback`` of both namespaces.
 
         The hooks of a batch that a callback does not define read as ``None``, which both Trainers, and Fabric, skip;

@@ -6,7 +6,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _LONGEST = 500  # characters of a value in a message; what is longer nobody reads
@@ -206,3 +206,37 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def check_state_version(owner: str, state: Any, version: int) -> dict[str, Any]:
+    """Return a saved state without its version, or raise when this release cannot read it.
+
+    Args:
+        owner: Whose state it is, for the message.
+        state: What a checkpoint holds; without a version it is of version 1.
+        version: The version that this release writes.
+
+    Raises:
+        TypeError: If it is no mapping.
+        ValueError: If its version is another.
+
+    Example:
+        >>> check_state_version("EMA", {"version": 99}, 1)
+        Traceback (most recent call last):
+        ...
+        ValueError: The state of EMA must be of version 1, got version 99 in the checkpoint. ...
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"The state of {owner} must be a mapping, got {shown(state)}.")
+    found = state.get("version", 1)
+    if found != version or isinstance(found, bool):
+        later = isinstance(found, int) and found > version
+        remedy = (
+            "It was written by a later release of lightning_plugins: install that one, or resume without this callback."
+            if later
+            else "Resume without this callback, or with the release of lightning_plugins that wrote it."
+        )
+        raise ValueError(
+            f"The state of {owner} must be of version {version}, got version {shown(found)} in the checkpoint. {remedy}"
+        )
+    return {name: value for name, value in state.items() if name != "version"}

@@ -1,0 +1,155 @@
+"""Replace attributes of objects that belong to Lightning, torch or the user, and put them back.
+
+Setting an attribute on an instance never fails, so a method that a new release has renamed would be overridden without
+any effect. Here the name is read first, and a missing one is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_ABSENT: Any = object()
+
+
+class MissingNameError(RuntimeError):
+    """An attribute that this package relies on is missing in the installed release of another library."""
+
+
+def read(owner: Any, name: str) -> Any:
+    """Return ``owner.name``.
+
+    Raises:
+        MissingNameError: If there is no such attribute. The message names the attribute, the class and its library's
+            version.
+
+    Example:
+        >>> read([1, 2], "append_all")
+        Traceback (most recent call last):
+        ...
+        lightning_plugins.core.patching.MissingNameError: `list` of builtins has no attribute `append_all`, which ...
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise MissingNameError(
+            f"`{kind.__name__}` of {_release(kind)} has no attribute `{name}`, which lightning_plugins relies on. "
+            "Install a release that it declares to support, or a newer lightning_plugins."
+        ) from error
+
+
+class Patches:
+    """Replacements of foreign attributes, undone together in reverse order.
+
+    Only our own value is ever taken away: where another wrapper was laid over it since, that one stays and calls the
+    original again. The order in which several owners undo theirs does not matter.
+
+    Example:
+        >>> class Loop:
+        ...     def run(self):
+        ...         return "ran"
+        >>> loop, patches = Loop(), Patches()
+        >>> patches.wrap(loop, "run", lambda original: original() + " twice")
+        >>> loop.run()
+        'ran twice'
+        >>> patches.undo()
+        >>> loop.run(), vars(loop)
+        ('ran', {})
+    """
+
+    def __init__(self) -> None:
+        self._patches: list[_Patch] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._patches)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Patches, ()  # a copy has replaced nothing
+
+    def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Let ``owner.name(*args)`` call ``wrapper(original, *args)`` until :meth:`undo`.
+
+        Args:
+            owner: The object, not its class.
+            name: A method of it.
+            wrapper: Called with the method that was there and its arguments.
+
+        Raises:
+            MissingNameError: If there is no such method.
+        """
+        self._patches.append(_Patch(owner, name, _Wrapper(read(owner, name), wrapper)))
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Let ``owner.name`` be ``value`` until :meth:`undo`.
+
+        Raises:
+            MissingNameError: If there is no such attribute.
+        """
+        read(owner, name)
+        self._patches.append(_Patch(owner, name, value))
+
+    def undo(self) -> None:
+        """Put everything back; harmless when that is done."""
+        while self._patches:
+            self._patches.pop().undo()
+
+
+class _Wrapper:
+    """A method with another one around it; only the method itself once it is not active any more."""
+
+    def __init__(self, original: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original, updated=())  # inspect and Lightning look at the signature
+        self.original, self.wrapper = original, wrapper
+        self.active = True
+        self.before = _ABSENT
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapper(self.original, *args, **kwargs) if self.active else self.original(*args, **kwargs)
+
+
+class _Patch:
+    """One replaced attribute."""
+
+    def __init__(self, owner: Any, name: str, ours: Any) -> None:
+        self.owner, self.name, self.ours = owner, name, ours
+        self.by_property = hasattr(getattr(type(owner), name, None), "__set__")
+        self.before = self._now()
+        if isinstance(ours, _Wrapper):
+            ours.before = self.before
+        self._put(ours)
+
+    def undo(self) -> None:
+        if isinstance(self.ours, _Wrapper):
+            self.ours.active = False
+        if self._now() is self.ours:
+            self._put(_in_force(self.before))
+
+    def _now(self) -> Any:
+        return getattr(self.owner, self.name) if self.by_property else vars(self.owner).get(self.name, _ABSENT)
+
+    def _put(self, value: Any) -> None:
+        if self.by_property:
+            setattr(self.owner, self.name, value)
+        elif value is _ABSENT:
+            del vars(self.owner)[self.name]
+        else:
+            vars(self.owner)[self.name] = value
+
+
+def _in_force(value: Any) -> Any:
+    """Return ``value``, or what was there before it if it is a wrapper of ours that was undone out of order."""
+    while isinstance(value, _Wrapper) and not value.active:
+        value = value.before
+    return value
+
+
+def _release(kind: type) -> str:
+    """Return the library of a class and its version, as ``lightning 2.6.6``."""
+    package = kind.__module__.partition(".")[0]
+    importlib.import_module(package)
+    version = getattr(sys.modules[package], "__version__", "")
+    return f"{package} {version}".strip()

@@ -1,0 +1,57 @@
+"""Every name of Lightning, torch and torchmetrics that is private or replaced here, with the reason.
+
+A release that renames one of them is noticed in two places: the tests look each name up in what is installed, and every
+callback looks up those of its own technique at setup. A missing name is one clear error and never a wrong result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_plugins.core.patching import read
+
+
+@dataclass(frozen=True)
+class ForeignName:
+    """One attribute of another library that the package relies on.
+
+    Args:
+        owner: Where it is found: a path that begins at ``trainer``, or the import path of a class or module.
+        name: The attribute.
+        used_by: The techniques (folder names) that need it, ``core`` for all.
+        reason: What for, and why nothing public serves.
+    """
+
+    owner: str
+    name: str
+    used_by: tuple[str, ...]
+    reason: str
+
+
+FOREIGN_NAMES: tuple[ForeignName, ...] = (
+    # core
+    ForeignName(
+        "trainer.profiler", "profile", ("core",), "a Trainer without a profiler enters an empty context cheaply"
+    ),
+    ForeignName("trainer.fit_loop", "run", ("core",), "a fit with nothing left to train calls no hook"),
+)
+
+
+def check_names(trainer: Any, technique: str) -> None:
+    """Look up the names that a technique needs of a Trainer.
+
+    Args:
+        trainer: The Trainer, at setup.
+        technique: The folder's name.
+
+    Raises:
+        MissingNameError: If one is missing.
+    """
+    for entry in FOREIGN_NAMES:
+        root, *path = entry.owner.split(".")
+        if root == "trainer" and ("core" in entry.used_by or technique in entry.used_by):
+            owner = trainer
+            for part in path:
+                owner = read(owner, part)
+            read(owner, entry.name)
