@@ -1,37 +1,43 @@
-"""How many training samples one optimizer step sees, as far as the Trainer shows it."""
+"""How many training samples a full batch and an optimizer step have, as far as the Trainer shows it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning_plugins.core.lightning import MisconfigurationException, Trainer
 
+def loader_batch_size(trainer: Any) -> int | None:
+    """Return the samples of a full batch on one rank, ``None`` when the training data do not tell.
 
-def samples_per_step(trainer: Trainer) -> int:
-    """Return batch size x batches per step x ranks that see different data.
+    Several loaders give one batch, which has the samples of all of them.
 
-    Raises:
-        MisconfigurationException: If the training data has no batch size that can be read.
+    Args:
+        trainer: The Trainer, in a fit; training data that are not loaded yet are loaded.
     """
-    sizes = [_batch_size(loader) for loader in _loaders(trainer.train_dataloader)]
-    if not sizes or None in sizes:
-        raise MisconfigurationException(
-            "`HalfLife(samples=...)` must find the batch size of the training loader, which has none: "
-            "give the half-life as HalfLife(steps=...)."
-        )
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    sizes = [_batch_size(loader) for loader in _flat(trainer.train_dataloader)]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if known and len(known) == len(sizes) else None
+
+
+def samples_per_step(trainer: Any) -> int | None:
+    """Return batch size x batches per step x ranks that see different data, ``None`` when the data do not tell."""
+    size = loader_batch_size(trainer)
     ranks = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-    return sum(size for size in sizes if size is not None) * trainer.accumulate_grad_batches * int(ranks)
+    return None if size is None else size * int(trainer.accumulate_grad_batches) * int(ranks)
 
 
-def _loaders(loader: Any) -> list[Any]:
-    if isinstance(loader, dict):
-        return list(loader.values())
-    return list(loader) if isinstance(loader, (list, tuple)) else [loader]
+def _flat(loaders: Any) -> list[Any]:
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        return [found for loader in loaders for found in _flat(loader)]
+    return [loaders]
 
 
 def _batch_size(loader: Any) -> int | None:
     for holder in (getattr(loader, "batch_sampler", None), loader):
-        size = getattr(holder, "batch_size", None)
-        if isinstance(size, int):
-            return size
+        size: Any = getattr(holder, "batch_size", None)
+        if hasattr(size, "__index__"):  # NumPy's integers, too
+            return int(size)
     return None

@@ -1,4 +1,4 @@
-"""A module's tensors by name, and the parts of them that lie on this rank.
+"""A module's tensors by name.
 
 Names are those of the uncompiled module: ``torch.compile`` puts ``_orig_mod.`` into them, which is taken out, so that a
 file written by a compiled module fits a plain one and the other way round. A tensor that has several names (tied
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core.sharding import local, reshard, scatter
 from lightning_plugins.core.validation import shown
 
 
@@ -94,54 +95,6 @@ def averaged_slots(module: nn.Module, *, buffers: bool = False, also: Collection
             )
         chosen[name] = slot
     return chosen
-
-
-def reshard(module: nn.Module) -> None:
-    """Give every FSDP2 group of ``module`` back to its shards: a forward in eval mode may leave it gathered."""
-    for part in module.modules():
-        if hasattr(part, "reshard") and hasattr(part, "unshard"):
-            cast(Any, part).reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of ``tensor`` that lies on this rank, the tensor itself when it is not sharded."""
-    return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded(tensor) else tensor
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether ``tensor`` is a DTensor."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
-
-
-def gather(part: Tensor, like: Tensor) -> Tensor:
-    """Return the full tensor of which ``part`` is this rank's share; a collective when ``like`` is sharded.
-
-    Shape and stride are given explicitly: from uneven shards they cannot be guessed, and the ranks would wait for each
-    other forever.
-    """
-    if not is_sharded(like):
-        return part
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415  # absent from builds without distributed support
-
-    sharded = cast(Any, like)
-    return DTensor.from_local(
-        part.contiguous(),
-        sharded.device_mesh,
-        sharded.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    ).full_tensor()
-
-
-def scatter(full: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's share of ``full``, which every rank has; no collective."""
-    if not is_sharded(like):
-        return full
-    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
-
-    sharded = cast(Any, like)
-    return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
 
 
 def shadow_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_plugins.core.loaders import samples_per_step
-from lightning_plugins.core.module_state import clean_name, device_name, fill, gather, load_named, local, reshard
+from lightning_plugins.core.module_state import clean_name, device_name, fill, load_named
+from lightning_plugins.core.sharding import gather, local, reshard
 from lightning_plugins.core.validation import one_of, shown, whole_number
 from lightning_plugins.ema.averaging_callback import WeightFollower
 from lightning_plugins.ema.checkpoint_format import Contents, read_contents, record
@@ -267,7 +268,13 @@ class EMA(WeightFollower):
     def _update(self, trainer: Trainer, n: int, steps: int) -> None:
         rule = self.decay
         if rule.needs_samples_per_step:
-            rule = rule.for_samples_per_step(samples_per_step(trainer))
+            samples = samples_per_step(trainer)
+            if samples is None:
+                raise MisconfigurationException(
+                    "`HalfLife(samples=...)` must find the batch size of the training loader, which has none: "
+                    "give the half-life as HalfLife(steps=...)."
+                )
+            rule = rule.for_samples_per_step(samples)
         if self._shadow is not None:
             self._shadow.update(rule(n, steps))
 

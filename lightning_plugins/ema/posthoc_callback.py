@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins.core.module_state import clean_name, gather, local
+from lightning_plugins.core.module_state import clean_name
+from lightning_plugins.core.sharding import gather, local
 from lightning_plugins.core.validation import a_list, a_path, one_of, whole_number
 from lightning_plugins.ema.averaging_callback import WeightFollower
 from lightning_plugins.ema.decay import PowerDecay

@@ -17,16 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.module_state import (
-    Slot,
-    averaged_slots,
-    gather,
-    is_sharded,
-    local,
-    reshard,
-    scatter,
-    shadow_dtype,
-)
+from lightning_plugins.core.module_state import Slot, averaged_slots, shadow_dtype
+from lightning_plugins.core.sharding import gather, is_sharded, local, reshard, scatter
 from lightning_plugins.ema.tensor_groups import Group, Motion, Operation
 
 Which = Literal["average", "raw"]

@@ -198,7 +198,3 @@ def test_half_life_in_samples_needs_a_batch_size():
     loader = torch.utils.data.DataLoader([torch.ones(1, 1)] * 3, batch_size=None)
     with pytest.raises(MisconfigurationException, match="must find the batch size of the training loader"):
         trainer(EMA(HalfLife(samples=24))).fit(Scripted(), loader)
-    from lightning_plugins.core.loaders import _loaders
-
-    assert _loaders({"a": 1, "b": 2}) == [1, 2]
-    assert _loaders([1, 2]) == [1, 2]
