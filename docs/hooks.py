@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning_plugins
+from lightning_plugins.core.imports import declared_names
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -44,9 +45,14 @@ def documents() -> list[str]:
     return _matching(_DOCUMENTS)
 
 
+def techniques() -> list[str]:
+    """Return the folders of the techniques, as the list of the public names has them."""
+    return sorted({module.split(".")[1] for module in declared_names("lightning_plugins").values()})
+
+
 def api_pages() -> dict[str, str]:
     """Return path -> Markdown of the reference: one page for each technique, with every name that it exports."""
-    return {f"api/{technique}.md": _api_page(technique) for technique in sorted(lightning_plugins._TECHNIQUES)}
+    return {f"api/{technique}.md": _api_page(technique) for technique in techniques()}
 
 
 def _api_page(technique: str) -> str:

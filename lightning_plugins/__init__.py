@@ -1,18 +1,17 @@
 """Training techniques for Lightning, one callback each: exact, unnoticeable in cost, safe to kill.
 
 Every public name is importable from here and loads on first use, so that importing a schedule imports neither Lightning
-nor TensorBoard.
+nor TensorBoard. The imports below are the one list of the public names, and of the techniques.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins._version import __version__
+from lightning_plugins._version import __version__ as __version__
 from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
-    # The redundant aliases tell type checkers that these names are exported.
     from lightning_plugins.accumulation import (
         GradientAccumulation as GradientAccumulation,
         Tokens as Tokens,
@@ -81,83 +80,5 @@ if TYPE_CHECKING:
         StatisticsRecorder as StatisticsRecorder,
         TensorBoardStatisticsLogger as TensorBoardStatisticsLogger,
     )
-
-# Technique -> its public names. The package of a technique knows which module defines a name.
-_TECHNIQUES = {
-    "accumulation": [
-        "GradientAccumulation",
-        "Tokens",
-    ],
-    "checkpoints": [
-        "CheckpointAveraging",
-        "average_checkpoints",
-        "greedy_soup",
-        "select_checkpoints",
-    ],
-    "ema": [
-        "ConstantDecay",
-        "DebiasedDecay",
-        "DecayRule",
-        "EMA",
-        "HalfLife",
-        "InverseGammaDecay",
-        "PostHocEMA",
-        "PowerDecay",
-        "WarmupDecay",
-        "extract_weights",
-        "synthesize_ema",
-    ],
-    "events": [
-        "CancelBatch",
-        "CancelEpoch",
-        "CancelFit",
-        "CancelTraining",
-        "CancelValidation",
-        "Event",
-        "EventCallback",
-        "on_events",
-    ],
-    "microbatching": [
-        "MicroBatching",
-    ],
-    "schedules": [
-        "Constant",
-        "Cosine",
-        "CosineRestarts",
-        "Exponential",
-        "InverseSqrt",
-        "Join",
-        "LearningRateScheduler",
-        "Linear",
-        "Noam",
-        "NoamLR",
-        "OneCycle",
-        "OneMinusSqrt",
-        "PiecewiseConstant",
-        "Plateau",
-        "Polynomial",
-        "RNMTPlus",
-        "ReciprocalSqrt",
-        "Schedule",
-        "ScheduleLR",
-        "Segment",
-        "Segments",
-        "Shape",
-        "WarmupCosine",
-        "WarmupCosineLR",
-        "WarmupLinear",
-        "WarmupStableDecay",
-    ],
-    "statistics": [
-        "CSVStatisticsLogger",
-        "ClassificationReport",
-        "StatisticsRecorder",
-        "TensorBoardStatisticsLogger",
-    ],
-}
-
-_MODULES = {name: f"{__name__}.{technique}" for technique, names in _TECHNIQUES.items() for name in names}
-
-__all__ = ["__version__", *_MODULES]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

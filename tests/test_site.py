@@ -39,7 +39,7 @@ def test_every_page_stands_in_the_navigation_once(hooks):
 
 def test_every_public_name_has_one_place_in_the_reference(hooks):
     shown = [name for page in hooks.api_pages().values() for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)]
-    for technique in lightning_plugins._TECHNIQUES:
+    for technique in hooks.techniques():
         package = importlib.import_module(f"lightning_plugins.{technique}")
         listed = [name for name in shown if name.startswith(f"lightning_plugins.{technique}.")]
         assert sorted(listed) == sorted(f"lightning_plugins.{technique}.{name}" for name in package.__all__)

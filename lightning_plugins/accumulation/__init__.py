@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
-    from lightning_plugins.accumulation.callback import GradientAccumulation
-    from lightning_plugins.core.counting import Tokens
-
-_MODULES = {
-    "GradientAccumulation": f"{__name__}.callback",
-    "Tokens": "lightning_plugins.core.counting",
-}
-
-__all__ = ["GradientAccumulation", "Tokens"]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+    from lightning_plugins.accumulation.callback import GradientAccumulation as GradientAccumulation
+    from lightning_plugins.core.counting import Tokens as Tokens
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

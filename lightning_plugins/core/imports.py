@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 
-def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the ``__getattr__`` and ``__dir__`` of a package whose public names load on first use.
+def declared_names(package: str) -> dict[str, str]:
+    """Return public name -> module that defines it, as a package declares them.
+
+    The imports under ``if TYPE_CHECKING:`` in its ``__init__.py`` are the one list of its names. Type checkers follow
+    them as they stand; here they are read from the source, and none of the modules is imported.
+
+    Args:
+        package: The package's import path.
+
+    Example:
+        >>> declared_names("lightning_plugins.events")["Event"]
+        'lightning_plugins.events.events'
+    """
+    spec = importlib.util.find_spec(package)
+    source: str | None = spec.loader.get_source(package)  # type: ignore[union-attr]  # it is there: we are in it
+    if source is None:
+        raise ImportError(f"The source of `{package}` is needed to load its names. Install it with its .py files.")
+    blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(found.module) for found in imports for alias in found.names}
+
+
+def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__all__``, ``__getattr__`` and ``__dir__`` of a package whose declared names load on first use.
 
     Args:
         package: The package's ``__name__``.
-        modules: Public name -> the module that defines it.
 
     Returns:
-        The two functions, to be assigned at the package's top level.
+        The three, to be assigned at the package's top level under the ``else`` of ``if TYPE_CHECKING:``. There, type
+        checkers see no ``__getattr__`` that would accept any name.
     """
+    modules = declared_names(package)
 
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name not in modules:
@@ -29,7 +54,7 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[st
     def __dir__() -> list[str]:  # noqa: N807
         return sorted({*vars(sys.modules[package]), *modules})
 
-    return __getattr__, __dir__
+    return sorted(modules), __getattr__, __dir__
 
 
 def by_import_path(path: str) -> Any:

@@ -7,10 +7,6 @@ from typing import TYPE_CHECKING
 from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
-    from lightning_plugins.microbatching.callback import MicroBatching
-
-_MODULES = {"MicroBatching": f"{__name__}.callback"}
-
-__all__ = ["MicroBatching"]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+    from lightning_plugins.microbatching.callback import MicroBatching as MicroBatching
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

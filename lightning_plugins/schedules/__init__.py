@@ -7,114 +7,68 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins.core.imports import lazy_exports
-from lightning_plugins.schedules.combinators import (
-    CosineRestarts,
-    Cycled,
-    Delayed,
-    Floored,
-    HeldEvery,
-    Product,
-    Scaled,
-    Shifted,
-)
-from lightning_plugins.schedules.durations import Duration, RunLengthUnknownError, ScheduleTooLongError
-from lightning_plugins.schedules.families import InverseSqrt, Noam, ReciprocalSqrt, RNMTPlus
-from lightning_plugins.schedules.piecewise import Join, PiecewiseConstant, Segment, Segments
-from lightning_plugins.schedules.plateau import Plateau
-from lightning_plugins.schedules.ramps import Constant, Cosine, Exponential, Linear, OneMinusSqrt, Polynomial, Shape
-from lightning_plugins.schedules.schedule import Schedule
-from lightning_plugins.schedules.warmup import OneCycle, WarmupCosine, WarmupLinear, WarmupStableDecay
+from lightning_plugins.core.imports import declared_names, lazy_exports
+
+# The modules of the schedules: what a configuration or an expression may name.
+_FAMILIES = ("combinators", "families", "piecewise", "ramps", "warmup")
 
 if TYPE_CHECKING:
-    from lightning_plugins.schedules.callback import LearningRateScheduler
-    from lightning_plugins.schedules.expression import parse_schedule
-    from lightning_plugins.schedules.plot import plot_schedules, sketch
-    from lightning_plugins.schedules.scheduler import NoamLR, ScheduleLR, WarmupCosineLR
+    from lightning_plugins.schedules.callback import LearningRateScheduler as LearningRateScheduler
+    from lightning_plugins.schedules.combinators import (
+        CosineRestarts as CosineRestarts,
+        Cycled as Cycled,
+        Delayed as Delayed,
+        Floored as Floored,
+        HeldEvery as HeldEvery,
+        Product as Product,
+        Scaled as Scaled,
+        Shifted as Shifted,
+    )
+    from lightning_plugins.schedules.durations import (
+        Duration as Duration,
+        RunLengthUnknownError as RunLengthUnknownError,
+        ScheduleTooLongError as ScheduleTooLongError,
+    )
+    from lightning_plugins.schedules.expression import parse_schedule as parse_schedule
+    from lightning_plugins.schedules.families import (
+        InverseSqrt as InverseSqrt,
+        Noam as Noam,
+        ReciprocalSqrt as ReciprocalSqrt,
+        RNMTPlus as RNMTPlus,
+    )
+    from lightning_plugins.schedules.piecewise import (
+        Join as Join,
+        PiecewiseConstant as PiecewiseConstant,
+        Segment as Segment,
+        Segments as Segments,
+    )
+    from lightning_plugins.schedules.plateau import Plateau as Plateau
+    from lightning_plugins.schedules.plot import plot_schedules as plot_schedules, sketch as sketch
+    from lightning_plugins.schedules.ramps import (
+        Constant as Constant,
+        Cosine as Cosine,
+        Exponential as Exponential,
+        Linear as Linear,
+        OneMinusSqrt as OneMinusSqrt,
+        Polynomial as Polynomial,
+        Shape as Shape,
+    )
+    from lightning_plugins.schedules.schedule import Schedule as Schedule
+    from lightning_plugins.schedules.scheduler import (
+        NoamLR as NoamLR,
+        ScheduleLR as ScheduleLR,
+        WarmupCosineLR as WarmupCosineLR,
+    )
+    from lightning_plugins.schedules.warmup import (
+        OneCycle as OneCycle,
+        WarmupCosine as WarmupCosine,
+        WarmupLinear as WarmupLinear,
+        WarmupStableDecay as WarmupStableDecay,
+    )
 
-# Every schedule class, and Segment: what a configuration or an expression may name.
-SCHEDULES = (
-    "Constant",
-    "Cosine",
-    "CosineRestarts",
-    "Cycled",
-    "Delayed",
-    "Exponential",
-    "Floored",
-    "HeldEvery",
-    "InverseSqrt",
-    "Join",
-    "Linear",
-    "Noam",
-    "OneCycle",
-    "OneMinusSqrt",
-    "PiecewiseConstant",
-    "Polynomial",
-    "Product",
-    "RNMTPlus",
-    "ReciprocalSqrt",
-    "Scaled",
-    "Segment",
-    "Segments",
-    "Shape",
-    "Shifted",
-    "WarmupCosine",
-    "WarmupLinear",
-    "WarmupStableDecay",
-)
-
-__all__ = [
-    "SCHEDULES",
-    "Constant",
-    "Cosine",
-    "CosineRestarts",
-    "Cycled",
-    "Delayed",
-    "Duration",
-    "Exponential",
-    "Floored",
-    "HeldEvery",
-    "InverseSqrt",
-    "Join",
-    "LearningRateScheduler",
-    "Linear",
-    "Noam",
-    "NoamLR",
-    "OneCycle",
-    "OneMinusSqrt",
-    "PiecewiseConstant",
-    "Plateau",
-    "Polynomial",
-    "Product",
-    "RNMTPlus",
-    "ReciprocalSqrt",
-    "RunLengthUnknownError",
-    "Scaled",
-    "Schedule",
-    "ScheduleLR",
-    "ScheduleTooLongError",
-    "Segment",
-    "Segments",
-    "Shape",
-    "Shifted",
-    "WarmupCosine",
-    "WarmupCosineLR",
-    "WarmupLinear",
-    "WarmupStableDecay",
-    "parse_schedule",
-    "plot_schedules",
-    "sketch",
-]
-
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "LearningRateScheduler": f"{__name__}.callback",
-        "NoamLR": f"{__name__}.scheduler",
-        "ScheduleLR": f"{__name__}.scheduler",
-        "WarmupCosineLR": f"{__name__}.scheduler",
-        "parse_schedule": f"{__name__}.expression",
-        "plot_schedules": f"{__name__}.plot",
-        "sketch": f"{__name__}.plot",
-    },
-)
+    SCHEDULES: tuple[str, ...]
+else:
+    SCHEDULES = tuple(
+        sorted(name for name, module in declared_names(__name__).items() if module.rpartition(".")[2] in _FAMILIES)
+    )
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)

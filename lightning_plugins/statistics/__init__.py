@@ -7,27 +7,12 @@ from typing import TYPE_CHECKING
 from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
-    from lightning_plugins.statistics.csv_logger import CSVStatisticsLogger
-    from lightning_plugins.statistics.plot import plot_log
-    from lightning_plugins.statistics.recorder import StatisticsRecorder
-    from lightning_plugins.statistics.report import ClassificationReport
-    from lightning_plugins.statistics.tensorboard_logger import TensorBoardStatisticsLogger
-
-__all__ = [
-    "CSVStatisticsLogger",
-    "ClassificationReport",
-    "StatisticsRecorder",
-    "TensorBoardStatisticsLogger",
-    "plot_log",
-]
-
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "CSVStatisticsLogger": f"{__name__}.csv_logger",
-        "ClassificationReport": f"{__name__}.report",
-        "StatisticsRecorder": f"{__name__}.recorder",
-        "TensorBoardStatisticsLogger": f"{__name__}.tensorboard_logger",
-        "plot_log": f"{__name__}.plot",
-    },
-)
+    from lightning_plugins.statistics.csv_logger import CSVStatisticsLogger as CSVStatisticsLogger
+    from lightning_plugins.statistics.plot import plot_log as plot_log
+    from lightning_plugins.statistics.recorder import StatisticsRecorder as StatisticsRecorder
+    from lightning_plugins.statistics.report import ClassificationReport as ClassificationReport
+    from lightning_plugins.statistics.tensorboard_logger import (
+        TensorBoardStatisticsLogger as TensorBoardStatisticsLogger,
+    )
+else:
+    __all__, __getattr__, __dir__ = lazy_exports(__name__)
