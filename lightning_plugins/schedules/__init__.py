@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_plugins.core.imports import declared_names, lazy_exports
-
-# The modules of the schedules: what a configuration or an expression may name.
-_FAMILIES = ("combinators", "families", "piecewise", "ramps", "warmup")
+from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_plugins.schedules.callback import LearningRateScheduler as LearningRateScheduler
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
         Scaled as Scaled,
         Shifted as Shifted,
     )
+    from lightning_plugins.schedules.configuration import SCHEDULES as SCHEDULES
     from lightning_plugins.schedules.durations import (
         Duration as Duration,
         RunLengthUnknownError as RunLengthUnknownError,
@@ -65,10 +63,5 @@ if TYPE_CHECKING:
         WarmupLinear as WarmupLinear,
         WarmupStableDecay as WarmupStableDecay,
     )
-
-    SCHEDULES: tuple[str, ...]
 else:
-    SCHEDULES = tuple(
-        sorted(name for name, module in declared_names(__name__).items() if module.rpartition(".")[2] in _FAMILIES)
-    )
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -6,10 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_plugins.core.imports import by_import_path
+from lightning_plugins.core.imports import by_import_path, declared_names
 from lightning_plugins.core.validation import shown
 from lightning_plugins.schedules.curves import NAMED_CURVES, import_path
 from lightning_plugins.schedules.schedule import Schedule, field_items
+
+_FAMILIES = ("combinators", "families", "piecewise", "ramps", "warmup")
+_MODULES = {
+    name: module
+    for name, module in declared_names("lightning_plugins.schedules").items()
+    if module.rpartition(".")[2] in _FAMILIES
+}
+SCHEDULES = tuple(sorted(_MODULES))
+"""Every schedule class, and Segment: what a configuration or an expression may name."""
 
 
 def to_plain(schedule: Schedule) -> dict[str, Any]:
@@ -30,9 +39,7 @@ def from_plain(data: Mapping[str, Any], *, trust: bool) -> Schedule:
 
 def known_schedules() -> dict[str, type[Any]]:
     """Return this package's schedules, and its ``Segment``, by class name."""
-    import lightning_plugins.schedules as package  # noqa: PLC0415  # it imports every schedule
-
-    return {name: getattr(package, name) for name in package.SCHEDULES}
+    return {name: by_import_path(f"{_MODULES[name]}.{name}") for name in SCHEDULES}
 
 
 def _plain_fields(item: Any) -> dict[str, Any]:
