@@ -17,7 +17,8 @@ class ForeignName:
     """One attribute of another library that the package relies on.
 
     Args:
-        owner: Where it is found: a path that begins at ``trainer``, or the import path of a class or module.
+        owner: Where it is found: a path that begins at ``trainer``, or the import path of a class or module, with
+            ``()`` behind it for what ``__init__`` gives an instance.
         name: The attribute.
         used_by: The techniques (folder names) that need it, ``core`` for all.
         reason: What for, and why nothing public serves.
@@ -35,6 +36,11 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         "trainer.profiler", "profile", ("core",), "a Trainer without a profiler enters an empty context cheaply"
     ),
     ForeignName("trainer.fit_loop", "run", ("core",), "a fit with nothing left to train calls no hook"),
+    ForeignName("torchmetrics.MeanMetric()", "_update_count", ("core",), "how many updates a copied metric holds"),
+    ForeignName("torchmetrics.MeanMetric()", "_computed", ("core",), "the value that was computed from its states"),
+    ForeignName("torchmetrics.MeanMetric()", "_forward_cache", ("core",), "the value of the last batch"),
+    ForeignName("torchmetrics.MeanMetric()", "_cache", ("core",), "a metric's own states while it is synced"),
+    ForeignName("torchmetrics.MeanMetric()", "_is_synced", ("core",), "whether it is"),
 )
 
 
