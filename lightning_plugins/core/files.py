@@ -1,10 +1,16 @@
-"""Files that are written completely or not at all."""
+"""Writes files completely or not at all, finds free names, and says whether a place can be written.
+
+Knows no Trainer. Files that only grow are in :mod:`~lightning_plugins.core.append_only_file`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
+import secrets
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,13 +22,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LONGEST_NAME = 200  # bytes of a name that a temporary name repeats; most systems take 255 in all
+
 
 @contextlib.contextmanager
 def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; when the block ends well, sync it and rename it to ``path``.
 
     Whenever the process dies, ``path`` is the old file, or the whole new one, or does not exist. After ``kill -9`` a
-    hidden ``.<name>.*.tmp`` can stay behind; on any exception it is removed.
+    hidden ``.<name>.*.tmp`` can stay behind; on any exception it is removed. The new file has the mode of the one that
+    it replaces. A link at ``path`` is replaced, and what it leads to stays as it is.
 
     Args:
         path: The file to write.
@@ -34,23 +44,53 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
         OSError: If its directory cannot be written to, or the disk is full.
     """
     check_output(path, overwrite=overwrite)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error  # the file that was asked for
-    temporary = Path(name)
+    temporary, handle = _temporary_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it the owner's alone
-        check_output(path, overwrite=overwrite)
-        temporary.replace(path)
+            check_output(path, overwrite=overwrite)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def _temporary_beside(path: Path) -> tuple[Path, int]:
+    """Make a file under a name that cannot be known before, with the mode that ``path`` has; return it, open."""
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
+    temporary = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
+    mode = _mode(path)
+    try:
+        # O_EXCL follows no link; 0o666 is lessened by the process's umask, as for every new file
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else 0o600)
+    except OSError as error:
+        # name the file that was asked for
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    if mode is not None:
+        os.fchmod(handle, mode)
+    return temporary, handle
+
+
+def _mode(path: Path) -> int | None:
+    """Return the permissions of a file that is about to be replaced, ``None`` if there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return stat.S_IMODE(found.st_mode) if stat.S_ISREG(found.st_mode) else None
+
+
+def replace_file(path: Path, *parts: bytes) -> None:
+    """Write a file in one atomic step: at any moment either the old or the new one is there.
+
+    Raises:
+        OSError: If it could not be written; the old file is then untouched.
+    """
+    with replacing(path, overwrite=True) as handle:
+        handle.writelines(parts)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -59,8 +99,83 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise FileNotFoundError(f"The directory of `output`, {path.parent}, does not exist.")
     if path.is_dir():
         raise FileExistsError(f"`output` is a directory: {path}.")
-    if path.exists() and not overwrite:
+    if is_special(path):
+        raise FileExistsError(f"`output` is a device or a pipe: {path}.")
+    if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite on the command line) to replace it.")
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path leads to something that is neither a file nor a directory, such as a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def probe(path: Path) -> None:
+    """Raise unless a file can be made at ``path``; nothing is left behind, and missing directories are not made.
+
+    A disk that is full now is no error: there can be room when the file is written.
+
+    Raises:
+        OSError: If ``path`` is a directory, a device, a pipe or a link to nothing, or lies below a file, or if its
+            directory cannot be written to.
+    """
+    if path.is_dir():
+        raise IsADirectoryError("it is a directory")
+    if is_special(path):
+        raise OSError("it is a device or a pipe")
+    if path.is_symlink() and not path.exists():
+        raise OSError("it is a link to a file that does not exist")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()
+    probe_directory(path.parent)
+
+
+def probe_directory(path: Path) -> None:
+    """Raise unless files can be made in a directory, or in the nearest one above it that exists.
+
+    Raises:
+        OSError: If it is a file or below one, or cannot be written to.
+    """
+    # a name that is too long for the system is an error of its own
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()
+    nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Return whether an error says that the disk, or the user's share of it, is full: there can be room again."""
+    return error.errno in _FULL
+
+
+def free_name(path: Path, word: str = "") -> Path:
+    """Return the first name beside ``path`` that is not taken.
+
+    Example:
+        >>> free_name(Path("/nowhere/log.csv")).name, free_name(Path("/nowhere/log.csv"), "replaced").name
+        ('log.1.csv', 'log.replaced.1.csv')
+    """
+    middle = f".{word}" if word else ""
+    number = 1
+    while os.path.lexists(candidate := path.with_name(f"{path.stem}{middle}.{number}{path.suffix}")):
+        number += 1
+    return candidate
+
+
+def move_aside(path: Path) -> Path | None:
+    """Give an existing file the first free name beside it, and return that; ``None`` if there is no file."""
+    if not os.path.lexists(path):
+        return None
+    aside = free_name(path)
+    path.rename(aside)
+    return aside
 
 
 def write_state_dict(state_dict: Mapping[str, Tensor], output: str | Path, *, overwrite: bool = False) -> Path:
@@ -83,11 +198,13 @@ def write_state_dict(state_dict: Mapping[str, Tensor], output: str | Path, *, ov
     path = Path(output)
     with replacing(path, overwrite=overwrite) as file:
         if path.suffix == ".safetensors":
-            from safetensors.torch import save  # noqa: PLC0415  # optional
+            # optional
+            from safetensors.torch import save  # noqa: PLC0415
 
             file.write(save({name: tensor.contiguous().clone() for name, tensor in state_dict.items()}))
         else:
-            import torch  # noqa: PLC0415  # what only lists files needs no torch
+            # a command that only lists files needs no torch
+            import torch  # noqa: PLC0415
 
             torch.save(dict(state_dict), file)
     return path
@@ -123,14 +240,9 @@ def first_line(error: object) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system can open or sync a directory; the rename itself is done
+    # not every system can open or sync a directory; the rename itself is done
+    with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

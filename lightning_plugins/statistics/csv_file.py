@@ -9,12 +9,15 @@ from __future__ import annotations
 import csv
 import io
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from lightning_plugins.core.append_only_file import AppendOnlyFile
+from lightning_plugins.core.files import free_name, is_full_disk, move_aside, replace_file
 from lightning_plugins.core.validation import LightningPluginsWarning
-from lightning_plugins.statistics.append_only_file import GrowingFile, free_name, move_aside, replace_file
 
 _KEY = ("epoch", "batch", "phase")
 
@@ -43,9 +46,10 @@ class CSVFile:
         self._separator = separator
         self._fixed = columns is not None
         self._columns: list[str] = list(columns or ())
-        self._file: GrowingFile | None = None
+        self._file: AppendOnlyFile | None = None
         self._waiting: list[Mapping[str, str]] = []
-        self._sent: tuple[Sequence[Any], int, int] = ((), 0, 0)  # a list, how much of it, where the file ends with that
+        # the list of rows that was handed over last, and where the file ends with each of them
+        self._sent: tuple[list[Mapping[str, str]], list[int]] = ([], [])
         self._rows = 0
         self._last_key: list[str] = []
         self._complained: set[str] = set()
@@ -100,15 +104,18 @@ class CSVFile:
         try:
             self._make_room_for_columns()
             join, columns, file = self._separator.join, self._columns, self._open()
-            text = "".join([join([row.get(name, "") for name in columns]) + "\n" for row in self._waiting]).encode()
-            text = text if file.size or not text else self._header(columns) + text
-            self._sent = self._waiting, len(self._waiting), file.size + len(text)
-            file.append(text)
+            lines = [(join([row.get(name, "") for name in columns]) + "\n").encode() for row in self._waiting]
+            header = [self._header(columns)] if lines and not file.size else []
+            ends = list(accumulate(map(len, [*header, *lines]), initial=file.size))[len(header) + 1 :]
+            self._sent = self._waiting, ends
+            file.append([*header, *lines])
         except OSError as error:
+            self._let_go()
+            when = "when there is room again" if is_full_disk(error) else "as soon as that works"
             self._complain_once(
                 "disk",
                 f"{self.path} could not be written ({error}): training goes on, the rows wait in memory and are "
-                "written when there is room again.",
+                f"written {when}.",
             )
             return
         self._let_go()
@@ -116,9 +123,9 @@ class CSVFile:
 
     def _let_go(self) -> None:
         """Forget the rows that the file has: as soon as it has them, or later, if Ctrl-C came in between."""
-        rows, count, end = self._sent
-        if rows is self._waiting and self._file is not None and self._file.size == end:
-            self._waiting = self._waiting[count:]
+        sent, ends = self._sent
+        if sent is self._waiting and self._file is not None:
+            self._waiting = self._waiting[bisect_right(ends, self._file.size) :]
 
     def _make_room_for_columns(self) -> None:
         known = set(self._columns)
@@ -129,10 +136,10 @@ class CSVFile:
                 self._rewrite(wider, padding=len(new))
             self._columns = wider
 
-    def _open(self) -> GrowingFile:
+    def _open(self) -> AppendOnlyFile:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = GrowingFile(self.path)
+            self._file = AppendOnlyFile(self.path)
         elif not self._file.is_in_place:
             self._complain_once(
                 "moved",
@@ -151,7 +158,7 @@ class CSVFile:
         blank = self._separator * padding
         replace_file(self.path, self._header(columns), body.replace(b"\n", f"{blank}\n".encode()))
         file.close()
-        self._file = GrowingFile(self.path)
+        self._file = AppendOnlyFile(self.path)
 
     def _header(self, columns: Sequence[str]) -> bytes:
         if self._separator != ",":

@@ -12,7 +12,9 @@ import re
 import socket
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2 as hparams
 
+from lightning_plugins.core.append_only_file import AppendOnlyFile
+from lightning_plugins.core.files import is_full_disk
 from lightning_plugins.core.validation import LightningPluginsWarning
-from lightning_plugins.statistics.append_only_file import GrowingFile
 from lightning_plugins.statistics.tfrecord import frame
 
 FILE_VERSION = "brain.Event:2"
@@ -53,10 +56,11 @@ class EventFile:
         self.folder = folder
         self._purge_from = purge_from
         self._path: Path | None = None
-        self._file: GrowingFile | None = None
-        self._waiting = b""  # what a full disk did not take
+        self._file: AppendOnlyFile | None = None
+        # records that a full disk did not take; of those, the ones handed over last, and where the file ends with each
+        self._waiting: list[bytes] = []
+        self._sent: tuple[list[bytes], list[int]] = ([], [])
         self._complained = False
-        self._sent = (b"", 0)  # of that, what was written last, and where the file ends with it
 
     def add(self, events: Sequence[Scalars]) -> None:
         """Append one event per step."""
@@ -79,26 +83,29 @@ class EventFile:
         if self._waiting:
             self._write([])
         if self._waiting:
-            _warn(f"{len(self._waiting)} bytes for {self._path or self.folder} could not be written.")
-            self._waiting = b""
+            _warn(f"{len(self._waiting)} events for {self._path or self.folder} could not be written.")
+            self._waiting = []
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _write(self, records: Sequence[bytes]) -> None:
-        self._waiting += frame(records)
+        self._waiting.extend(frame(records))
         self._let_go()
         try:
-            file, data = self._open(), self._waiting
-            written = data if file.size or not data else self._first_records() + data
-            self._sent = data, file.size + len(written)
-            file.append(written)
+            file, waiting = self._open(), self._waiting
+            first = self._first_records() if waiting and not file.size else []
+            ends = list(accumulate(map(len, [*first, *waiting]), initial=file.size))[len(first) + 1 :]
+            self._sent = waiting, ends
+            file.append([*first, *waiting])
         except OSError as error:
+            self._let_go()
             if not self._complained:
                 self._complained = True
+                when = "when there is room again" if is_full_disk(error) else "as soon as that works"
                 _warn(
                     f"{self._path or self.folder} could not be written ({error}): training goes on, the events wait "
-                    "in memory and are written when there is room again."
+                    f"in memory and are written {when}."
                 )
             return
         self._let_go()
@@ -106,24 +113,25 @@ class EventFile:
 
     def _let_go(self) -> None:
         """Forget the events that the file has: as soon as it has them, or later, if Ctrl-C came in between."""
-        data, end = self._sent
-        if data and self._file is not None and self._file.size == end and self._waiting.startswith(data):
-            self._waiting = self._waiting[len(data) :]
+        sent, ends = self._sent
+        if sent is self._waiting and self._file is not None:
+            self._waiting = self._waiting[bisect_right(ends, self._file.size) :]
 
-    def _open(self) -> GrowingFile:
+    def _open(self) -> AppendOnlyFile:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._path = self._path or self.folder / _file_name(self.folder)
-            self._file = GrowingFile(self._path)
+            self._file = AppendOnlyFile(self._path)
         return self._file
 
-    def _first_records(self) -> bytes:
+    def _first_records(self) -> list[bytes]:
         now = time.time()
         records = [Event(wall_time=now, file_version=FILE_VERSION).SerializeToString()]
         if self._purge_from is not None:
             start = SessionLog(status=SessionLog.START)
             records.append(Event(wall_time=now, step=self._purge_from, session_log=start).SerializeToString())
-        return frame(records)
+        # as one: of half of them a reader would think that nothing is void
+        return [b"".join(frame(records))]
 
 
 def hyperparameter_summaries(hyperparameters: Mapping[str, Any], tags: Sequence[str], run: str) -> list[Any]:

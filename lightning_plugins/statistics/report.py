@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_plugins.core.files import replace_file
 from lightning_plugins.core.lightning import Callback, LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
 from lightning_plugins.core.step_outputs import StepSources
 from lightning_plugins.core.validation import a_list, a_path, real_number, shown, whole_number
-from lightning_plugins.statistics.append_only_file import replace_file
 from lightning_plugins.statistics.confusion import ConfusionMatrix, Report
 
 _SUFFIXES = (".txt", ".json", ".csv", ".png")

@@ -18,18 +18,16 @@ _POLYNOMIAL = 0x82F63B78  # CRC-32C, bits reversed
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
 
-def frame(records: Sequence[bytes]) -> bytes:
-    """Return ``records`` as they stand in a file.
+def frame(records: Sequence[bytes]) -> list[bytes]:
+    """Return each of ``records`` as it stands in a file.
 
     Example:
-        >>> frame([b"data"]).hex(" ", 4)
+        >>> frame([b"data"])[0].hex(" ", 4)
         '04000000 00000000 42455204 64617461 8848269e'
     """
     sums = checksums(records) if len(records) >= _FEW else [masked_crc32c(record) for record in records]
-    parts: list[bytes] = []
-    for record, checksum in zip(records, sums, strict=True):
-        parts += (_head(len(record)), record, _CHECKSUM.pack(checksum))
-    return b"".join(parts)
+    pairs = zip(records, sums, strict=True)
+    return [_head(len(record)) + record + _CHECKSUM.pack(checksum) for record, checksum in pairs]
 
 
 def checksums(records: Sequence[bytes]) -> list[int]:

@@ -4,13 +4,15 @@ import csv
 import errno
 import math
 import os
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from lightning_plugins.core import append_only_file as files
+from lightning_plugins.core.files import replace_file
 from lightning_plugins.core.validation import LightningPluginsWarning
-from lightning_plugins.statistics import append_only_file as files
 from lightning_plugins.statistics.csv_file import CSVFile
 from lightning_plugins.statistics.csv_layout import shortest_float32
 from tests.support.statistics_runs import read
@@ -35,7 +37,7 @@ def test_a_late_column_is_one_rewrite_and_later_rows_cost_none(tmp_path, monkeyp
     rewrites = []
     monkeypatch.setattr(
         "lightning_plugins.statistics.csv_file.replace_file",
-        lambda path, *parts: (rewrites.append(path), files.replace_file(path, *parts)),
+        lambda path, *parts: (rewrites.append(path), replace_file(path, *parts)),
     )
     file = written(tmp_path / "log.csv", 100)
     for number in range(101, 201):
@@ -231,7 +233,7 @@ def test_begin_takes_the_first_free_name(tmp_path):
 def full_disk(monkeypatch, room):
     """Let ``room`` more bytes be written, part of a write included, then fail as a full disk does."""
     left = {"bytes": room}
-    original = files.GrowingFile.__init__
+    original = files.AppendOnlyFile.__init__
 
     class Handle:
         def __init__(self, handle):
@@ -251,7 +253,7 @@ def full_disk(monkeypatch, room):
         original(self, path)
         self._handle = Handle(self._handle)
 
-    monkeypatch.setattr(files.GrowingFile, "__init__", init)
+    monkeypatch.setattr(files.AppendOnlyFile, "__init__", init)
     return left
 
 
@@ -262,12 +264,48 @@ def test_a_full_disk_costs_one_warning_and_no_row(tmp_path, monkeypatch):
     whole = (tmp_path / "log.csv").read_text()
     with pytest.warns(LightningPluginsWarning, match=r"log.csv could not be written \(.*No space left.*the rows wait"):
         file.add([cells(3), cells(4), cells(5)])
-    assert (tmp_path / "log.csv").read_text() == whole  # the part that fitted is not left behind
+    # the part of a row that fitted is not left behind; whole rows are
+    kept = (tmp_path / "log.csv").read_text()
+    rows = [",".join(cells(number).values()) + "\n" for number in (3, 4, 5)]
+    fitting = [whole + "".join(rows[:count]) for count in range(4)]
+    assert kept == max((text for text in fitting if len(text) <= 100), key=len)
     file.add([cells(6)])  # still full: no second warning (they are errors here)
     left["bytes"] = 10**6
     file.add([cells(7)])
     file.close()
     assert [row["batch"] for row in read(tmp_path / "log.csv")] == list("1234567")
+
+
+@pytest.mark.parametrize("room", [0, 5, 40, 75, 120, 400, 10**6])
+def test_a_first_flush_that_is_larger_than_the_room_keeps_every_whole_row_that_fits(tmp_path, monkeypatch, room):
+    lines = [",".join(cells(1)) + "\n", *(",".join(cells(number).values()) + "\n" for number in range(1, 21))]
+    full_disk(monkeypatch, room)
+    file = CSVFile(tmp_path / "log.csv")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        file.add([cells(number) for number in range(1, 21)])
+        file.close()
+    texts = ["".join(lines[:count]) for count in range(22)]
+    expected = max((text for text in texts if len(text) <= room), key=len)
+    assert (tmp_path / "log.csv").read_text() == expected
+    lost = 20 - max(texts.index(expected) - 1, 0)
+    said = [str(warning.message).split(": training")[0] for warning in caught]
+    assert said[1:] == ([f"{lost} rows of {tmp_path / 'log.csv'} could not be written."] if lost else [])
+
+
+@pytest.mark.parametrize(("number", "when"), [("ENOSPC", "when there is room"), ("EDQUOT", "when there is room")])
+@pytest.mark.parametrize("other", ["EACCES", "EIO", "EFBIG", "EROFS"])
+def test_room_is_promised_of_full_disks_alone(tmp_path, monkeypatch, number, when, other):
+    for code, expected in ((number, when), (other, "as soon as that works")):
+
+        def append(self, records, code=code):
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+        monkeypatch.setattr(files.AppendOnlyFile, "append", append)
+        file = CSVFile(tmp_path / "log.csv")
+        with pytest.warns(LightningPluginsWarning, match=expected):
+            file.add([cells(1)])
+        file._file.close()
 
 
 def test_rows_that_never_found_room_are_counted(tmp_path, monkeypatch):

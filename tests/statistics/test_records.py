@@ -24,8 +24,8 @@ def test_records_are_framed_as_by_tensorboards_writer_and_read_by_its_reader(cou
     writer = RecordWriter(written)
     for record in records:
         writer.write(record)
-    assert frame(records) == written.getvalue()
-    (tmp_path / "records").write_bytes(frame(records))
+    assert b"".join(frame(records)) == written.getvalue()
+    (tmp_path / "records").write_bytes(b"".join(frame(records)))
     reader, read = PyRecordReader_New(str(tmp_path / "records")), []
     for _ in records:
         reader.GetNext()

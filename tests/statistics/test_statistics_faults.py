@@ -131,14 +131,14 @@ def test_a_kill_in_the_middle_leaves_whole_rows():
 
 def test_a_row_writes_its_own_bytes_and_no_more(monkeypatch):
     # the cost of a row does not depend on how many there are: nothing but the new rows is written
-    from lightning_plugins.statistics import append_only_file as files
+    from lightning_plugins.core import append_only_file as files
 
     written = []
-    original = files.GrowingFile.append
+    original = files.AppendOnlyFile.append
     monkeypatch.setattr(
-        files.GrowingFile, "append", lambda self, data: (written.append(len(data)), original(self, data))
+        files.AppendOnlyFile, "append", lambda self, data: (written.append(sum(map(len, data))), original(self, data))
     )
-    monkeypatch.setattr(files.GrowingFile, "read", lambda self: pytest.fail("read the whole file"))
+    monkeypatch.setattr(files.AppendOnlyFile, "read", lambda self: pytest.fail("read the whole file"))
     file = CSVFile(Path("log.csv"))
     for number in range(1, 2001):
         file.add([{"epoch": "1", "batch": str(number), "loss": "0.5"}])
@@ -159,9 +159,9 @@ def test_a_directory_that_vanishes_during_training_costs_a_warning():
 @pytest.mark.parametrize("when", ["before the write", "after the write"])
 def test_a_writer_that_fails_costs_no_row_and_no_other_writer_a_row(first, when, monkeypatch):
     """An error that nobody expects, or Ctrl-C, ends the run; what the run has done is on disk all the same, once."""
-    from lightning_plugins.statistics import append_only_file as files
+    from lightning_plugins.core import append_only_file as files
 
-    original, calls = files.GrowingFile.append, []
+    original, calls = files.AppendOnlyFile.append, []
 
     def failing(self, data):
         calls.append(self.path)
@@ -170,7 +170,7 @@ def test_a_writer_that_fails_costs_no_row_and_no_other_writer_a_row(first, when,
         if len(calls) == 15:
             raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr(files.GrowingFile, "append", failing)
+    monkeypatch.setattr(files.AppendOnlyFile, "append", failing)
     writers = [CSVStatisticsLogger("log.csv", flush_seconds=0), TensorBoardStatisticsLogger("tb")]
     module = Classifier()
     with pytest.raises(ZeroDivisionError):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_plugins.statistics.append_only_file import GrowingFile
+from lightning_plugins.core.append_only_file import AppendOnlyFile
 from tests.support.survival_run import Net
 
 # kind of death -> the moments at which it can come
@@ -96,7 +96,7 @@ class Moments:
         """Begin to count; a process cannot take its ears off again, only shut them."""
         if {"file", "append"} & set(moments):
             sys.addaudithook(self._hear)
-        self._wrap(GrowingFile, "append", "append")
+        self._wrap(AppendOnlyFile, "append", "append")
         self._wrap(Net, "training_step", "training")
         self._wrap(Net, "validation_step", "validation")
         if "call" in moments:

@@ -1,0 +1,158 @@
+"""Files are written completely or not at all, keep their modes, follow no planted link, and places are probed."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from lightning_plugins.core.append_only_file import AppendOnlyFile
+from lightning_plugins.core.files import check_output, free_name, move_aside, replace_file, replacing
+from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.writable import check_writable
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("permissions", [0o600, 0o640, 0o444, 0o604])
+def test_a_replaced_file_keeps_its_mode(tmp_path, permissions):
+    path = tmp_path / "log.csv"
+    path.write_text("old")
+    path.chmod(permissions)
+    replace_file(path, b"new")
+    assert (path.read_bytes(), mode(path)) == (b"new", permissions)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_a_new_file_has_the_mode_that_any_new_file_has(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        replace_file(tmp_path / "new", b"")
+        AppendOnlyFile(tmp_path / "appended").close()
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "new") == mode(tmp_path / "appended") == 0o666 & ~mask
+
+
+def test_a_private_file_is_private_before_its_first_byte(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("old")
+    path.chmod(0o600)
+    with replacing(path, overwrite=True) as file:
+        file.write(b"new")
+        (temporary,) = [entry for entry in tmp_path.iterdir() if entry != path]
+        assert mode(temporary) == 0o600
+
+
+def test_the_temporary_name_cannot_be_known_before_and_links_stay_unfollowed(tmp_path):
+    """Two writers of one name use different names; a link at the target is replaced, and what it leads to stays."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = tmp_path / "out"
+    path.symlink_to(victim)
+    names = set()
+    for _ in range(2):
+        with replacing(path, overwrite=True) as file:
+            file.write(b"new")
+            names |= {entry.name for entry in tmp_path.iterdir()} - {"victim", "out"}
+    assert len(names) == 2
+    assert victim.read_text() == "precious"
+    assert path.read_bytes() == b"new"
+    assert not path.is_symlink()
+
+
+def test_a_link_to_nothing_is_not_written_through(tmp_path):
+    path, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    path.symlink_to(elsewhere)
+    with pytest.raises(FileExistsError):
+        check_output(path, overwrite=False)
+    with pytest.raises(OSError, match="exists"):
+        AppendOnlyFile(path)
+    with pytest.raises(
+        MisconfigurationException, match=r"`path` must be .* it is a link to a file that does not exist"
+    ):
+        check_writable("path", path)
+    replace_file(path, b"new")
+    assert not elsewhere.exists()
+    path.unlink()
+    path.symlink_to(elsewhere)
+    assert free_name(tmp_path / "x").name == "x.1"
+    assert move_aside(path).is_symlink()
+    assert not elsewhere.exists()
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="pipe"):
+        AppendOnlyFile(path)
+    with pytest.raises(OSError, match="pipe"):
+        replace_file(path, b"new")
+    with pytest.raises(MisconfigurationException, match="it is a device or a pipe"):
+        check_writable("output", path)
+    with pytest.raises(OSError, match="pipe"):
+        AppendOnlyFile(Path("/dev/zero"))
+    assert stat.S_ISFIFO(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_places_that_cannot_be_written_are_refused_by_the_users_argument_and_path(tmp_path, directory):
+    (tmp_path / "file").write_text("")
+    kind = "directory that can be written to" if directory else "file that can be written"
+    for bad in ("file/below", "file/deep/below", "n" * 300 + "/x", *([] if directory else ["."])):
+        with pytest.raises(MisconfigurationException) as caught:
+            check_writable("where", tmp_path / bad, directory=directory)
+        assert str(caught.value).startswith(f"`where` must be a {kind}, got '{tmp_path / bad}': ")
+        assert len(str(caught.value).splitlines()) == 1
+    before = sorted(tmp_path.rglob("*"))
+    check_writable("where", tmp_path / "new" / "deep" / "below", directory=directory)
+    check_writable("where", "relative/below", directory=directory)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="lowers its own rights")
+def test_a_directory_without_rights_is_refused():
+    # not below pytest's own, which is this user's alone
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o555)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(MisconfigurationException) as caught:
+                check_writable("root", Path(name) / "tensorboard", directory=True)
+        finally:
+            os.seteuid(0)
+    assert str(caught.value) == (
+        f"`root` must be a directory that can be written to, got '{name}/tensorboard': Permission denied."
+    )
+
+
+@pytest.mark.parametrize("room", range(0, 40, 3))
+def test_an_append_only_file_keeps_whole_records(tmp_path, room):
+    records = [bytes([65 + number]) * (number + 1) for number in range(8)]
+    file = AppendOnlyFile(tmp_path / "log")
+    file.append([b"before"])
+    handle, left = file._handle, [room]
+
+    class Disk:
+        def fileno(self):
+            return handle.fileno()
+
+        def write(self, data):
+            taken = min(len(data), left[0])
+            if not taken:
+                raise OSError(28, "No space left on device")
+            left[0] -= taken
+            return handle.write(data[:taken])
+
+    file._handle = Disk()
+    texts = [b"before" + b"".join(records[:count]) for count in range(9)]
+    try:
+        file.append(records)
+    except OSError:
+        assert room < 36
+    assert (tmp_path / "log").read_bytes() == max((t for t in texts if len(t) <= 6 + room), key=len)
+    assert file.size == (tmp_path / "log").stat().st_size
+    handle.close()
