@@ -7,12 +7,13 @@ any effect. Here the name is read first, and a missing one is an error.
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 _ABSENT: Any = object()
+_LIBRARIES = ("lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
 
 
 class MissingNameError(RuntimeError):
@@ -104,8 +105,7 @@ class _Wrapper:
     def __init__(self, original: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original, updated=())  # inspect and Lightning look at the signature
         self.original, self.wrapper = original, wrapper
-        self.active = True
-        self.before = _ABSENT
+        self.active = True  # a foreign wrapper that was laid over this one goes on calling it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.wrapper(self.original, *args, **kwargs) if self.active else self.original(*args, **kwargs)
@@ -114,19 +114,25 @@ class _Wrapper:
 class _Patch:
     """One replaced attribute."""
 
+    in_force: ClassVar[weakref.WeakSet[_Patch]] = weakref.WeakSet()
+
     def __init__(self, owner: Any, name: str, ours: Any) -> None:
         self.owner, self.name, self.ours = owner, name, ours
         self.by_property = hasattr(getattr(type(owner), name, None), "__set__")
         self.before = self._now()
-        if isinstance(ours, _Wrapper):
-            ours.before = self.before
         self._put(ours)
+        self.in_force.add(self)
 
     def undo(self) -> None:
+        self.in_force.discard(self)
         if isinstance(self.ours, _Wrapper):
             self.ours.active = False
+        for later in self.in_force:  # one of ours that was laid over this one must not bring it back
+            if later.owner is self.owner and later.name == self.name and later.before is self.ours:
+                later.before = self.before
+                return
         if self._now() is self.ours:
-            self._put(_in_force(self.before))
+            self._put(self.before)
 
     def _now(self) -> Any:
         return getattr(self.owner, self.name) if self.by_property else vars(self.owner).get(self.name, _ABSENT)
@@ -140,16 +146,8 @@ class _Patch:
             vars(self.owner)[self.name] = value
 
 
-def _in_force(value: Any) -> Any:
-    """Return ``value``, or what was there before it if it is a wrapper of ours that was undone out of order."""
-    while isinstance(value, _Wrapper) and not value.active:
-        value = value.before
-    return value
-
-
 def _release(kind: type) -> str:
-    """Return the library of a class and its version, as ``lightning 2.6.6``."""
-    package = kind.__module__.partition(".")[0]
-    importlib.import_module(package)
-    version = getattr(sys.modules[package], "__version__", "")
-    return f"{package} {version}".strip()
+    """Return the library that a class comes from, or the nearest of its bases, and its version: ``lightning 2.6.6``."""
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    package = next((found for found in packages if found in _LIBRARIES), packages[0])
+    return f"{package} {getattr(sys.modules.get(package), '__version__', '')}".strip()

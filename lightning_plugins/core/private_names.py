@@ -41,6 +41,29 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
     ForeignName("torchmetrics.MeanMetric()", "_forward_cache", ("core",), "the value of the last batch"),
     ForeignName("torchmetrics.MeanMetric()", "_cache", ("core",), "a metric's own states while it is synced"),
     ForeignName("torchmetrics.MeanMetric()", "_is_synced", ("core",), "whether it is"),
+    # events
+    *(
+        ForeignName(owner, name, ("events",), reason)
+        for owner, name, reason in (
+            ("trainer.fit_loop", "_can_stop_early", "whether a stop that was asked for ends the training"),
+            ("trainer.fit_loop", "min_epochs", "CancelFit ends the fit although it asks for more"),
+            ("trainer.fit_loop.epoch_loop", "min_steps", "CancelFit ends the fit although it asks for more"),
+            ("trainer.fit_loop.epoch_loop", "_is_training_done", "whether the batch at hand is the epoch's last"),
+            ("trainer.fit_loop.epoch_loop", "_num_ready_batches_reached", "whether an epoch ends without a cancel"),
+            ("trainer.fit_loop.epoch_loop", "_should_accumulate", "a batch that is left out takes no step"),
+            ("trainer.fit_loop.epoch_loop", "_should_check_val_epoch", "whether the epoch has a validation"),
+            ("trainer.fit_loop.epoch_loop", "_should_check_val_fx", "a cancelled training is validated, an epoch not"),
+            ("trainer.fit_loop.epoch_loop", "update_lr_schedulers", "an epoch that was left has its scheduler step"),
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "run", "a cancelled batch has no training step"),
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_zero_grad_fn", "its window begins anyway"),
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_optimizer_step", "its step is still attempted"),
+            ("trainer.fit_loop.epoch_loop.manual_optimization", "run", "a cancelled batch has no training step"),
+            ("trainer.fit_loop.epoch_loop.val_loop", "_has_run", "a validation that was left counts as one that ran"),
+            ("trainer.strategy", "training_step", "the loss is known before the update"),
+            ("trainer.strategy", "validation_step", "a validation batch that is cancelled ends within its step"),
+            ("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", "its gradients of an open window are dropped"),
+        )
+    ),
 )
 
 

@@ -6,13 +6,14 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from lightning_plugins.core.lightning import Callback, LightningModule, Trainer, sum_over_ranks
-from lightning_plugins.core.validation import a_list, shown
-from lightning_plugins.events.dispatcher import Course
+from lightning_plugins.core.callback import Callback, Stage
+from lightning_plugins.core.lightning import LightningModule, Trainer, sum_over_ranks
+from lightning_plugins.core.validation import a_list, check_state_version, shown
+from lightning_plugins.events.dispatcher import EventDispatcher
 from lightning_plugins.events.events import Event
 from lightning_plugins.events.training_loop import TrainingLoop
 
@@ -27,17 +28,25 @@ class EventCallback(Callback):
     :class:`CancelEpoch` or :class:`CancelFit`; the Trainer, the module's mode, averages, schedules and statistics stay
     consistent. The sanity check, ``validate``, ``test`` and ``predict`` have no events.
 
-    When: after the other callbacks' hooks of the same moment and before checkpoints are written, wherever it stands in
-    the list: statistics are those of the batch that ends, gradients at ``UPDATE_START`` are those of the whole window.
-    Several callbacks hear of an event in their order, up to one that cancels.
+    When:
+        After the other callbacks' hooks of the same moment and before checkpoints are written, in any order of the
+        list: statistics are those of the batch that ends, gradients at ``UPDATE_START`` are those of the whole window.
+        Several callbacks are told of an event in their order, up to one that cancels.
 
-    Checkpoint: nothing but that the epoch at hand was cut short, so that a resume does not go on with it. A run that
-    resumes in mid-epoch has no ``EPOCH_START`` and ``TRAINING_START`` for that epoch.
+    Checkpoint:
+        Only that the epoch at hand was cut short, so that a resumed run does not go on with it. A run that resumes in
+        mid-epoch has no ``EPOCH_START`` and ``TRAINING_START`` for that epoch.
 
-    Distributed: the functions run on every rank; an action of one rank counts on all, the strongest if they differ.
+    Distributed:
+        The functions run on every rank; an action of one rank counts on all, the strongest if they differ.
 
-    Cost: about one hook's per event. With several processes one reduction of five numbers, with a wait for its result,
-    at each event that somebody listens to: name the ``events`` you need.
+    Cost:
+        About one hook's per event. With several processes one reduction of five numbers, with a wait for its result,
+        at each event that has a function: name the ``events`` you need.
+
+    Does not compose with:
+        An optimizer that runs its closure several times (LBFGS) has an ``UPDATE_START`` each time. Under
+        ``MicroBatching``, ``last_loss`` at ``UPDATE_START`` is that of the last micro-batch.
 
     Args:
         function: Called with the loop and the event; what it returns is ignored. A function of a module's top level, so
@@ -63,6 +72,8 @@ class EventCallback(Callback):
         itself; ranks agree.
     """
 
+    stage: ClassVar[Stage] = Stage.EVENTS
+
     def __init__(
         self, function: Callable[[TrainingLoop, Event], Any], *, events: Iterable[Event | str] | None = None
     ) -> None:
@@ -75,10 +86,10 @@ class EventCallback(Callback):
         self.events = tuple(dict.fromkeys(Event.named(name) for name in given))
         if not self.events:
             raise ValueError("`events` must name at least one event, got none. Leave it out for all of them.")
-        names = ",".join(event.value for event in self.events) if events is not None else "all"
-        self._key = f"{type(self).__qualname__}{{function={_name_of(function)}, events={names}}}"
+        names = "all" if events is None else ",".join(event.value for event in self.events)
+        super().__init__(function=_name_of(function), events=names)
         self._cut_epoch: int | None = None
-        self._course: Course | None = None  # of the first such callback in a Trainer; it speaks for the others
+        self._dispatcher: EventDispatcher | None = None  # of the first such callback in a Trainer, for all of them
 
     def __call__(self, loop: TrainingLoop, event: Event) -> Any:
         """Call the function, so that a decorated one can be used as before."""
@@ -86,63 +97,53 @@ class EventCallback(Callback):
 
     @property
     def batch_cancelled(self) -> bool:
-        """Whether the batch at hand was cancelled; whoever counts batches leaves it out."""
-        return self._course is not None and self._course.batch_cancelled
-
-    @property
-    def state_key(self) -> str:
-        """Tells callbacks apart by their function and events."""
-        return self._key
+        """Whether the batch at hand was cancelled, so that nothing counts it."""
+        return self._dispatcher is not None and self._dispatcher.batch_cancelled
 
     # hooks, in the order in which they fire
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place after the other callbacks and before those that write checkpoints."""
-        if stage == "fit":
-            trainer.callbacks = _events_late(trainer)  # type: ignore[attr-defined]  # set by the callback connector
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin; not before, since a resumed run knows only now where it stands."""
         callbacks = [found for found in trainer.callbacks if isinstance(found, EventCallback)]  # type: ignore[attr-defined]
         if callbacks[0] is self:
             listeners = {event: [found.function for found in callbacks if event in found.events] for event in Event}
-            self._course = Course(trainer, listeners, sum_over_ranks(trainer), self._cut_epoch)
-            self._course.fit_starts()
+            self._dispatcher = EventDispatcher(trainer, listeners, sum_over_ranks(trainer), self._cut_epoch)
+            self._dispatcher.fit_starts()
         self._cut_epoch = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``EPOCH_START`` and ``TRAINING_START``."""
-        if self._course is not None:
-            self._course.epoch_starts()
+        if self._dispatcher is not None:
+            self._dispatcher.epoch_starts()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """``BATCH_START``."""
-        if self._course is not None:
-            self._course.training_batch_starts(batch, batch_idx)
+        if self._dispatcher is not None:
+            self._dispatcher.training_batch_starts(batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """``UPDATE_START``."""
-        if self._course is not None:
-            self._course.update_starts()
+        if self._dispatcher is not None:
+            self._dispatcher.update_starts()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """``BATCH_END``, and ``TRAINING_END`` after the epoch's last batch."""
-        if self._course is not None:
-            self._course.training_batch_ends(outputs)
+        if self._dispatcher is not None:
+            self._dispatcher.training_batch_ends(outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``VALIDATION_START``; before it ``TRAINING_END`` if the last batch did not know that it was."""
-        if self._course is not None:
-            self._course.validation_starts()
+        if self._dispatcher is not None:
+            self._dispatcher.validation_starts()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """``BATCH_START``."""
-        if self._course is not None:
-            self._course.validation_batch_starts(batch, batch_idx, dataloader_idx)
+        if self._dispatcher is not None:
+            self._dispatcher.validation_batch_starts(batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -154,52 +155,46 @@ class EventCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """``BATCH_END``; ``INFERENCE_PREDICTION_END`` came within the step."""
-        if self._course is not None:
-            self._course.validation_batch_ends(outputs)
+        if self._dispatcher is not None:
+            self._dispatcher.validation_batch_ends(outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``VALIDATION_END``."""
-        if self._course is not None:
-            self._course.validation_ends()
+        if self._dispatcher is not None:
+            self._dispatcher.validation_ends()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``EPOCH_END``."""
-        if self._course is not None:
-            self._course.epoch_ends()
+        if self._dispatcher is not None:
+            self._dispatcher.epoch_ends()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``FIT_END``."""
-        if self._course is not None:
-            self._course.fit_ends()
-        self._close()
+        if self._dispatcher is not None:
+            self._dispatcher.fit_ends()
+        self.release(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save that the epoch was cut short: Lightning's counters look as in its middle."""
-        if self._course is not None and self._course.cut_epoch is not None:
-            checkpoint[_CHECKPOINT_KEY] = {"version": 1, "cut_epoch": self._course.cut_epoch}
+        if self._dispatcher is not None and self._dispatcher.cut_epoch is not None:
+            checkpoint[_CHECKPOINT_KEY] = {"version": self.state_version, "cut_epoch": self._dispatcher.cut_epoch}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take that from a checkpoint."""
-        self._cut_epoch = checkpoint.get(_CHECKPOINT_KEY, {}).get("cut_epoch")
+        saved = check_state_version(type(self).__name__, checkpoint.get(_CHECKPOINT_KEY, {}), self.state_version)
+        self._cut_epoch = saved.get("cut_epoch")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module and the Trainer as they were; ``FIT_END`` does not come."""
-        self._close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The same."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._course is not None:
-            self._course.close()
-            self._course = None
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module and the Trainer as they were; after an exception, ``FIT_END`` does not come."""
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+            self._dispatcher = None
 
     # pickling
 
     def __getstate__(self) -> dict[str, Any]:
         """Remember a decorated function by its name, which leads to this callback and not to the function."""
-        state = {**self.__dict__, "_course": None}
+        state = {**self.__dict__, "_dispatcher": None}
         if getattr(_by_name(self.function), "function", None) is self.function:
             state["function"] = _Decorated(self.function.__module__, self.function.__qualname__)
         return state
@@ -231,14 +226,6 @@ def on_events(*events: Event | str) -> Callable[[Callable[[TrainingLoop, Event],
     """
     chosen = tuple(Event.named(event) for event in events)
     return lambda function: EventCallback(function, events=chosen)
-
-
-def _events_late(trainer: Trainer) -> list[Any]:
-    """Return the Trainer's callbacks with those of events between the others and those that write checkpoints."""
-    callbacks, writers = trainer.callbacks, trainer.checkpoint_callbacks  # type: ignore[attr-defined]
-    others = [found for found in callbacks if not isinstance(found, EventCallback)]
-    place = next((index for index, found in enumerate(others) if found in writers), len(others))
-    return [*others[:place], *(found for found in callbacks if isinstance(found, EventCallback)), *others[place:]]
 
 
 class _Decorated:

@@ -1,4 +1,4 @@
-"""The course of one fit: which events take place, who hears of them, and what a cancelled part leaves out."""
+"""Which events take place in a fit, which functions are called for them, and what a cancelled part leaves out."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_plugins.events.events import (
     check_meaning,
     strongest,
 )
-from lightning_plugins.events.loop_control import Steering
+from lightning_plugins.events.loop_control import LoopControl
 from lightning_plugins.events.training_loop import TrainingLoop
 
 Listener = Callable[[TrainingLoop, Event], Any]
 
 
-class Course:
+class EventDispatcher:
     """Turns the hooks of one fit into events.
 
     Args:
@@ -57,7 +57,7 @@ class Course:
         self._listeners = listeners
         self._add_up = add_up
         self._loop = TrainingLoop(trainer)
-        self._steering = Steering(trainer)
+        self._control = LoopControl(trainer)
         # what has cancelled more than a batch, until that has ended
         self._leaving: type[CancelAction] | None = CancelEpoch if resumes_in_it else None
         self._trains = False  # between trainingStart and trainingEnd
@@ -65,13 +65,13 @@ class Course:
         self._predicted = False
         self._forward = trainer.lightning_module.register_forward_hook(self._forward_done)
         self._pieces = 0
-        self._steering.intercept("training_step", self._noting)
-        self._steering.intercept("validation_step", self._interruptible)
+        self._control.intercept("training_step", self._training_step)
+        self._control.intercept("validation_step", self._validation_step)
 
     def close(self) -> None:
         """Leave the module and the Trainer as they were."""
         self._forward.remove()
-        self._steering.release()
+        self._control.release()
 
     # the fit, in the order in which it runs
 
@@ -88,7 +88,7 @@ class Course:
 
     def training_batch_starts(self, batch: Any, batch_idx: int) -> None:
         """Before the training step."""
-        self._steering.straighten()
+        self._control.begin_batch()
         self._validates = False
         self.batch_cancelled = self._leaving is not None
         if self._leaving is None:
@@ -99,9 +99,9 @@ class Course:
         if self._leaving is not None:
             self.batch_cancelled = True
             self._end_epoch()
-            self._steering.skip_batch()
+            self._control.skip_batch()
         elif self.batch_cancelled:
-            self._steering.cancel_batch()
+            self._control.cancel_batch()
 
     def update_starts(self) -> None:
         """After the backward, before gradients are clipped and the optimizer steps."""
@@ -109,7 +109,7 @@ class Course:
             self.batch_cancelled = True
             self._end_epoch()
         if self.batch_cancelled:
-            self._steering.drop_gradients()
+            self._control.drop_gradients()
 
     def training_batch_ends(self, outputs: Any) -> None:
         """After the step, or after none."""
@@ -118,12 +118,12 @@ class Course:
                 self._loop.step_done(outputs, self._trainer.accumulate_grad_batches)
             if self._fire(Event.BATCH_END):
                 self._end_epoch(after_batch=True)
-        if self._steering.training_is_over:
+        if self._control.training_is_over:
             self._training_ends()
 
     def validation_starts(self) -> None:
         """Before the validation's first batch, also within the epoch."""
-        if self._steering.training_is_over:
+        if self._control.training_is_over:
             self._training_ends()
         self._validates = True
         self._loop.begin_phase(self._trainer.num_val_batches)
@@ -145,7 +145,7 @@ class Course:
             self._loop.step_done(outputs)
             self._fire(Event.BATCH_END)
         if self._leaving is not None:
-            self._steering.end_validation()
+            self._control.end_validation()
 
     def validation_ends(self) -> None:
         """After the validation's metrics are final."""
@@ -163,7 +163,7 @@ class Course:
         if self._leaving is not CancelFit:
             self._leaving = None
             self._fire(Event.EPOCH_END)
-        self._steering.hold_plateaus()
+        self._control.hold_plateaus()
 
     def fit_ends(self) -> None:
         """After the last epoch, or instead of it."""
@@ -181,7 +181,7 @@ class Course:
     def _end_epoch(self, *, after_batch: bool = False) -> None:
         """End the epoch with the batch at hand, as what is left asks for."""
         self.cut_epoch = self._trainer.current_epoch
-        self._steering.end_epoch(validate=self._leaving is CancelTraining, after_batch=after_batch)
+        self._control.end_epoch(validate=self._leaving is CancelTraining, after_batch=after_batch)
 
     # what happens within a step
 
@@ -190,40 +190,32 @@ class Course:
         if self._loop.forward_done(output) and self._validates and not self._predicted:
             self._prediction_ends()
             if self.batch_cancelled:
-                raise _Interrupt
+                raise _LeaveStep
 
     def _prediction_ends(self) -> None:
         self._predicted = True
         if self._fire(Event.INFERENCE_PREDICTION_END):
             self.batch_cancelled = True
 
-    def _interruptible(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a validation step that ends where its batch is cancelled, with nothing."""
-
-        def validation_step(*args: Any, **kwargs: Any) -> Any:
-            if not self._validates:
-                return step(*args, **kwargs)
-            try:
-                outputs = None if self.batch_cancelled else step(*args, **kwargs)
-            except _Interrupt:
-                return None
-            if not (self._predicted or self.batch_cancelled):  # `forward` was not called: the step has predicted
-                self._loop.step_done(outputs)
-                self._prediction_ends()
-            return None if self.batch_cancelled else outputs
-
-        return validation_step
-
-    def _noting(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a training step whose result is known before the update."""
-
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            outputs = step(*args, **kwargs)
-            self._pieces += 1
+    def _validation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a validation step, which ends where its batch is cancelled, with nothing."""
+        if not self._validates:
+            return step(*args, **kwargs)
+        try:
+            outputs = None if self.batch_cancelled else step(*args, **kwargs)
+        except _LeaveStep:
+            return None
+        if not (self._predicted or self.batch_cancelled):  # `forward` was not called: the step has predicted
             self._loop.step_done(outputs)
-            return outputs
+            self._prediction_ends()
+        return None if self.batch_cancelled else outputs
 
-        return training_step
+    def _training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a training step, and take its result before the update."""
+        outputs = step(*args, **kwargs)
+        self._pieces += 1
+        self._loop.step_done(outputs)
+        return outputs
 
     # events and actions
 
@@ -239,7 +231,7 @@ class Course:
             return False
         self._leaving = action
         if action is CancelFit:
-            self._steering.end_fit()
+            self._control.end_fit()
         return True
 
     def _ask(self, listeners: Sequence[Listener], event: Event) -> type[CancelAction] | None:
@@ -259,5 +251,5 @@ class Course:
         return strongest(self._add_up(votes).tolist())
 
 
-class _Interrupt(BaseException):
+class _LeaveStep(BaseException):
     """Leaves a validation step whose batch was cancelled in its middle; no ``except Exception`` keeps it."""

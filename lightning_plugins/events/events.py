@@ -49,7 +49,7 @@ class Event(str, Enum):
             if name in (event.value, event.name):
                 return event
         known = ", ".join(event.name for event in cls)
-        raise ValueError(f"`events` must be out of {known}, got {shown(name)}.")
+        raise ValueError(f"`events` must be among {known}, got {shown(name)}.")
 
 
 class CancelAction(Exception):

@@ -1,8 +1,8 @@
-"""How a cancel action bends the course of Lightning's loops, and how everything is straightened again.
+"""What a cancel action does to Lightning's loops, and how everything is put back.
 
 Lightning has no way to leave a batch, a phase or an epoch: ``StopIteration`` out of a hook leaves its counters and its
 schedulers in mid-step, so that a checkpoint written later resumes somewhere else. So the loops are told that the batch
-at hand is the epoch's last, and methods of theirs are replaced on the instance for as long as that batch lasts; what
+at hand is the epoch's last, and methods of theirs are replaced on the instance until the next batch begins; what
 follows is Lightning's own end of an epoch.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_plugins.core.lightning import MisconfigurationException, Trainer, torch_optimizers
+from lightning_plugins.core.patching import Patches
 
 _TESTED = ("DDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy")
-_ABSENT = object()
 
 
-class Steering:
+class LoopControl:
     """Cancels parts of one fit.
 
     Args:
@@ -27,8 +27,8 @@ class Steering:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer: Any = trainer
         self._epoch: Any = trainer.fit_loop.epoch_loop
-        self._of_batch: list[tuple[Any, str, Any, Any]] = []  # what stands in another's place until the next batch
-        self._of_fit: list[tuple[Any, str, Any, Any]] = []  # and until the fit ends
+        self._until_next_batch = Patches()
+        self._until_fit_ends = Patches()
         self._unmeasured = False
 
     @property
@@ -41,13 +41,13 @@ class Steering:
     def cancel_batch(self) -> None:
         """Let the batch at hand pass without its step: it counts as a step that was attempted and changed nothing.
 
-        Where it would have ended a window, whoever hears of the step drops the gradients of the window's other batches,
+        Where it would have ended a window, the hook before the step drops the gradients of the window's other batches,
         which no rank has seen of the others yet.
         """
         self._check_strategy()
         optimization = self._epoch.automatic_optimization
 
-        def run(optimizer: Any, batch_idx: int, _: Any) -> dict[str, Any]:
+        def run(_: Any, optimizer: Any, batch_idx: int, *__: Any) -> dict[str, Any]:
             zero_grad = optimization._make_zero_grad_fn(batch_idx, optimizer)
 
             def closure() -> None:
@@ -60,17 +60,17 @@ class Steering:
                 optimization._optimizer_step(batch_idx, closure)
             return {}
 
-        self._replace(self._of_batch, optimization, "run", run)
-        self._replace(self._of_batch, self._epoch.manual_optimization, "run", _no_step)
+        self._until_next_batch.wrap(optimization, "run", run)
+        self._until_next_batch.wrap(self._epoch.manual_optimization, "run", _no_step)
 
     def skip_batch(self) -> None:
         """Let the batch at hand, which is the epoch's last now, pass without even an attempt at a step."""
         self._check_strategy()
         if not self._epoch._should_accumulate():  # else its window goes on in the next epoch
             self.drop_gradients()
-        self._replace(self._of_batch, self._epoch, "_should_accumulate", lambda: True)
+        self._until_next_batch.wrap(self._epoch, "_should_accumulate", lambda _: True)
         for optimization in (self._epoch.automatic_optimization, self._epoch.manual_optimization):
-            self._replace(self._of_batch, optimization, "run", _no_step)
+            self._until_next_batch.wrap(optimization, "run", _no_step)
 
     def drop_gradients(self) -> None:
         """Leave the optimizers nothing to step with."""
@@ -95,8 +95,8 @@ class Steering:
         in_window, ends_anyway = epoch._should_accumulate(), epoch._num_ready_batches_reached()
         epoch.batch_progress.is_last_batch = True
         self._unmeasured = not validate
-        self._replace(
-            self._of_batch, epoch, "_should_check_val_fx", lambda _: validate and epoch._should_check_val_epoch()
+        self._until_next_batch.wrap(
+            epoch, "_should_check_val_fx", lambda *_: validate and epoch._should_check_val_epoch()
         )
         if after_batch and not ends_anyway:
             epoch.update_lr_schedulers("epoch", update_plateau_schedulers=False)
@@ -116,35 +116,29 @@ class Steering:
         raise StopIteration
 
     def end_fit(self) -> None:
-        """Stop the fit after this epoch, whatever ``min_epochs`` and ``min_steps`` ask for."""
+        """Stop the fit after this epoch, even if ``min_epochs`` or ``min_steps`` ask for more."""
         self._trainer.should_stop = True
-        self._replace(self._of_fit, self._trainer.fit_loop, "min_epochs", 0)
-        self._replace(self._of_fit, self._epoch, "min_steps", None)
+        self._until_fit_ends.replace(self._trainer.fit_loop, "min_epochs", 0)
+        self._until_fit_ends.replace(self._epoch, "min_steps", None)
 
     def hold_plateaus(self) -> None:
         """Keep schedulers that follow a metric from taking a step in an epoch that was left before it was measured."""
         if self._unmeasured:
-            self._replace(self._of_batch, self._epoch, "update_lr_schedulers", _no_step)
+            self._until_next_batch.wrap(self._epoch, "update_lr_schedulers", _no_step)
 
-    def straighten(self) -> None:
-        """Put back what was replaced for a batch."""
+    def begin_batch(self) -> None:
+        """Put back what was replaced for the batch before."""
         self._unmeasured = False
-        if self._of_batch:
-            _put_back(self._of_batch)
+        self._until_next_batch.undo()
 
     def release(self) -> None:
         """Put back everything."""
-        self.straighten()
-        _put_back(self._of_fit)
+        self.begin_batch()
+        self._until_fit_ends.undo()
 
-    def intercept(self, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Run ``around(step)`` in the place of the strategy's ``step`` of that name until the fit ends."""
-        strategy = self._trainer.strategy
-        self._replace(self._of_fit, strategy, name, around(getattr(strategy, name)))
-
-    def _replace(self, kept: list[tuple[Any, str, Any, Any]], owner: Any, name: str, value: Any) -> None:
-        kept.append((owner, name, vars(owner).get(name, _ABSENT), value))
-        setattr(owner, name, value)
+    def intercept(self, name: str, wrapper: Callable[..., Any]) -> None:
+        """Let the strategy's step of that name run as ``wrapper(step, *args)`` until the fit ends."""
+        self._until_fit_ends.wrap(self._trainer.strategy, name, wrapper)
 
     def _check_strategy(self) -> None:
         strategy = self._trainer.strategy
@@ -160,19 +154,8 @@ def _no_step(*args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ARG001  # in
     return {}
 
 
-def _put_back(kept: list[tuple[Any, str, Any, Any]]) -> None:
-    while kept:
-        owner, name, before, value = kept.pop()
-        if vars(owner).get(name, _ABSENT) is not value:
-            continue  # somebody else has put it back already
-        if before is _ABSENT:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
 def _drop_unsharded_gradients(module: Any) -> None:
-    """Drop what FSDP2 holds back of a window until its last batch, out of the parameters' sight."""
+    """Drop the gradients that FSDP2 keeps outside of the parameters until a window's last batch."""
     for group in module._get_fsdp_state()._fsdp_param_groups:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None

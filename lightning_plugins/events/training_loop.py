@@ -29,7 +29,7 @@ class TrainingLoop:
         last_output: What the step returned as ``"logits"`` or ``"preds"``, else what the module's ``forward`` returned
             last; without a graph. ``None`` until the batch has one.
         last_loss: The batch's loss as the module computed it, not divided by ``accumulate_grad_batches``: a tensor on
-            the device, without a graph. ``None`` until the batch has one; in manual optimisation that is at its end.
+            the device, without a graph. ``None`` until the batch has one; in manual optimization that is at its end.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -41,7 +41,7 @@ def decorated(loop, event):
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"`function` must be a function of \(loop, event\), got 3"):
         EventCallback(3)
-    with pytest.raises(ValueError, match=r"`events` must be out of FIT_START, .*, got 'batch'"):
+    with pytest.raises(ValueError, match=r"`events` must be among FIT_START, .*, got 'batch'"):
         EventCallback(a_function, events=["batch"])
     with pytest.raises(ValueError, match="`events` must name at least one event, got none"):
         EventCallback(a_function, events=[])
@@ -63,7 +63,9 @@ def test_state_keys_tell_functions_and_events_apart():
     functions = [a_function, functools.partial(a_function, 1), Diary(), decorated.function]
     callbacks = [EventCallback(function) for function in functions] + [EventCallback(a_function, events=["fitEnd"])]
     assert len({callback.state_key for callback in callbacks}) == 4  # a partial is named by its function
-    assert callbacks[0].state_key == "EventCallback{function=tests.events.test_event_callback.a_function, events=all}"
+    assert callbacks[0].state_key == (
+        "EventCallback(function='tests.events.test_event_callback.a_function', events='all')"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_nothing_is_left_behind(tmp_path, end):
     assert [set(vars(owner)) for owner in owners] == before
     assert not module._forward_hooks
     assert not {"training_step", "validation_step"} & set(vars(trainer.strategy))
-    assert trainer.callbacks[0]._course is None
+    assert trainer.callbacks[0]._dispatcher is None
 
 
 def test_what_another_callback_has_taken_back_stays_so(tmp_path):
