@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,29 +11,21 @@ from torch.optim import LBFGS, Optimizer
 from lightning_plugins.accumulation.carried_windows import CarriedWindows
 from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
 from lightning_plugins.accumulation.windows import batches_for, plan_changes
-from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter
+from lightning_plugins.core.automatic_optimization import check_automatic
+from lightning_plugins.core.callback import Callback, Stage
+from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter, wide
 from lightning_plugins.core.lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
     rank_zero_info,
+    sum_over_ranks,
     torch_optimizers,
 )
+from lightning_plugins.core.loaders import loader_batch_size
 from lightning_plugins.core.run_length import AccumulationPlan
-from lightning_plugins.core.strategies import (
-    check_module,
-    check_strategy,
-    first_count,
-    forget_data,
-    loader_batch_size,
-    sum_over_ranks,
-    when_data_is_loaded,
-)
-from lightning_plugins.core.validation import true_or_false
-
-TESTED = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy")
-TESTED_CARRY = ("SingleDeviceStrategy", "DDPStrategy")  # the gradients of an open window are not saved sharded
+from lightning_plugins.core.strategies import check_strategy
+from lightning_plugins.core.validation import real_number, true_or_false
 
 
 class GradientAccumulation(Callback):
@@ -63,7 +55,7 @@ class GradientAccumulation(Callback):
         TypeError: If an argument has the wrong type, or not exactly one of the three is given.
         ValueError: If a number is below 1, ``schedule`` lacks step 0 or ``count`` is another string; during the run if
             ``count`` returns a negative number, only zeros, or cannot read the batch.
-        MisconfigurationException: At setup: manual optimisation, ``Trainer(accumulate_grad_batches=...)`` or another
+        MisconfigurationException: At setup: manual optimization, ``Trainer(accumulate_grad_batches=...)`` or another
             callback that sets it, LBFGS, an untested strategy, or an effective batch size that no window has.
 
     Example:
@@ -71,39 +63,38 @@ class GradientAccumulation(Callback):
         256
     """
 
+    stage = Stage.ACCUMULATION
+
     def __init__(
         self,
         batches: int | None = None,
         *,
         effective_batch_size: int | None = None,
-        schedule: dict[int, int] | None = None,
+        schedule: Mapping[int, int] | None = None,
         count: CountedBy = "samples",
         carry: bool = False,
     ) -> None:
         self._changes = plan_changes(batches, effective_batch_size, schedule)
-        counter(count)  # refuses what it cannot use; the function itself need not be picklable and is made in the fit
+        # checked here; the function itself need not be picklable and is made in the fit
+        counter(count)
         self.batches = batches
         self.effective_batch_size = effective_batch_size
         self.schedule = dict(schedule) if schedule is not None else None
         self.count = count
         self.carry = true_or_false("carry", carry)
-        self._state_key = self._generate_state_key(  # once: Lightning's profiler asks for it at every hook
+        super().__init__(
             batches=batches, effective_batch_size=effective_batch_size, schedule=self.schedule, carry=carry
         )
         self._window = Window()
         self._check = CountCheck()
         self._carried = CarriedWindows() if carry else None
-        self._open = False
         self._counter: Callable[[Any], Count] = as_count
-        self._pending: Count | None = None
+        self._count: Count = 0
+        self._counted = False
         self._weight: Count = 1
         self._plan: AccumulationPlan | None = None
+        self._scheduled = False
         self._holds = False
-
-    @property
-    def state_key(self) -> str:
-        """What tells this callback's state from another's in a checkpoint."""
-        return self._state_key
 
     def accumulation_plan(self, trainer: Trainer) -> AccumulationPlan:
         """Return the run's windows; from ``on_fit_start`` on, since an effective batch size needs the loader.
@@ -120,12 +111,13 @@ class GradientAccumulation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        check_module(pl_module, "GradientAccumulation")
-        check_strategy(trainer, "GradientAccumulation", TESTED)
+        check_automatic(pl_module, "GradientAccumulation")
+        check_strategy(trainer, "GradientAccumulation")
         if self.carry:
-            check_strategy(trainer, "GradientAccumulation(carry=True)", TESTED_CARRY)
+            check_strategy(trainer, "GradientAccumulation(carry=True)")
         self._refuse_another_master(trainer)
         self._plan, self._window, self._check = None, Window(), CountCheck()
         self._holds = True
@@ -133,7 +125,7 @@ class GradientAccumulation(Callback):
         if self._changes is not None:
             trainer.accumulate_grad_batches = self._changes[0][1]
         else:
-            when_data_is_loaded(trainer, self._set_first_window)
+            self.patches.wrap(trainer.fit_loop, "setup_data", lambda original: self._load_data(trainer, original))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fix the windows; the loader is known now."""
@@ -142,43 +134,58 @@ class GradientAccumulation(Callback):
                 "GradientAccumulation does not work with LBFGS, which runs the last batch of a window several times "
                 "in one step. Take another optimizer, or accumulate in `training_step`."
             )
-        self._set_first_window(trainer)
+        trainer.accumulate_grad_batches = self.accumulation_plan(trainer).changes[0][1]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once what a step is made of, and go on with a carried window."""
-        self._open = False
-        self._window.total = 0
         self._counter = counter(self.count)
+        self._scheduled = not self.carry and len(self.accumulation_plan(trainer).changes) > 1
         rank_zero_info(f"GradientAccumulation: {self._describe(trainer)}.")
+        trainer.accumulate_grad_batches = self._batches_now(trainer)
+        self._window.total = 0
         if self._carried is not None:
-            self._carried.install(trainer)
-            self._open, self._window.total = self._carried.resume(trainer, pl_module)
-            trainer.accumulate_grad_batches = self._batches_now(trainer)
+            self._carried.take_over(trainer, self.patches)
+            self._window.total = self._carried.resume(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin a window where the last one ended, and count the batch; all ranks are at the same point here."""
-        if not self._open or (batch_idx == 0 and not self.carry):
-            self._begin_window(trainer, pl_module, batch_idx)
+        """Choose the length of a window that begins, and count the batch; all ranks are at the same point here."""
         if self._carried is not None:
-            self._carried.position += 1
-        self._pending = self._counter(batch)
+            if self._carried.next_batch(trainer):
+                trainer.accumulate_grad_batches = self._batches_now(trainer)
+        elif self._scheduled and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._begin_scheduled(trainer, pl_module, batch_idx)
+        self._count, self._counted = self._counter(batch), False
         if self._window.reference is None:
-            self._window.reference = first_count(trainer, self._pending)
+            self._window.reference = _reference(trainer, self._count)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begin the window anew: what was counted before is not in the gradients any more."""
+        self._window.total = 0
+        self._counted = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the backward by the batch's count; a batch that runs in pieces has several."""
-        if self._pending is not None:  # added here, since a `training_step` that returned None must not count
-            self._check.add_batch(self._pending)
-            self._weight, self._pending = self._window.add(self._pending), None
-        weigh_backward(loss, self._weight)
+        if not self._counted:  # counted here, since a `training_step` that returned None must not count
+            self._counted = True
+            self._weight = self._window.add(self._count)
+            if isinstance(self._count, Tensor):
+                self._check.add_batch(self._count)
+        weight = self._weight
+        if isinstance(weight, Tensor) or weight != 1:
+            weigh_backward(loss, weight)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Turn the window's gradient into that of the mean over all its items."""
-        total = sum_over_ranks(trainer, self._window.total)
-        factor = self._window.factor(total, batches=trainer.accumulate_grad_batches, ranks=trainer.world_size)
-        scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
-        self._check.add_window(total)
-        self._open = False
+        total, ranks = self._window.total, trainer.world_size
+        if ranks > 1:
+            total = _sum(trainer, total)
+        factor = self._window.factor(total, batches=trainer.accumulate_grad_batches, ranks=ranks)
+        if isinstance(factor, Tensor) or factor != 1:  # equal, full windows pay nothing
+            scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
+        if not self._check.counted:
+            self._check.add_window(total)
+        if self._carried is not None:
+            self._carried.stepped = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the counts that were left on the device."""
@@ -186,50 +193,59 @@ class GradientAccumulation(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if the run was stopped in a carried window, whose gradients no step will use."""
-        if self._carried is not None and self._open:
+        if self._carried is not None and self._carried.is_open(trainer):
             rank_zero_info(
-                f"GradientAccumulation: the run ended {self._carried.position} batches into a window, without a step."
+                f"GradientAccumulation: the run ended {self._carried.done(trainer)} batches into a window, without a "
+                f"step."
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save a carried window that is open; every rank takes part."""
-        if self._carried is not None and self._open:
-            state = checkpoint["callbacks"][self.state_key]
-            state["carried"] = self._carried.state(trainer, pl_module, self._window.total)
+        if self._carried is not None and self._carried.is_open(trainer):
+            total = float(_sum(trainer, self._window.total))
+            checkpoint["callbacks"][self.state_key]["carried"] = self._carried.state(trainer, pl_module, total)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the Trainer as it was."""
-        self._release(trainer)
+        self._counter = as_count
+        if self._holds:
+            trainer.accumulate_grad_batches = 1
+            self._holds = False
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the Trainer as it was."""
-        self._release(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """Return the count that weighs 1; an open carried window is added by ``on_save_checkpoint``."""
-        return {"version": 1, "reference": self._window.reference}
+        return {"reference": self._window.reference}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint."""
-        self._window.reference = state_dict["reference"]
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Raises:
+            TypeError: If a value has the wrong type.
+            ValueError: If one is out of range.
+        """
+        reference = state.get("reference")
+        if reference is not None:
+            reference = float(real_number("state['reference']", reference, above=0))
         if self._carried is not None:
-            self._carried.load(state_dict.get("carried"))
+            self._carried.load(state.get("carried"))
+        self._window.reference = reference
 
     # what the hooks are made of
 
-    def _set_first_window(self, trainer: Trainer) -> None:
-        trainer.accumulate_grad_batches = self.accumulation_plan(trainer).changes[0][1]
+    def _load_data(self, trainer: Trainer, original: Callable[[], None]) -> None:
+        """Load the training data, and set the first window when that has happened for the first time."""
+        original()
+        if self._plan is None:
+            trainer.accumulate_grad_batches = self.accumulation_plan(trainer).changes[0][1]
 
-    def _begin_window(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+    def _begin_scheduled(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        """Begin a window where the last one has ended: the number of batches may change here."""
         if trainer.fit_loop._skip_backward:  # the epoch in which stochastic weight averaging refreshes statistics
             return
-        self._open = True
-        self._window.total = 0
         batches = trainer.accumulate_grad_batches = self._batches_now(trainer)
-        if self._carried is not None:
-            self._carried.position = 0
-        elif batch_idx % batches:  # Lightning zeroes gradients at multiples only; this window begins at a joint
+        if batch_idx % batches:  # Lightning zeroes gradients at multiples only; this window begins at a joint
             pl_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, trainer.optimizers[0])
+            self._window.total = 0
 
     def _batches_now(self, trainer: Trainer) -> int:
         plan = self.accumulation_plan(trainer)
@@ -275,11 +291,17 @@ class GradientAccumulation(Callback):
             parts.append(f"from step {start} on {part}" if len(changes) > 1 else part)
         return "; ".join(parts)
 
-    def _release(self, trainer: Trainer) -> None:
-        forget_data(trainer)
-        if self._carried is not None:
-            self._carried.remove(trainer)
-        self._counter = as_count
-        if self._holds:
-            trainer.accumulate_grad_batches = 1
-            self._holds = False
+
+def _sum(trainer: Trainer, count: Count) -> Count:
+    """Return ``count`` summed over the ranks: one scalar collective, and no wait for a device."""
+    add_up = sum_over_ranks(trainer)
+    if add_up is None:
+        return count
+    total = add_up(wide(count, trainer.strategy.root_device))
+    return total if total.device.type != "cpu" else total.item()
+
+
+def _reference(trainer: Trainer, count: Count) -> float:
+    """Return rank 0's ``count`` on every rank, 1 if it is 0; once in a run, so it may wait."""
+    value = as_count(count.item() if isinstance(count, Tensor) else count)
+    return float(trainer.strategy.broadcast(value)) or 1.0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core.counting import Count, wide
+from lightning_plugins.core.sharding import local
 
 
 class Window:
@@ -59,25 +60,18 @@ def weigh_backward(loss: Tensor, weight: Count) -> None:
     """Make the coming backward of ``loss`` count ``weight`` times; the value of the loss stays."""
     if isinstance(weight, Tensor):
         weight = weight.to(loss.dtype)
-    elif weight == 1:
-        return
     if loss.requires_grad:  # else the backward fails by itself, and says why
         loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]  # torch's own
 
 
+@torch.no_grad()
 def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: Count) -> None:
     """Multiply the gradients of ``parameters`` in place: a few kernels in all, no wait for the device."""
-    if isinstance(factor, Tensor) or factor != 1:  # equal, full windows pay nothing
-        _multiply_gradients(parameters, factor)
-
-
-@torch.no_grad()
-def _multiply_gradients(parameters: Iterable[torch.nn.Parameter], factor: Count) -> None:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        gradient = local_part(parameter.grad)
+        gradient = local(parameter.grad)
         if gradient.layout is torch.strided:
             groups[gradient.device, gradient.dtype].append(gradient)
         else:
@@ -87,8 +81,3 @@ def _multiply_gradients(parameters: Iterable[torch.nn.Parameter], factor: Count)
             torch._foreach_mul_(gradients, factor.to(device=device, dtype=dtype))
         else:
             torch._foreach_mul_(gradients, factor)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor, or ``tensor`` itself; writing to it writes to the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning_plugins.core.validation import shown, whole_number
 
 
 def plan_changes(
-    batches: int | None, effective_batch_size: int | None, schedule: dict[int, int] | None
+    batches: int | None, effective_batch_size: int | None, schedule: Mapping[int, int] | None
 ) -> tuple[tuple[int, int], ...] | None:
     """Return the arguments of ``GradientAccumulation`` as ``((step, batches), ...)``, ``None`` if a loader must tell.
 
@@ -24,7 +26,7 @@ def plan_changes(
         return None
     if schedule is None:
         return ((0, whole_number("batches", batches, at_least=1, unit="batches")),)
-    if not isinstance(schedule, dict) or 0 not in schedule:
+    if not isinstance(schedule, Mapping) or 0 not in schedule:
         raise ValueError(f"`schedule` must map steps to batches and begin at step 0, got {shown(schedule)}.")
     return tuple(
         sorted(

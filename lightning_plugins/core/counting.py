@@ -104,7 +104,11 @@ def wide(count: Count, device: torch.device | str) -> Tensor:
 
 
 class CountCheck:
-    """Finds counts that cannot be right without waiting for the device at every batch."""
+    """Detects invalid counts without a device sync per batch.
+
+    Attributes:
+        counted: Whether any item is known to have been counted; :meth:`add_window` is not needed any more then.
+    """
 
     _WINDOWS = 100  # so many windows without a single item are a mistake, also in an epoch that takes a week
 
@@ -112,21 +116,19 @@ class CountCheck:
         self._lowest: Tensor | None = None
         self._total: Count = 0
         self._windows = 0
-        self._counted = False
+        self.counted = False
 
-    def add_batch(self, count: Count) -> None:
-        """Remember the smallest count that is on a device; a number was looked at when it was counted."""
-        if isinstance(count, Tensor):
-            self._lowest = count if self._lowest is None else torch.minimum(self._lowest, count)
+    def add_batch(self, count: Tensor) -> None:
+        """Remember the smallest count that is on a device."""
+        self._lowest = count if self._lowest is None else torch.minimum(self._lowest, count)
 
     def add_window(self, total: Count) -> None:
-        """Remember whether anything was counted, until something was."""
-        if not self._counted:
-            self._total = self._total + total
-            self._windows += 1
-            self._counted = not isinstance(self._total, Tensor) and self._total > 0
-            if self._windows == self._WINDOWS:
-                self.verify()
+        """Remember whether anything was counted."""
+        self._total = self._total + total
+        self._windows += 1
+        self.counted = not isinstance(self._total, Tensor) and self._total > 0
+        if self._windows == self._WINDOWS:
+            self.verify()
 
     def verify(self) -> None:
         """Look at what was remembered; waits for the device.
@@ -137,9 +139,9 @@ class CountCheck:
         if self._lowest is not None and not float(self._lowest) >= 0:
             raise ValueError(f"`count` must return a finite number of at least 0, got {float(self._lowest):g}.")
         self._lowest = None
-        if not self._counted and self._windows:
-            self._counted = float(self._total) > 0
-            if not self._counted:
+        if not self.counted and self._windows:
+            self.counted = float(self._total) > 0
+            if not self.counted:
                 raise ValueError(
                     f"`count` must not be 0 for every batch, got only zeros in {self._windows} optimizer steps: "
                     f"nothing would be learned. Does it look at the right field and the right `ignore_index`?"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as _unified
 import pytorch_lightning as _classic
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException as _UnifiedError
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -171,11 +172,21 @@ def sum_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
     """Return a function that adds a tensor up over all ranks, or ``None`` when there is only one.
 
     Every rank must call it at the same moment; the result lies on the rank's device and the argument is not changed.
+    It is one collective, without the barrier that ``strategy.reduce`` adds, so no device is waited for.
     """
     if trainer.world_size == 1:
         return None
     strategy = trainer.strategy
-    return lambda tensor: strategy.reduce(tensor.to(strategy.root_device, copy=True), reduce_op="sum")
+
+    def add_up(tensor: Tensor) -> Tensor:
+        total = tensor.detach().to(strategy.root_device, copy=True)
+        if not torch.distributed.is_initialized():  # a strategy with collectives of its own
+            reduced: Tensor = strategy.reduce(total, reduce_op="sum")
+            return reduced
+        torch.distributed.all_reduce(total)
+        return total
+
+    return add_up
 
 
 def logged_by_module(trainer: Trainer, *, on_step: bool) -> dict[str, Tensor]:

@@ -64,6 +64,17 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
             ("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", "its gradients of an open window are dropped"),
         )
     ),
+    # accumulation
+    *(
+        ForeignName(owner, name, ("accumulation",), reason)
+        for owner, name, reason in (
+            ("trainer.fit_loop", "setup_data", "an effective batch size needs the loader in `configure_optimizers`"),
+            ("trainer.fit_loop", "_skip_backward", "an epoch that only refreshes statistics (SWA) has no windows"),
+            ("trainer.fit_loop.epoch_loop", "_should_accumulate", "a carried window does not end with an epoch"),
+            ("trainer.fit_loop.epoch_loop", "_num_ready_batches_reached", "the last window ends with the run"),
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_zero_grad_fn", "nor does it begin with one"),
+        )
+    ),
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_plugins.core.automatic_optimization import check_automatic
 from lightning_plugins.core.batches import batch_length, even_sizes
 from lightning_plugins.core.counting import CountedBy, counter
 from lightning_plugins.core.lightning import (
@@ -17,21 +18,19 @@ from lightning_plugins.core.lightning import (
     rank_zero_warn,
     torch_optimizers,
 )
-from lightning_plugins.core.strategies import check_module, check_strategy
+from lightning_plugins.core.strategies import check_strategy
 from lightning_plugins.core.validation import LightningPluginsWarning, shown, whole_number
 from lightning_plugins.microbatching.logging import BatchMetrics
 from lightning_plugins.microbatching.loop import BatchInPieces, PiecewiseClosure
 from lightning_plugins.microbatching.out_of_memory import add_hint, is_out_of_memory
 from lightning_plugins.microbatching.size_finder import SizeSearch
 
-TESTED = ("SingleDeviceStrategy", "DDPStrategy")
-
 
 class MicroBatching(Callback):
     """Runs every batch in pieces that fit into memory, with the gradient, the outputs and the logs of the whole batch.
 
     ``training_step`` is called once per piece, each with its own backward weighted by the piece's share of the
-    batch; the ranks synchronise once. Pieces are even, their sizes differ by one at most. ``outputs["loss"]`` is the
+    batch; the ranks synchronize once. Pieces are even, their sizes differ by one at most. ``outputs["loss"]`` is the
     whole batch's, other outputs are put together (rows), averaged (fractions) or added (whole numbers).
     What is logged is what the whole batch would log, also ``on_step``.
 
@@ -40,7 +39,7 @@ class MicroBatching(Callback):
     kept for the following batches, logged, and saved in checkpoints.
 
     Dropout draws other random numbers per piece than for the whole batch, from the same distribution. Batch
-    normalisation (warned of) and losses over pairs inside a batch see only their piece.
+    normalization (warned of) and losses over pairs inside a batch see only their piece.
 
     Args:
         size: Samples that fit at once, or ``"auto"``.
@@ -51,8 +50,8 @@ class MicroBatching(Callback):
         TypeError: If ``size`` is no whole number; during the run if the batch cannot be split.
         ValueError: If ``size`` is below 1 or another word, ``count`` another word; during the run if the batch's size
             cannot be told.
-        MisconfigurationException: At setup: manual optimisation, several optimizers, DDP's ``static_graph``,
-            synchronised batch normalisation, or a strategy that it was not tested under.
+        MisconfigurationException: At setup: manual optimization, several optimizers, DDP's ``static_graph``,
+            synchronized batch normalization, or a strategy that it was not tested under.
 
     Example:
         >>> MicroBatching(16).size, MicroBatching().size
@@ -88,11 +87,11 @@ class MicroBatching(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
         if stage == "fit":
-            check_module(pl_module, "MicroBatching")
-            check_strategy(trainer, "MicroBatching", TESTED)
+            check_automatic(pl_module, "MicroBatching")
+            check_strategy(trainer, "MicroBatching")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what only the strategy's model and the optimizers show, and warn of batch normalisation."""
+        """Refuse what only the strategy's model and the optimizers show, and warn of batch normalization."""
         if len(torch_optimizers(trainer)) > 1:
             raise MisconfigurationException("MicroBatching works with one optimizer, and the module has several.")
         if getattr(trainer.strategy.model, "static_graph", False):
@@ -105,12 +104,12 @@ class MicroBatching(Callback):
         ]
         if any(isinstance(layer, nn.SyncBatchNorm) for layer in pl_module.modules()):
             raise MisconfigurationException(
-                "MicroBatching does not work with synchronised batch normalisation, whose ranks would have to run "
+                "MicroBatching does not work with synchronized batch normalization, whose ranks would have to run "
                 "equally many pieces. Set Trainer(sync_batchnorm=False)."
             )
         if norms:
             rank_zero_warn(
-                f"MicroBatching splits batches, and batch normalisation ({norms[0]}"
+                f"MicroBatching splits batches, and batch normalization ({norms[0]}"
                 f"{f' and {len(norms) - 1} more' if len(norms) > 1 else ''}) then takes its statistics over pieces: "
                 f"the gradients are not those of the whole batch. Layers such as GroupNorm have no such effect.",
                 category=LightningPluginsWarning,
@@ -156,7 +155,7 @@ class MicroBatching(Callback):
     def _closure(self, trainer: Trainer, whole: Any, kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
         """Return what runs the batch: Lightning's own closure if it need not be split nor guarded.
 
-        Several ranks log in one order, after the backward, also where one has a single piece: logging may synchronise.
+        Several ranks log in one order, after the backward, also where one has a single piece: logging may synchronize.
         """
         length = self._length(kwargs["batch"])
         if isinstance(self.size, int) and length <= self.size and trainer.world_size == 1:

@@ -99,12 +99,12 @@ class BatchInPieces:
             self._results = [self._run_piece(index, piece) for index, piece in enumerate(pieces)]
 
     def finish(self) -> Any:
-        """Log what the attempt has logged, which may synchronise the ranks, and return Lightning's result."""
+        """Log what the attempt has logged, which may synchronize the ranks, and return Lightning's result."""
         self._logs.log(self._weights)
         return self._merged(self._results)
 
     def _run_piece(self, index: int, piece: Any) -> Any:
-        """Forward and backward of one piece; only the last one's backward synchronises the ranks."""
+        """Forward and backward of one piece; only the last one's backward synchronizes the ranks."""
         self._logs.begin(index, piece)
         pieces = len(self._weights)
         with ExitStack() as stack:

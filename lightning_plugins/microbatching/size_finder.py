@@ -20,7 +20,7 @@ class SizeSearch:
     """Runs batches at the size known so far, and the same batch again at half of it when memory runs out.
 
     On one device every batch is guarded. Under DDP a rank that ran out of memory cannot tell the others, who wait for
-    it in the gradients' all-reduce. So for the first batches at a size nobody synchronises before all ranks have
+    it in the gradients' all-reduce. So for the first batches at a size nobody synchronizes before all ranks have
     agreed that all succeeded; then the gradients are averaged by hand. Later batches take DDP's own, faster way.
 
     Args:
@@ -53,13 +53,13 @@ class SizeSearch:
             return batch.finish()
         if self.settled:
             return batch.run(self._sizes(length))
-        with self._ranks.unsynchronised():
+        with self._ranks.unsynchronized():
             self._guarded(batch, length, self._ranks.agree)
         self._passed += 1
         return batch.finish()
 
     def _guarded(self, batch: BatchInPieces, length: int, agree: Callable[[int | None], int | None]) -> None:
-        """Run the batch until an attempt succeeds; what it logs waits, since logging may synchronise the ranks."""
+        """Run the batch until an attempt succeeds; what it logs waits, since logging may synchronize the ranks."""
         before = self._state.snapshot()
         batch.on_first_backward = before.keep_gradients
         while True:
@@ -105,14 +105,14 @@ class Ranks:
         self._world_size = trainer.world_size
 
     @contextmanager
-    def unsynchronised(self) -> Iterator[None]:
+    def unsynchronized(self) -> Iterator[None]:
         """Hold DDP's all-reduce back, and average the gradients at the end if DDP was going to."""
-        synchronise = self._model.require_backward_grad_sync
+        synchronize = self._model.require_backward_grad_sync
         with self._model.no_sync():
             yield
-        if synchronise:
+        if synchronize:
             self._average_gradients()
-        self._model.require_forward_param_sync = synchronise  # what DDP's forward sets by itself otherwise
+        self._model.require_forward_param_sync = synchronize  # what DDP's forward sets by itself otherwise
 
     def agree(self, wanted: int | None) -> int | None:
         """Return the smallest size that any rank wants, ``None`` if all succeeded; all ranks call it."""

@@ -90,7 +90,7 @@ class Curvature(Probe):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Manual, "needs automatic optimisation, but `Manual.automatic_optimization` is False"),
+        (Manual, "needs automatic optimization, but `Manual.automatic_optimization` is False"),
         (Draws, "must see the batches, but `Draws.training_step` draws them from `dataloader_iter`"),
         (Curvature, "does not work with LBFGS, which runs the last batch of a window several times in one step"),
     ],

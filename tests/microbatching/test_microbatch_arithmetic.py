@@ -114,7 +114,7 @@ def test_pieces_that_did_not_log_are_left_out_of_the_mean():
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
-def test_memory_that_ran_out_is_recognised(error):
+def test_memory_that_ran_out_is_recognized(error):
     assert is_out_of_memory(error)
 
 

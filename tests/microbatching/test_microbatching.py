@@ -127,7 +127,7 @@ class Reads(pl.Callback):
         self.counts = pl_module.rows.compute().numel()
         self.total = float(pl_module.accuracy.compute())
         self.updates = pl_module.accuracy.update_count
-        self.synchronises = pl_module.accuracy._to_sync  # over the ranks, when the epoch's value is asked for
+        self.synchronizes = pl_module.accuracy._to_sync  # over the ranks, when the epoch's value is asked for
         self.untouched = pl_module.validation.update_count
 
 
@@ -147,7 +147,7 @@ def test_metrics_are_those_of_the_whole_batch(size, fits):
     assert pieces.updates == whole.updates
     assert pieces.total == pytest.approx(whole.total)
     assert pieces.untouched == 0
-    assert pieces.synchronises
+    assert pieces.synchronizes
 
 
 class Random(Fitting):

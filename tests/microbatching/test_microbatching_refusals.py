@@ -21,7 +21,7 @@ from tests.support.microbatch_cases import MICRO
 PIECES = [name for name in MICRO if name not in ("whole", "auto on rank 1")]
 
 
-def test_warns_of_batch_normalisation():
+def test_warns_of_batch_normalization():
     class Normed(Probe):
         def __init__(self):
             super().__init__()
@@ -30,7 +30,7 @@ def test_warns_of_batch_normalisation():
         def training_step(self, batch, batch_idx):
             return super().training_step({**batch, "inputs": self.norms[0](batch["inputs"].mT).mT}, batch_idx)
 
-    with pytest.warns(LightningPluginsWarning, match=r"batch normalisation \(norms.0 and 1 more\) then takes its stat"):
+    with pytest.warns(LightningPluginsWarning, match=r"batch normalization \(norms.0 and 1 more\) then takes its stat"):
         fit(Normed(), [MicroBatching(2)], batches((4,), dtype=torch.float32, tokens=False))
 
 
@@ -49,8 +49,8 @@ class Synchronised(Probe):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Manual, "MicroBatching needs automatic optimisation, but `Manual.automatic_optimization` is False"),
-        (Synchronised, "MicroBatching does not work with synchronised batch normalisation, whose ranks would have to"),
+        (Manual, "MicroBatching needs automatic optimization, but `Manual.automatic_optimization` is False"),
+        (Synchronised, "MicroBatching does not work with synchronized batch normalization, whose ranks would have to"),
     ],
 )
 def test_refuses_a_module_that_it_cannot_serve(module, message):

@@ -34,8 +34,8 @@ class Fitting(Probe):
         if self.uses_it:
             loss = loss + self.unused(torch.ones(3, dtype=torch.float64)).sum()
         hits = (self.net(batch["inputs"]).argmax(-1) == batch["labels"]).sum()
-        synchronise = torch.distributed.is_initialized()
-        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=synchronise)
+        synchronize = torch.distributed.is_initialized()
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=synchronize)
         self.log("hits", hits.double(), on_step=True, on_epoch=True, reduce_fx="sum")
         return {"loss": loss, "hits": hits, "rows": batch["labels"][:, 0], "samples": batch_length(batch)}
 
