@@ -73,6 +73,26 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
             ("trainer.fit_loop.epoch_loop", "_should_accumulate", "a carried window does not end with an epoch"),
             ("trainer.fit_loop.epoch_loop", "_num_ready_batches_reached", "the last window ends with the run"),
             ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_zero_grad_fn", "nor does it begin with one"),
+            ("trainer.fit_loop.epoch_loop.batch_progress.total", "started", "batches that have a place in a window"),
+        )
+    ),
+    # microbatching
+    *(
+        ForeignName(owner, name, ("microbatching",), reason)
+        for owner, name, reason in (
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_closure", "a batch that runs in pieces"),
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_zero_grad_fn", "zeroes once for all pieces"),
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_backward_fn", "the backward of a piece"),
+            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_training_step", "the forward of a piece"),
+            (
+                "trainer.fit_loop.epoch_loop.automatic_optimization",
+                "output_result_cls",
+                "the result of the whole batch",
+            ),
+            ("trainer.fit_loop.epoch_loop", "_results", "what is logged"),
+            ("trainer.fit_loop.epoch_loop._results", "update_metrics", "what a piece logs is collected"),
+            ("torchmetrics.MeanMetric()", "_to_sync", "a value of one rank's batch, without the other ranks"),
+            ("torch.nn.modules.batchnorm", "_BatchNorm", "every batch normalization, to warn of its pieces"),
         )
     ),
 )

@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_plugins.core.automatic_optimization import check_automatic
 from lightning_plugins.core.batches import batch_length, even_sizes
+from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import CountedBy, counter
 from lightning_plugins.core.lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -58,6 +58,8 @@ class MicroBatching(Callback):
         (16, 'auto')
     """
 
+    stage = Stage.ACCUMULATION
+
     def __init__(self, size: int | str = "auto", *, count: CountedBy = "samples") -> None:
         if isinstance(size, str):
             if size != "auto":
@@ -67,15 +69,10 @@ class MicroBatching(Callback):
         counter(count)
         self.size = size
         self.count = count
-        self._state_key = self._generate_state_key(size=size)  # once: Lightning's profiler asks for it at every hook
+        super().__init__(size=size)
         self._found: int | None = None
         self._search: SizeSearch | None = None
         self._metrics: BatchMetrics | None = None
-
-    @property
-    def state_key(self) -> str:
-        """What tells this callback's state from another's in a checkpoint."""
-        return self._state_key
 
     @property
     def size_found(self) -> int | None:
@@ -86,6 +83,7 @@ class MicroBatching(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_automatic(pl_module, "MicroBatching")
             check_strategy(trainer, "MicroBatching")
@@ -124,31 +122,35 @@ class MicroBatching(Callback):
             rank_zero_info(f"MicroBatching: batches run {known}, and in smaller pieces if memory runs out.")
         else:
             rank_zero_info(f"MicroBatching: batches run in pieces of at most {self.size} samples.")
-        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
-        whole = loop._make_closure
 
-        def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
+        def make_closure(whole: Any, kwargs: Any, optimizer: Any, batch_idx: int) -> Any:
             return self._closure(trainer, whole, kwargs, optimizer, batch_idx)
 
-        loop._make_closure = make_closure
+        self.patches.wrap(trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", make_closure)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was; say what helps when memory ran out."""
         if is_out_of_memory(exception) and trainer.training:
             add_hint(exception, self._hint())
-        self._release(trainer)
+        super().on_exception(trainer, pl_module, exception)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the Trainer as it was."""
-        self._release(trainer)
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of what belongs to the run."""
+        self._search = self._metrics = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """Return the size found by ``"auto"``."""
-        return {"version": 1, "size_found": self._found}
+        return {"size_found": self._found}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the size found by ``"auto"`` before."""
-        self._found = state_dict["size_found"]
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take the size found by ``"auto"`` before.
+
+        Raises:
+            TypeError: If it is no whole number.
+            ValueError: If it is below 1.
+        """
+        found = state.get("size_found")
+        self._found = None if found is None else whole_number("state['size_found']", found, at_least=1, unit="samples")
 
     # what the hooks are made of
 
@@ -189,8 +191,3 @@ class MicroBatching(Callback):
         if self.size == "auto":
             return "MicroBatching found no size that fits. Shorten the samples, or free memory in another way."
         return f'MicroBatching ran pieces of at most {self.size} samples. Take a smaller `size`, or "auto".'
-
-    def _release(self, trainer: Trainer) -> None:
-        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
-        loop.__dict__.pop("_make_closure", None)
-        self._search = self._metrics = None

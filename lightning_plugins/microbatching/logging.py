@@ -1,4 +1,4 @@
-"""What the pieces of a batch log becomes what the whole batch would have logged."""
+"""Merges the values logged by each micro-batch into one value for the batch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torchmetrics import Metric
 
 from lightning_plugins.core.counting import Count
+from lightning_plugins.core.metric_state import MetricState, metrics_in
+from lightning_plugins.core.patching import Patches
 from lightning_plugins.microbatching.merging import combine_logged
-from lightning_plugins.microbatching.out_of_memory import MetricState
 
 
 class PieceLogs:
@@ -35,11 +35,12 @@ class PieceLogs:
     def collecting(self) -> Iterator[None]:
         """Catch what is logged; the results are as before when it ends, however it ends."""
         self._logged.clear()
-        self._results.update_metrics = self._keep
+        replaced = Patches()
+        replaced.replace(self._results, "update_metrics", self._keep)
         try:
             yield
         finally:
-            del self._results.update_metrics
+            replaced.undo()
             self._show(self._batch)
 
     def begin(self, piece: int, batch: Any) -> None:
@@ -91,8 +92,7 @@ class BatchMetrics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
-        self.metrics = metrics
+        self.metrics = metrics = metrics_in(module)
         self._mergeable = [m for m in metrics if m.full_state_update is False and not m.dist_sync_on_step]
 
     @contextmanager

@@ -67,7 +67,7 @@ class BatchInPieces:
         self._kwargs = kwargs
         self._count = count
         self._metrics = metrics
-        self._logs = PieceLogs(trainer._results)
+        self._logs = PieceLogs(trainer.fit_loop.epoch_loop._results)
         self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
         self._backward = self._loop._make_backward_fn(optimizer)
         self._zeroed = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_plugins.core.metric_state import MetricState
+from lightning_plugins.core.random_state import RandomState
 
 _MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
@@ -57,12 +58,12 @@ class StepState:
         self.metrics = list(metrics)
         self.device = device
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> StateBeforeBatch:
         """Return a copy of everything but the gradients."""
-        return Snapshot(self)
+        return StateBeforeBatch(self)
 
 
-class Snapshot:
+class StateBeforeBatch:
     """A copy of the state before a batch.
 
     Args:
@@ -71,7 +72,7 @@ class Snapshot:
 
     def __init__(self, state: StepState) -> None:
         self._parameters = state.parameters
-        self._random = RandomState(state.device)
+        self._random = RandomState([state.device])
         self._buffers = [
             (buffers, name, buffer, buffer.detach().clone())
             for buffers in state.buffers
@@ -98,50 +99,3 @@ class Snapshot:
             state.restore(metric)
         for parameter, gradient in zip(self._parameters, self._gradients or (), strict=False):
             parameter.grad = None if gradient is None else gradient.clone()
-
-
-class RandomState:
-    """The state of every generator that a training step draws from."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._host = torch.get_rng_state()
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._device = device
-
-    def restore(self) -> None:
-        """Put the generators back."""
-        torch.set_rng_state(self._host)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-
-class MetricState:
-    """A copy of what a torchmetrics metric has accumulated."""
-
-    _ALSO = ("_update_count", "_computed", "_forward_cache")
-
-    def __init__(self, metric: Any) -> None:
-        self.values = {name: _copied(value) for name, value in metric.metric_state.items()}
-        self._also = {name: getattr(metric, name) for name in self._ALSO}
-
-    @property
-    def updates(self) -> int:
-        """How many updates it holds."""
-        count: int = self._also["_update_count"]
-        return count
-
-    def restore(self, metric: Any) -> None:
-        """Put it back into ``metric``, as a further copy."""
-        for name, value in self.values.items():
-            setattr(metric, name, _copied(value))
-        for name, value in self._also.items():
-            setattr(metric, name, value)
-
-
-def _copied(value: Tensor | Sequence[Tensor]) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else list(value)
