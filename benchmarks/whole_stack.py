@@ -18,7 +18,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -136,7 +135,7 @@ def equivalents(folder: Path) -> dict[str, Callable[[], Made]]:
     return {
         "GradientAccumulationScheduler": lambda: (Tiny, {"callbacks": [GradientAccumulationScheduler({0: 1})]}),
         "LambdaLR": lambda: (Scheduled, {}),
-        "EMAWeightAveraging": lambda: (Tiny, {"callbacks": [EMAWeightAveraging(decay=0.9999)]}),
+        "EMAWeightAveraging": lambda: (Tiny, {"callbacks": [pl.callbacks.EMAWeightAveraging(decay=0.9999)]}),
         "ModelCheckpoint": lambda: (Tiny, {"callbacks": [ModelCheckpoint(folder, save_top_k=-1)]}),
         "three self.log": lambda: (Logging, {}),
         "three self.log, CSVLogger": lambda: (Logging, {"logger": [CSVLogger(folder)]}),
@@ -149,7 +148,7 @@ def lightnings(folder: Path) -> Made:
     callbacks = [
         GradientAccumulationScheduler({0: 1}),
         LearningRateMonitor("step"),
-        EMAWeightAveraging(decay=0.9999),
+        pl.callbacks.EMAWeightAveraging(decay=0.9999),
         ModelCheckpoint(folder, save_top_k=-1),
     ]
     return ScheduledLogging, {"callbacks": callbacks, "logger": [CSVLogger(folder), TensorBoardLogger(folder)]}

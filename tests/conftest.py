@@ -1,12 +1,13 @@
 """What every test starts from: one thread, a fixed seed, and a failure when a test leaves global state behind."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.support import counts
+from tests.support import counts, expected_warnings, record
 
 # A busy machine is slow, and that is no property of what is tested. The gate tries the same examples each time; whoever
 # runs the tests by hand looks for new ones.
@@ -16,6 +17,15 @@ settings.register_profile(
 settings.load_profile("busy machine")
 # Also for fixtures of a module, which come before those of a test: two threads round otherwise than one.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", type=Path, help="write what was run and how it ended to this JSON file")
+
+
+def pytest_configure(config):
+    for line in expected_warnings.filters():
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +54,8 @@ def namespace(request):
 
 def pytest_terminal_summary(terminalreporter):
     """Say what was tried how often: the tests that kill runs and damage files count."""
+    if path := terminalreporter.config.getoption("record"):
+        record.write(path, terminalreporter.stats)
     found = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "when")]
     lines = counts.summary(found)
     if lines:

@@ -4,7 +4,6 @@ import importlib
 import inspect
 import json
 import pickle
-import re
 import subprocess
 import sys
 from enum import Enum
@@ -181,14 +180,3 @@ def test_a_hook_that_is_not_defined_costs_nothing_and_still_answers_super(namesp
     assert Ours().on_before_zero_grad is None
     make_trainer(tmp_path, namespace, callbacks=[Theirs()]).fit(make_module(namespace), loader(1))
     assert called == ["after backward", "batch end"]
-
-
-def test_the_lowest_set_is_the_tested_one_but_for_lightning():
-    tested, lowest = (
-        {line for line in (PACKAGE.parent / name).read_text().splitlines() if "==" in line}
-        for name in ("constraints.txt", "constraints-lowest.txt")
-    )
-    others = {line.split("==")[0]: line.split("==")[1] for line in lowest - tested}
-    declared = re.findall(r'"((?:pytorch-)?lightning)>=([\d.]+)', (PACKAGE.parent / "pyproject.toml").read_text())
-    assert others == dict(declared)
-    assert len(declared) == 2

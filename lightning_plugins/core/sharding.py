@@ -55,13 +55,18 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
 
 
 def scatter(full: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's share of ``full``, which every rank has; no collective."""
+    """Return this rank's share of ``full``, which every rank has; no collective.
+
+    Not by ``distribute_tensor``, which sends rank 0's data to the others in torch 2.6.
+    """
     if not is_sharded(like):
         return full
-    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
-    sharded = cast(Any, like)
-    return distribute_tensor(full, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
+    mesh = cast(Any, like).device_mesh
+    whole = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    # a copy: the share would keep the memory of the full tensor
+    return whole.redistribute(placements=cast(Any, like).placements).to_local().clone()
 
 
 def sum_over_ranks(trainer: Any, value: Tensor) -> Tensor:

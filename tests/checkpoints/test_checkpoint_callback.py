@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
 from torch import nn
 
 from lightning_plugins import CheckpointAveraging, select_checkpoints
 from lightning_plugins.checkpoints import plan_average, read_manifest
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.core.validation import LightningPluginsWarning
+from tests.support import conditions
 from tests.support.checkpoints_models import (
     NAMESPACES,
     Regressor,
@@ -291,10 +292,11 @@ def test_a_second_fit_goes_on(tmp_path):
     assert [file["epoch"] for file in read_manifest(averaging.path)["files"]] == [0, 1, 2, 3]
 
 
+@conditions.ema_weight_averaging
 def test_with_ema_the_files_state_dict_is_averaged_and_that_is_said(tmp_path, said):
     averaging = CheckpointAveraging(last=2, compare=False)
     checkpoint = model_checkpoint(tmp_path, save_top_k=-1)
-    trainer(tmp_path, callbacks=[averaging, checkpoint, EMAWeightAveraging(decay=0.5)]).fit(
+    trainer(tmp_path, callbacks=[averaging, checkpoint, lightning_callbacks.EMAWeightAveraging(decay=0.5)]).fit(
         Regressor(), loader(), **VALIDATION
     )
     note = "a second set of weights (`current_model_state`) lies beside `state_dict`, which is averaged"

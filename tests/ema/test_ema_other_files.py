@@ -3,7 +3,7 @@
 import lightning.pytorch as unified
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_plugins import EMA, ConstantDecay, PostHocEMA, WarmupDecay, extract_weights
@@ -11,6 +11,7 @@ from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema.checkpoint_format import RECORD_KEY
 from lightning_plugins.ema.checkpoint_hooks import CheckpointSeam
 from lightning_plugins.ema.describe import describe_checkpoint
+from tests.support import conditions
 from tests.support.ema_runs import (
     THETA,
     Net,
@@ -37,9 +38,12 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+@conditions.ema_weight_averaging
 def test_files_of_lightnings_own_callback_are_resumed(tmp_path):
     torch.manual_seed(0)
-    trainer(EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, filename="theirs")).fit(Net(), regression())
+    trainer(unified.callbacks.EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, filename="theirs")).fit(
+        Net(), regression()
+    )
     path = tmp_path / "theirs.ckpt"
     theirs = load(path)
     assert same(extract_weights(path, "raw"), dict(theirs["current_model_state"]))

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_plugins import EMA, ConstantDecay, InverseGammaDecay, PostHocEMA, PowerDecay, extract_weights
 from lightning_plugins.ema.snapshots import list_snapshots
+from tests.support import conditions
 from tests.support.ema_runs import (
     THETA,
     ClassicNet,
@@ -273,6 +274,7 @@ def test_a_run_that_died_at_its_very_end_ends_when_it_is_resumed(tmp_path):
     assert all(same(a, b) for one, two in pairs for a, b in zip(one.read().averages, two.read().averages, strict=True))
 
 
+@conditions.save_on_exception
 def test_a_file_that_is_written_as_a_run_dies_lacks_no_step(tmp_path):
     """The exception comes after the optimizer's step and before the average's turn."""
 

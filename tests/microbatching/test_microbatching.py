@@ -10,11 +10,11 @@ import pytest
 import pytorch_lightning
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 from lightning_plugins import GradientAccumulation, MicroBatching
 from lightning_plugins.core.lightning import MisconfigurationException
+from tests.support import conditions
 from tests.support.accumulation_runs import (
     Probe,
     Recorder,
@@ -195,11 +195,16 @@ def test_dropout_has_the_same_distribution():
     assert ((means[0] - means[1]).abs() <= 4 * (errors[0] ** 2 + errors[1] ** 2).sqrt()).all()
 
 
+@conditions.ema_weight_averaging
 def test_an_average_of_the_weights_ticks_once_a_step():
     averages = []
     for callbacks in ([], [MicroBatching(2)]):
         module = Probe(torch.float64)
-        fit(module, [*callbacks, EMAWeightAveraging(decay=0.5)], batches(SIZES[0], dtype=torch.float64, tokens=False))
+        fit(
+            module,
+            [*callbacks, pl.callbacks.EMAWeightAveraging(decay=0.5)],
+            batches(SIZES[0], dtype=torch.float64, tokens=False),
+        )
         averages.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
     assert torch.allclose(*averages, rtol=1e-12, atol=1e-14)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_plugins.statistics.event_file import EventFile
-from tests.support import counts
+from tests.support import conditions, counts
 from tests.support.survival_chain import Chain, Chronicle, Place, chains, in_child, uninterrupted
 from tests.support.survival_evidence import check_dead, compare, look, quietly
 from tests.support.survival_faults import KINDS, Fault
@@ -40,6 +40,7 @@ def dying(tmp_path_factory):
     return whole_run(tmp_path_factory.mktemp("dying"), DYING)
 
 
+@conditions.save_on_exception
 @pytest.mark.parametrize(
     "fault",
     [

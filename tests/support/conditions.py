@@ -1,0 +1,34 @@
+"""What not every version in the declared range can do, as marks by name.
+
+A test that needs it is skipped where it is missing, and the reason stands in the row of that version in
+docs/compatibility.md. Each asks for the thing itself where that can be seen, for the version only where it cannot.
+"""
+
+import inspect
+from importlib import metadata
+
+import pytest
+import torch
+from lightning.pytorch import callbacks
+
+NEEDS = "needs "
+"""How each of these reasons begins."""
+
+
+def installed(package):
+    """Return the version of an installed package as numbers: (2, 6, 0)."""
+    return tuple(int(part) for part in metadata.version(package).split("+")[0].split(".")[:3] if part.isdigit())
+
+
+def _needs(what, *, there):
+    return pytest.mark.skipif(not there, reason=f"{NEEDS}{what}")
+
+
+# torch 2.6's `fully_shard` records an event on a stream, which its CPU streams cannot
+fsdp2_on_cpu = _needs("FSDP2 on CPU", there=hasattr(torch.cpu.Stream, "record_event"))
+
+HAS_EMA_WEIGHT_AVERAGING = hasattr(callbacks, "EMAWeightAveraging")
+ema_weight_averaging = _needs("Lightning's EMAWeightAveraging", there=HAS_EMA_WEIGHT_AVERAGING)
+
+HAS_SAVE_ON_EXCEPTION = "save_on_exception" in inspect.signature(callbacks.ModelCheckpoint).parameters
+save_on_exception = _needs("ModelCheckpoint(save_on_exception=True)", there=HAS_SAVE_ON_EXCEPTION)

@@ -1,0 +1,40 @@
+"""The warnings that versions of Lightning, torch and others are known to give in the tests, each with its reason.
+
+Every warning is an error in the tests. What no version should warn of is let through in pyproject.toml; what only some
+versions do stands here, so that a warning that a new version brings fails, and one that went away is not let through.
+"""
+
+from dataclasses import dataclass
+
+from tests.support.conditions import installed
+
+TORCH, LIGHTNING = installed("torch"), installed("lightning")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A warning that is let through.
+
+    Args:
+        filter: What Python's filters take: action, message, category.
+        given: Whether the installed versions give it.
+        reason: Why it is no concern of ours.
+    """
+
+    filter: str
+    given: bool
+    reason: str
+
+
+EXPECTED = (
+    Expected(
+        r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
+        TORCH >= (2, 7),
+        "torch deprecates what Lightning calls in every Trainer.fit",
+    ),
+)
+
+
+def filters() -> list[str]:
+    """Return the filters for the versions that are installed."""
+    return [expected.filter for expected in EXPECTED if expected.given]
