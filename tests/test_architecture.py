@@ -3,61 +3,16 @@
 import importlib
 import inspect
 import json
-import pickle
 import subprocess
 import sys
 from enum import Enum
-from pathlib import Path
 
-import lightning.pytorch
 import pytest
-import pytorch_lightning
 
 import lightning_plugins
-from lightning_plugins import (
-    EMA,
-    CheckpointAveraging,
-    ClassificationReport,
-    CSVStatisticsLogger,
-    EventCallback,
-    GradientAccumulation,
-    LearningRateScheduler,
-    MicroBatching,
-    PostHocEMA,
-    StatisticsRecorder,
-    TensorBoardStatisticsLogger,
-    WarmupCosine,
-)
-from lightning_plugins.core.imports import declared_names
 from lightning_plugins.core.lightning import Callback, MisconfigurationException
+from tests.support.cases import PACKAGE, PUBLIC, TECHNIQUES
 from tests.support.training import loader, make_module, make_trainer
-
-PACKAGE = Path(lightning_plugins.__file__).parent
-PUBLIC = declared_names("lightning_plugins")
-TECHNIQUES = sorted({module.split(".")[1] for module in PUBLIC.values()})
-# A row for every callback: how to make two that may stand side by side. A missing row fails.
-CALLBACKS = {
-    "CheckpointAveraging": [
-        lambda: CheckpointAveraging(last=2),
-        lambda: CheckpointAveraging(best=3, output="best.ckpt"),
-    ],
-    "EMA": [EMA, lambda: EMA(name="slow")],
-    "PostHocEMA": [PostHocEMA, lambda: PostHocEMA((0.07, 0.12))],
-    "GradientAccumulation": [lambda: GradientAccumulation(4), lambda: GradientAccumulation(effective_batch_size=256)],
-    "CSVStatisticsLogger": [lambda: CSVStatisticsLogger("a.csv"), lambda: CSVStatisticsLogger("b.csv")],
-    "ClassificationReport": [lambda: ClassificationReport(3), lambda: ClassificationReport(3, labels=[0, 1])],
-    "EventCallback": [lambda: EventCallback(print), lambda: EventCallback(print, events=["batchEnd"])],
-    "LearningRateScheduler": [
-        lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=0),
-        lambda: LearningRateScheduler(WarmupCosine("5%"), optimizer=1),
-    ],
-    "MicroBatching": [MicroBatching, lambda: MicroBatching(16)],
-    "StatisticsRecorder": [StatisticsRecorder, lambda: StatisticsRecorder(["accuracy"])],
-    "TensorBoardStatisticsLogger": [
-        lambda: TensorBoardStatisticsLogger("a"),
-        lambda: TensorBoardStatisticsLogger("b"),
-    ],
-}
 
 
 def in_a_fresh_process(code):
@@ -111,26 +66,6 @@ def test_public_classes_and_functions_are_documented():
             parameters = [p for p in inspect.signature(thing).parameters if p not in {"args", "kwargs"}]
             if parameters:
                 assert "Args:" in documentation or not inspect.isclass(thing), name
-
-
-def callback_classes():
-    names = [getattr(lightning_plugins, name) for name in lightning_plugins.__all__]
-    return [kind for kind in names if inspect.isclass(kind) and issubclass(kind, lightning.pytorch.Callback)]
-
-
-def test_every_callback_has_its_row():
-    assert sorted(kind.__name__ for kind in callback_classes()) == sorted(CALLBACKS)
-
-
-@pytest.mark.parametrize("name", sorted(CALLBACKS))
-def test_what_every_callback_promises(name):
-    first, second = (make() for make in CALLBACKS[name])
-    assert isinstance(first, lightning.pytorch.Callback)
-    assert isinstance(first, pytorch_lightning.Callback)
-    assert first.state_key != second.state_key
-    assert pickle.loads(pickle.dumps(first)).state_key == first.state_key
-    for parameter in inspect.signature(type(first)).parameters.values():
-        assert parameter.annotation is not inspect.Parameter.empty, parameter
 
 
 def test_our_misconfiguration_is_caught_under_either_name():

@@ -38,14 +38,11 @@ from lightning_plugins import (
     StatisticsRecorder,
     WarmupCosine,
 )
-from lightning_plugins.core.lightning import Callback, MisconfigurationException
+from lightning_plugins.core.lightning import CallbackOfBoth, MisconfigurationException
 from lightning_plugins.ema.snapshots import Loaded, write_snapshot
 from tests.support import counts
+from tests.support.cases import CALLS, FUNCTIONS, PUBLIC, WITHOUT_ROWS
 from tests.support.hostile_values import HOSTILE
-
-ABSTRACT = {"Schedule", "DecayRule"}
-PLAIN = {"CancelBatch", "CancelEpoch", "CancelFit", "CancelTraining", "CancelValidation", "Event"}  # check nothing
-RAMP = {"steps": 10, "start": 1.0, "end": 0.1}
 
 
 def optimizer():
@@ -53,126 +50,7 @@ def optimizer():
 
 
 # Every argument of every public class: a row for each way of calling it.
-ROWS = {
-    "CSVStatisticsLogger": [
-        {"path": "a.csv", "columns": None, "every": "batch", "layout": "numbers", "flush_seconds": 5.0}
-    ],
-    "CheckpointAveraging": [
-        {"last": 2, "output": "a.ckpt", "refresh_batch_norm": "auto", "compare": True},
-        {"best": 2},
-    ],
-    "ClassificationReport": [
-        {"num_classes": 3, "digits": 2, "zero_division": 0, "predictions": None, "targets": None, "path": None},
-        {"num_classes": 3, "labels": [0, 1], "target_names": ["a", "b"]},
-    ],
-    "Constant": [{"value": 1.0}],
-    "ConstantDecay": [{"value": 0.9}],
-    "Cosine": [RAMP],
-    "CosineRestarts": [{"first": 5, "multiplier": 2.0, "decay": 0.5, "end": 0.0}],
-    "DebiasedDecay": [{"value": 0.9}],
-    "EMA": [
-        {
-            "decay": 0.9,
-            "update_every_n_steps": 1,
-            "start_step": 0,
-            "device": None,
-            "buffers": "copy",
-            "evaluate": "average",
-            "checkpoint": "average",
-            "after_fit": "average",
-            "name": "ema",
-        }
-    ],
-    "EventCallback": [{"function": print, "events": ["batchEnd"]}],
-    "Exponential": [RAMP],
-    "GradientAccumulation": [
-        {"batches": 4, "count": "samples", "carry": False},
-        {"effective_batch_size": 8},
-        {"schedule": {0: 1, 5: 2}},
-    ],
-    "HalfLife": [{"steps": 4.0}, {"samples": 4.0}],
-    "InverseGammaDecay": [{"max_value": 0.9, "inv_gamma": 1.0, "power": 0.5, "min_value": 0.0}],
-    "InverseSqrt": [{"warmup": 5, "timescale": 3, "start": 0.0}],
-    "Join": [{"parts": [Constant(), Constant(0.5)], "boundaries": [3]}],
-    "LearningRateScheduler": [
-        {
-            "schedule": Constant(),
-            "base_lr": 0.1,
-            "min_lr": 0.0,
-            "optimizer": None,
-            "plateau": None,
-            "existing": "refuse",
-            "clock": "attempted",
-            "record": False,
-        }
-    ],
-    "Linear": [RAMP],
-    "MicroBatching": [{"size": 4, "count": "samples"}],
-    "Noam": [{"model_dim": 4, "warmup": 5}],
-    "NoamLR": [
-        {"optimizer": None, "model_dim": 4, "warmup_steps": 2, "start_step": 0, "step_duration": 1, "min_lr": 0.0}
-    ],
-    "OneCycle": [{"total": 20, "peak_at": 0.3, "start": 0.1, "end": 0.0, "shape": "cosine"}],
-    "OneMinusSqrt": [RAMP],
-    "PiecewiseConstant": [{"boundaries": [2], "values": [1.0, 0.5]}],
-    "Plateau": [
-        {
-            "monitor": "val_loss",
-            "mode": "min",
-            "factor": 0.1,
-            "patience": 1,
-            "threshold": 1e-4,
-            "cooldown": 0,
-            "min_factor": 0.0,
-        }
-    ],
-    "Polynomial": [{**RAMP, "power": 2.0}],
-    "PostHocEMA": [
-        {
-            "sigma_rels": (0.05, 0.1),
-            "every_n_steps": 10,
-            "dirpath": None,
-            "dtype": "float32",
-            "file_format": "torch",
-        }
-    ],
-    "PowerDecay": [{"sigma_rel": 0.1}],
-    "RNMTPlus": [{"replicas": 4, "warmup": 5, "start_step": 10, "end_step": 20}],
-    "ReciprocalSqrt": [{"warmup": 5}],
-    "ScheduleLR": [
-        {
-            "optimizer": None,
-            "schedule": Constant(),
-            "base_lr": 0.1,
-            "min_lr": 0.0,
-            "parameter": "lr",
-            "clock": "attempted",
-        }
-    ],
-    "Segment": [{"shape": "linear", "end": 1.0, "start": 0.0, "steps": 4}],
-    "Segments": [{"segments": [Segment(end=1.0, steps=4)], "endpoint": False}],
-    "Shape": [{"curve": "linear", **RAMP}],
-    "StatisticsRecorder": [
-        {"metrics": ["accuracy"], "predictions": None, "targets": None, "every": "batch", "log": False}
-    ],
-    "TensorBoardStatisticsLogger": [{"root": "a", "axis": "step"}],
-    "Tokens": [{"key": "x", "ignore_index": -100}],
-    "on_events": [{"events": "batchEnd"}],
-    "WarmupCosine": [{"warmup": 5, "hold": 2, "total": 20, "start": 0.0, "end": 0.0}],
-    "WarmupCosineLR": [
-        {
-            "optimizer": None,
-            "warmup_steps": 2,
-            "total_steps": 10,
-            "hold_steps": 1,
-            "start_factor": 0.0,
-            "end_factor": 0.0,
-        }
-    ],
-    "WarmupDecay": [{"value": 0.9}],
-    "WarmupLinear": [{"warmup": 5, "total": 20, "start": 0.0, "end": 0.0}],
-    "WarmupStableDecay": [{"warmup": 5, "decay": 2, "total": 20, "shape": "1-sqrt", "start": 0.0, "end": 0.0}],
-}
+ROWS = {name: [row for _, row in calls if row] for name, calls in CALLS.items() if name in PUBLIC}
 
 
 REFUSED = [
@@ -216,7 +94,7 @@ def test_other_numbers_become_plain_ones(kind):
 
 
 def test_every_public_name_has_its_row_and_every_argument_its_place():
-    assert set(lightning_plugins.__all__) - {"__version__"} == set(ROWS) | set(FILES) | ABSTRACT | PLAIN
+    assert set(PUBLIC) == set(ROWS) | set(FUNCTIONS) | WITHOUT_ROWS
     for name, rows in ROWS.items():
         parameters = set(inspect.signature(getattr(lightning_plugins, name)).parameters)
         assert set().union(*rows) == parameters, name
@@ -243,33 +121,6 @@ def test_several_hostile_arguments_give_one_error_or_an_object_that_works(data):
     check(name, row, {argument: data.draw(st.sampled_from(sorted(HOSTILE)), label=argument) for argument in names})
 
 
-FILES = {
-    "average_checkpoints": {
-        "paths": ["1.ckpt", "2.ckpt"],
-        "output": None,
-        "weights": [1, 2],
-        "dtype": None,
-        "strict": True,
-        "trust": False,
-        "allow_nonfinite": False,
-        "overwrite": False,
-        "progress": False,
-    },
-    "extract_weights": {"checkpoint_path": "1.ckpt", "which": "raw", "name": "ema", "trust": False},
-    "greedy_soup": {"paths": ["1.ckpt", "2.ckpt"], "score": lambda state: 1.0, "mode": "max", "trust": False},
-    "select_checkpoints": {
-        "dirpath": ".",
-        "last": 1,
-        "best": None,
-        "min_step": None,
-        "max_step": None,
-        "min_epoch": None,
-        "max_epoch": None,
-    },
-    "synthesize_ema": {"dirpath": "snapshots", "sigma_rel": 0.1, "step": None, "progress": False},
-}
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -280,17 +131,17 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("files")
 @pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning")
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_a_function_of_files_refuses_a_hostile_argument(name, record_property):
     function, tried = getattr(lightning_plugins, name), 0
-    assert set(FILES[name]) == set(inspect.signature(function).parameters)
-    assert function(**FILES[name])
-    for argument in FILES[name]:
+    assert set(FUNCTIONS[name]) == set(inspect.signature(function).parameters)
+    assert function(**FUNCTIONS[name])
+    for argument in FUNCTIONS[name]:
         for value in HOSTILE:
             given = HOSTILE[value]()
             if callable(given) and argument == "score":
                 continue  # what a user's own function raises is the user's
-            message = outcome(function, {**FILES[name], argument: given})
+            message = outcome(function, {**FUNCTIONS[name], argument: given})
             if message is not None:
                 assert "`" in message or "does not exist" in message or "is not a dir" in message, (argument, value)
                 assert len(message) < 1500, (argument, value)
@@ -341,7 +192,7 @@ def works(made):
             assert 0 <= rule(step) <= 1
         assert pickle.loads(pickle.dumps(made)) == made
         assert hash(made) == hash(copy.copy(made))
-    elif isinstance(made, Callback):
+    elif isinstance(made, CallbackOfBoth):
         assert made.state_key == str(made.state_key)
     elif isinstance(made, ScheduleLR):
         assert all(math.isfinite(rate) and rate >= 0 for rate in made.get_last_lr())

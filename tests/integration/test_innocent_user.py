@@ -20,9 +20,9 @@ import pytest
 import pytorch_lightning
 import torch
 
+from tests.support.cases import CALLBACKS, make
 from tests.support.traces import of_module, of_optimizer, of_process, of_trainer
 from tests.support.training import make_trainer
-from tests.test_architecture import CALLBACKS
 
 ROOT = Path(__file__).parents[2]
 NAMESPACES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
@@ -138,7 +138,7 @@ def left(module, trainer):
 
 
 def made(name):
-    return [CALLBACKS[each][0]() for each in (sorted(CALLBACKS) if name == STACK else [name])]
+    return [make(each) for each in (sorted(CALLBACKS) if name == STACK else [name])]
 
 
 @pytest.fixture
