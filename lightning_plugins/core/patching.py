@@ -7,6 +7,7 @@ any effect. Here the name is read first, and a missing one is an error.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -36,11 +37,25 @@ def read(owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError as error:
+        if error.name is not None:  # of what a property asks for, if it is one
+            owner, name = error.obj, error.name
         kind = owner if isinstance(owner, type) else type(owner)
         raise MissingNameError(
             f"`{kind.__name__}` of {_release(kind)} has no attribute `{name}`, which lightning_plugins relies on. "
             "Install a release that it declares to support, or a newer lightning_plugins."
         ) from error
+
+
+def check_exists(owner: Any, name: str) -> None:
+    """Raise what :func:`read` would, without running the code of a property.
+
+    Raises:
+        MissingNameError: If there is no such attribute.
+    """
+    try:
+        inspect.getattr_static(owner, name)
+    except AttributeError:
+        read(owner, name)
 
 
 class Patches:

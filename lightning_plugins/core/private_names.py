@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_plugins.core.patching import read
+from lightning_plugins.core.patching import check_exists, read
 
 
 @dataclass(frozen=True)
@@ -30,70 +30,130 @@ class ForeignName:
     reason: str
 
 
+def _of(technique: str, *rows: tuple[str, str, str]) -> tuple[ForeignName, ...]:
+    """Return the entries of a technique: (owner, its attributes, what for)."""
+    return tuple(
+        ForeignName(owner, name, (technique,), reason) for owner, names, reason in rows for name in names.split()
+    )
+
+
+_FIT, _EPOCH = "trainer.fit_loop", "trainer.fit_loop.epoch_loop"
+_AUTOMATIC, _MANUAL = f"{_EPOCH}.automatic_optimization", f"{_EPOCH}.manual_optimization"
+_VALIDATION = f"{_EPOCH}.val_loop"
+
 FOREIGN_NAMES: tuple[ForeignName, ...] = (
-    # core
-    ForeignName(
-        "trainer.profiler", "profile", ("core",), "a Trainer without a profiler enters an empty context cheaply"
+    *_of(
+        "core",
+        ("trainer", "callbacks", "ours are put in order"),
+        ("trainer.profiler", "profile", "a Trainer without a profiler enters an empty context cheaply"),
+        (_FIT, "run", "a fit with nothing left to train calls no hook"),
+        (
+            "torch.nn.Module()",
+            "_parameters _buffers _non_persistent_buffers_set",
+            "tensors by their owner, with no copy",
+        ),
+        ("torch.Tensor", "grad", "gradients are kept, put back and dropped"),
+        ("torchmetrics.MeanMetric()", "_update_count", "how many updates a copied metric holds"),
+        ("torchmetrics.MeanMetric()", "_computed", "the value that was computed from its states"),
+        ("torchmetrics.MeanMetric()", "_forward_cache", "the value of the last batch"),
+        ("torchmetrics.MeanMetric()", "_cache _is_synced", "a metric's own states while it is synced"),
+        ("lightning.pytorch.strategies.ModelParallelStrategy", "_device_mesh", "ranks that see different data"),
     ),
-    ForeignName("trainer.fit_loop", "run", ("core",), "a fit with nothing left to train calls no hook"),
-    ForeignName("torchmetrics.MeanMetric()", "_update_count", ("core",), "how many updates a copied metric holds"),
-    ForeignName("torchmetrics.MeanMetric()", "_computed", ("core",), "the value that was computed from its states"),
-    ForeignName("torchmetrics.MeanMetric()", "_forward_cache", ("core",), "the value of the last batch"),
-    ForeignName("torchmetrics.MeanMetric()", "_cache", ("core",), "a metric's own states while it is synced"),
-    ForeignName("torchmetrics.MeanMetric()", "_is_synced", ("core",), "whether it is"),
-    # events
-    *(
-        ForeignName(owner, name, ("events",), reason)
-        for owner, name, reason in (
-            ("trainer.fit_loop", "_can_stop_early", "whether a stop that was asked for ends the training"),
-            ("trainer.fit_loop", "min_epochs", "CancelFit ends the fit although it asks for more"),
-            ("trainer.fit_loop.epoch_loop", "min_steps", "CancelFit ends the fit although it asks for more"),
-            ("trainer.fit_loop.epoch_loop", "_is_training_done", "whether the batch at hand is the epoch's last"),
-            ("trainer.fit_loop.epoch_loop", "_num_ready_batches_reached", "whether an epoch ends without a cancel"),
-            ("trainer.fit_loop.epoch_loop", "_should_accumulate", "a batch that is left out takes no step"),
-            ("trainer.fit_loop.epoch_loop", "_should_check_val_epoch", "whether the epoch has a validation"),
-            ("trainer.fit_loop.epoch_loop", "_should_check_val_fx", "a cancelled training is validated, an epoch not"),
-            ("trainer.fit_loop.epoch_loop", "update_lr_schedulers", "an epoch that was left has its scheduler step"),
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "run", "a cancelled batch has no training step"),
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_zero_grad_fn", "its window begins anyway"),
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_optimizer_step", "its step is still attempted"),
-            ("trainer.fit_loop.epoch_loop.manual_optimization", "run", "a cancelled batch has no training step"),
-            ("trainer.fit_loop.epoch_loop.val_loop", "_has_run", "a validation that was left counts as one that ran"),
-            ("trainer.strategy", "training_step", "the loss is known before the update"),
-            ("trainer.strategy", "validation_step", "a validation batch that is cancelled ends within its step"),
-            ("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", "its gradients of an open window are dropped"),
-        )
+    *_of(
+        "accumulation",
+        ("trainer", "accumulate_grad_batches", "Lightning steps after so many batches"),
+        (_FIT, "setup_data", "an effective batch size needs the loader in `configure_optimizers`"),
+        (_FIT, "_skip_backward", "an epoch that only refreshes statistics (SWA) has no windows"),
+        (_EPOCH, "_should_accumulate", "a carried window does not end with an epoch"),
+        (_EPOCH, "_num_ready_batches_reached", "the last window ends with the run"),
+        (_AUTOMATIC, "_make_zero_grad_fn", "nor does it begin with one"),
+        (f"{_EPOCH}.batch_progress.total", "started", "batches that have a place in a window"),
+        ("torch", "_foreach_mul_", "one kernel scales all gradients"),
     ),
-    # accumulation
-    *(
-        ForeignName(owner, name, ("accumulation",), reason)
-        for owner, name, reason in (
-            ("trainer.fit_loop", "setup_data", "an effective batch size needs the loader in `configure_optimizers`"),
-            ("trainer.fit_loop", "_skip_backward", "an epoch that only refreshes statistics (SWA) has no windows"),
-            ("trainer.fit_loop.epoch_loop", "_should_accumulate", "a carried window does not end with an epoch"),
-            ("trainer.fit_loop.epoch_loop", "_num_ready_batches_reached", "the last window ends with the run"),
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_zero_grad_fn", "nor does it begin with one"),
-            ("trainer.fit_loop.epoch_loop.batch_progress.total", "started", "batches that have a place in a window"),
-        )
+    *_of(
+        "checkpoints",
+        ("trainer", "loggers validating", "a validation of its own is logged nowhere"),
+        ("trainer.state", "stage", "the stage before a validation of its own is put back"),
+        ("trainer", "_logger_connector", "the validation's values, and those of the run kept apart"),
+        ("trainer._logger_connector", "_callback_metrics", "the validation's values, and those of the run kept apart"),
+        (
+            "lightning.pytorch.loops.training_epoch_loop",
+            "_last_val_time",
+            "a validation of its own does not count as the run's",
+        ),
+        (_FIT, "_combined_loader", "the training data, for the statistics of batch normalization"),
+        (_VALIDATION, "batch_progress _restarting", "a validation of its own begins at its first batch"),
+        ("lightning.pytorch.LightningModule", "_on_before_batch_transfer", "the module's hooks of a batch"),
+        ("torchmetrics.MeanMetric()", "_defaults", "the names of a metric's states"),
+        ("torch.nn.BatchNorm1d()", "momentum training", "statistics as a plain mean over batches"),
+        ("torch.nn.Module", "_metadata", "the versions of layers in a state dict"),
+        ("torch.TypedStorage", "_pickle_storage_type", "the name of a storage's type in a file"),
+        ("pickle", "_Unpickler", "the one in Python can be held to what a checkpoint may contain"),
+        ("zipfile.ZipFile", "fp", "a file that failed gets no directory at its end"),
+        ("zipfile.ZipInfo", "extra", "tensors begin at multiples of 64 bytes"),
     ),
-    # microbatching
-    *(
-        ForeignName(owner, name, ("microbatching",), reason)
-        for owner, name, reason in (
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_closure", "a batch that runs in pieces"),
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_zero_grad_fn", "zeroes once for all pieces"),
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_make_backward_fn", "the backward of a piece"),
-            ("trainer.fit_loop.epoch_loop.automatic_optimization", "_training_step", "the forward of a piece"),
-            (
-                "trainer.fit_loop.epoch_loop.automatic_optimization",
-                "output_result_cls",
-                "the result of the whole batch",
-            ),
-            ("trainer.fit_loop.epoch_loop", "_results", "what is logged"),
-            ("trainer.fit_loop.epoch_loop._results", "update_metrics", "what a piece logs is collected"),
-            ("torchmetrics.MeanMetric()", "_to_sync", "a value of one rank's batch, without the other ranks"),
-            ("torch.nn.modules.batchnorm", "_BatchNorm", "every batch normalization, to warn of its pieces"),
-        )
+    *_of(
+        "cli",
+        ("argparse", "_SubParsersAction", "the type of what `add_subparsers` returns"),
+    ),
+    *_of(
+        "ema",
+        ("torch", "_foreach_copy_ _foreach_lerp_", "one kernel updates all tensors"),
+        ("torch.Tensor", "_version", "whether a tensor was written to since"),
+        ("lightning.pytorch.Callback", "_generate_state_key", "the key of the saved state"),
+        (
+            "lightning.pytorch.strategies.ModelParallelStrategy",
+            "_save_distributed_checkpoint",
+            "whether a checkpoint is a file or a folder of each rank's parts",
+        ),
+    ),
+    *_of(
+        "events",
+        ("trainer", "should_stop", "CancelFit ends the fit after this epoch"),
+        (_FIT, "_can_stop_early", "whether a stop that was asked for ends the training"),
+        (_FIT, "min_epochs", "CancelFit ends the fit although it asks for more"),
+        (_EPOCH, "min_steps", "CancelFit ends the fit although it asks for more"),
+        (_EPOCH, "_is_training_done", "whether the batch at hand is the epoch's last"),
+        (_EPOCH, "_num_ready_batches_reached", "whether an epoch ends without a cancel"),
+        (_EPOCH, "_should_accumulate", "a batch that is left out takes no step"),
+        (_EPOCH, "_should_check_val_epoch", "whether the epoch has a validation"),
+        (_EPOCH, "_should_check_val_fx", "a cancelled training is validated, an epoch not"),
+        (_EPOCH, "update_lr_schedulers", "an epoch that was left has its scheduler step"),
+        (f"{_EPOCH}.batch_progress", "is_last_batch", "the batch at hand becomes the epoch's last"),
+        (_AUTOMATIC, "run", "a cancelled batch has no training step"),
+        (_AUTOMATIC, "_make_zero_grad_fn", "its window begins anyway"),
+        (_AUTOMATIC, "_optimizer_step", "its step is still attempted"),
+        (_MANUAL, "run", "a cancelled batch has no training step"),
+        (_VALIDATION, "_has_run", "a validation that was left counts as one that ran"),
+        (f"{_VALIDATION}.batch_progress", "is_last_batch", "the batch at hand becomes the validation's last"),
+        ("trainer.strategy", "training_step", "the loss is known before the update"),
+        ("trainer.strategy", "validation_step", "a validation batch that is cancelled ends within its step"),
+        ("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", "gradients of an open window are dropped"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState", "_fsdp_param_groups", "those of a module"),
+        (
+            "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
+            "unsharded_accumulated_grad _unsharded_param",
+            "those that are kept outside of the parameters",
+        ),
+    ),
+    *_of(
+        "microbatching",
+        (_AUTOMATIC, "_make_closure", "a batch that runs in pieces"),
+        (_AUTOMATIC, "_make_zero_grad_fn", "zeroes once for all pieces"),
+        (_AUTOMATIC, "_make_backward_fn", "the backward of a piece"),
+        (_AUTOMATIC, "_training_step", "the forward of a piece"),
+        (_AUTOMATIC, "output_result_cls", "the result of the whole batch"),
+        ("lightning.pytorch.loops.optimization.automatic.ClosureResult", "closure_loss loss extra", "its parts"),
+        (_EPOCH, "_results", "what is logged"),
+        (f"{_EPOCH}._results", "update_metrics batch batch_size", "what a piece logs is collected"),
+        ("torchmetrics.MeanMetric()", "_to_sync", "a value of one rank's batch, without the other ranks"),
+        ("torch.nn.modules.batchnorm", "_BatchNorm", "every batch normalization, to warn of its pieces"),
+        ("torch.nn.parallel.DistributedDataParallel", "require_forward_param_sync", "a trial is each rank's own"),
+        ("builtins.Exception", "args", "an error of memory names its remedy"),
+    ),
+    *_of(
+        "statistics",
+        ("lightning.pytorch.callbacks.TQDMProgressBar()", "_should_update", "the bar is updated as often as it shows"),
     ),
 )
 
@@ -114,4 +174,4 @@ def check_names(trainer: Any, technique: str) -> None:
             owner = trainer
             for part in path:
                 owner = read(owner, part)
-            read(owner, entry.name)
+            check_exists(owner, entry.name)

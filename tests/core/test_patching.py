@@ -9,7 +9,7 @@ import lightning
 import pytest
 import torch
 
-from lightning_plugins.core.patching import MissingNameError, Patches, read
+from lightning_plugins.core.patching import MissingNameError, Patches, check_exists, read
 
 
 class Loop:
@@ -212,3 +212,22 @@ def test_a_missing_name_is_an_error_with_the_class_and_the_release(make, message
 def test_a_class_is_named_as_itself():
     with pytest.raises(MissingNameError, match=r"`Linear` of torch .* has no attribute `gone`"):
         read(torch.nn.Linear, "gone")
+
+
+def test_a_property_that_asks_for_a_missing_name_names_that_one():
+    loop = Loop()
+    del loop._rate
+    with pytest.raises(MissingNameError, match=r"`Loop` of .* has no attribute `_rate`"):
+        read(loop, "rate")
+
+
+def test_a_property_is_found_without_running_it():
+    class Never:
+        @property
+        def now(self):
+            raise RuntimeError("was run")
+
+    check_exists(Never(), "now")
+    check_exists(torch.nn.Linear(1, 1), "weight")  # found by `__getattr__`
+    with pytest.raises(MissingNameError, match=r"`Never` of .* has no attribute `then`"):
+        check_exists(Never(), "then")
