@@ -1,4 +1,4 @@
-"""What every technique costs somebody whose run ends, fails or is interrupted: nothing that stays.
+"""What a run with any technique leaves behind when it ends, fails or is interrupted: nothing.
 
 Each run is compared with one of a bare Trainer that ends the same way, and each process with itself before the run.
 """
@@ -20,6 +20,7 @@ import pytest
 import pytorch_lightning
 import torch
 
+from tests.support.callback_runs import loader, make_classifier
 from tests.support.cases import CALLBACKS, make
 from tests.support.traces import of_module, of_optimizer, of_process, of_trainer
 from tests.support.training import make_trainer
@@ -52,47 +53,6 @@ pytestmark = [
 ]
 
 
-class Batches(torch.utils.data.Dataset):
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        return torch.full((4,), float(index)), index % 2
-
-
-def user_module(namespace, scheduled):
-    """A module of somebody who knows nothing of this package; ``scheduled``: with a scheduler of torch's own."""
-
-    class User(namespace.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-            self.register_buffer("mine", torch.zeros(1))
-
-        def forward(self, x):
-            return self.layer(x)
-
-        def training_step(self, batch, batch_idx):
-            logits = self(batch[0])
-            loss = torch.nn.functional.cross_entropy(logits, batch[1])
-            self.log("val_loss" if self.trainer.validating or self.trainer.sanity_checking else "loss", loss.detach())
-            return {"loss": loss, "logits": logits, "target": batch[1]}
-
-        validation_step = test_step = training_step
-
-        def predict_step(self, batch, batch_idx):
-            return self(batch[0])
-
-        def configure_optimizers(self):
-            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-            if not scheduled:
-                return self.optimizer
-            scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
-            return [self.optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    return User()
-
-
 def break_at(module, name, error, number):
     """Make the module's hook ``name`` raise ``error`` at its call of that number."""
     kind, calls = type(module), []
@@ -116,10 +76,10 @@ def interrupted(message):
 
 def run(namespace, end, callbacks, *, scheduled=False):
     """Fit until the end; return the module and the Trainer."""
-    module = user_module(namespace, scheduled)
+    module = make_classifier(namespace, scheduled=scheduled)
     if end is not None:
         break_at(module, *end)
-    data = torch.utils.data.DataLoader(Batches(), batch_size=2)
+    data = loader()
     saving = namespace.callbacks.ModelCheckpoint(Path("checkpoints"), save_top_k=-1)
     trainer = make_trainer(
         Path.cwd(), namespace, callbacks=[*callbacks, saving], max_epochs=2, enable_checkpointing=True
@@ -207,9 +167,9 @@ def test_another_modules_evaluation_is_left_alone(call):
     found = []
     for callbacks in ([], made(STACK)):
         trainer = run(lightning.pytorch, None, callbacks)[1]
-        other = user_module(lightning.pytorch, scheduled=False)
+        other = make_classifier(lightning.pytorch, scheduled=False)
         weights, process = copy.deepcopy(other.state_dict()), set(of_process())
-        getattr(trainer, call)(other, torch.utils.data.DataLoader(Batches(), batch_size=2))
+        getattr(trainer, call)(other, loader())
         found.append({*of_module(other), *sorted(set(of_process()) - process)})
         assert all(torch.equal(weights[name], tensor) for name, tensor in other.state_dict().items())
     assert sorted(found[1] - found[0]) == []
