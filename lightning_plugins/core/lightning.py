@@ -7,7 +7,6 @@ Objects that a user hands over are recognised by what they have, never by their 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, r
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_plugins.core.run_length import AccumulationPlan, RunLength, count_steps
-
 __all__ = [
     "Callback",
     "CallbackOfBoth",
@@ -37,7 +34,6 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
-    "run_length",
     "sum_over_ranks",
     "torch_optimizers",
 ]
@@ -203,66 +199,3 @@ def logged_by_module(trainer: Trainer, *, on_step: bool) -> dict[str, Tensor]:
         for name, value in logged.items()
         if not (name.endswith(("_step", "_epoch")) and name.rpartition("_")[0] in logged)
     }
-
-
-def run_length(trainer: Trainer, batch_idx: int | None = None) -> RunLength:
-    """Return how many optimizer steps the fit has when it ends, those already taken included.
-
-    Right whatever the order of callbacks: every callback is asked for its plan, whether it has acted yet or not.
-
-    Args:
-        trainer: The Trainer, in ``on_train_start`` or later: only then are the training data and the position of a
-            resumed run known.
-        batch_idx: Batches of the current epoch that are done, where the hook knows; ``None``: from the progress.
-    """
-    batches, epochs, max_steps = trainer.num_training_batches, trainer.max_epochs, trainer.max_steps
-    plan, who = _accumulation_plan(trainer)
-    limit = None if max_steps == -1 else max_steps
-    if math.isinf(batches):
-        reason = "the length of the training data is unknown"
-        return RunLength(limit, None, f"max_steps={max_steps}" if limit is not None else reason)
-    per_epoch = count_steps(plan, batches_per_epoch=int(batches), epochs=1)
-    if epochs is None or epochs == -1:
-        source = f"max_steps={max_steps}" if limit is not None else "max_epochs=-1: the run has no end"
-        return RunLength(limit, per_epoch, source)
-    total = count_steps(
-        plan,
-        batches_per_epoch=int(batches),
-        epochs=epochs,
-        epoch=trainer.current_epoch,
-        batch=_batches_done(trainer, int(batches)) if batch_idx is None else batch_idx,
-        step=trainer.global_step,
-    )
-    if limit is not None and limit < total:
-        return RunLength(limit, per_epoch, f"max_steps={max_steps}")
-    default = " (what an unset max_epochs means)" if epochs == 1000 else ""
-    return RunLength(total, per_epoch, f"max_epochs={epochs}{default} of {int(batches)} batches, {who}")
-
-
-def _batches_done(trainer: Trainer, batches_per_epoch: int) -> int:
-    """Return how many batches of the current epoch are done, when training starts.
-
-    The epoch's own counter still shows the previous epoch when a run goes on at an epoch's beginning, so the total is
-    asked first; the epoch's own helps where epochs had different lengths.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    done = progress.total.ready - trainer.current_epoch * batches_per_epoch
-    return done if 0 <= done <= batches_per_epoch else progress.current.ready % batches_per_epoch
-
-
-def _accumulation_plan(trainer: Trainer) -> tuple[AccumulationPlan, str]:
-    """Return the run's accumulation and who sets it."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
-        ask = getattr(callback, "accumulation_plan", None)
-        plan = ask(trainer) if callable(ask) else _scheduler_plan(callback)
-        if plan is not None:
-            return plan, f"accumulation by {type(callback).__name__}"
-    number = trainer.accumulate_grad_batches
-    return AccumulationPlan(((0, number),)), f"{number} a step" if number > 1 else "one a step"
-
-
-def _scheduler_plan(callback: Any) -> AccumulationPlan | None:
-    """Return the plan of Lightning's own ``GradientAccumulationScheduler``, of either namespace."""
-    if not hasattr(callback, "get_accumulate_grad_batches"):
-        return None
-    return AccumulationPlan(tuple(sorted(callback.scheduling.items())), unit="epoch")

@@ -1,13 +1,17 @@
-"""How long a run is, in optimizer steps: the arithmetic of accumulation windows.
+"""How long a run is, in optimizer steps: from where it stands and what lies ahead.
 
 A *window* is the batches of one optimizer step. Lightning ends a window when the number of batches since the epoch
-began is a multiple of the accumulation, and at the epoch's last batch. Nothing here knows a Trainer.
+began is a multiple of the accumulation, and at the epoch's last batch. A Trainer is recognized by what it has.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from lightning_plugins.core.validation import one_of, shown, true_or_false, whole_number
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class AccumulationPlan:
     """How many batches make one optimizer step, over the course of a run.
 
     A callback that sets the accumulation tells its plan through a method ``accumulation_plan(trainer)``, which
-    :func:`lightning_plugins.core.lightning.run_length` asks of every callback; a foreign callback may offer it too.
+    :func:`run_ahead` asks of every callback; a foreign callback may offer it too.
 
     Args:
         changes: ``((position, batches), ...)`` in ascending order, the first at position 0: from that position on,
@@ -36,6 +40,10 @@ class AccumulationPlan:
         """Return the number of batches in the window of optimizer step ``step`` in epoch ``epoch``."""
         position = epoch if self.unit == "epoch" else step
         return next(number for start, number in reversed(self.changes) if start <= position)
+
+    def is_final(self, epoch: int, step: int) -> bool:
+        """Return whether no change lies ahead of that epoch and step."""
+        return self.changes[-1][0] <= (epoch if self.unit == "epoch" else step)
 
     def _steps_to_next_change(self, step: int) -> int | None:
         if self.unit == "epoch":
@@ -83,6 +91,8 @@ def count_steps(
             batch = min((batch // size + taken) * size, batches_per_epoch)
             step += taken
         batch = 0
+        if plan.is_final(current, step):  # the epochs that are left are alike
+            return step + (epochs - current - 1) * -(-batches_per_epoch // plan.batches(current, step))
     return step
 
 
@@ -104,11 +114,126 @@ def _whole_windows(plan: AccumulationPlan, batches_per_epoch: int, batches: rang
 
 
 @dataclass(frozen=True)
+class RunEnd:
+    """What ends a run, as its user has set it.
+
+    Args:
+        max_epochs: ``None``: no number of epochs does.
+        max_steps: ``None``: no number of steps does.
+    """
+
+    max_epochs: int | None
+    max_steps: int | None
+
+
+@dataclass(frozen=True)
+class RunAhead:
+    """What lies ahead of a run, seen from where it stands.
+
+    Args:
+        batches_per_epoch: Batches of an epoch from here on, ``None`` when unknown.
+        accumulation: How they make steps.
+        epoch: The epoch that the run is in, from 0.
+        batch: Batches of that epoch that are over.
+        step: Steps taken.
+    """
+
+    batches_per_epoch: int | None
+    accumulation: AccumulationPlan
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+    def total_steps(self, end: RunEnd) -> int | None:
+        """Return the steps of the whole run, those taken included, or ``None`` when that cannot be known."""
+        if self.batches_per_epoch is None or end.max_epochs is None:
+            return end.max_steps
+        total = self._steps_until(end.max_epochs)
+        return total if end.max_steps is None else min(total, end.max_steps)
+
+    def steps_of_epochs(self, epochs: float) -> float:
+        """Return the steps of the run's first ``epochs`` epochs, those that are over as they were.
+
+        Where they differed from each other, the past ones count as equally long; 0 where the length is not known.
+        """
+        if self.step == 0 and len(self.accumulation.changes) == 1 and not self.accumulation.carry:
+            return epochs * self._steps_until(1)
+        whole = math.floor(epochs)
+        begin, end = self._steps_until(whole), self._steps_until(whole + 1)
+        return begin + (epochs - whole) * (end - begin)
+
+    def continues(self, other: RunAhead) -> bool:
+        """Return whether batches make steps as they do in ``other``, wherever the two stand."""
+        return (self.batches_per_epoch, self.accumulation) == (other.batches_per_epoch, other.accumulation)
+
+    def as_state(self) -> dict[str, Any]:
+        """Return plain numbers, texts and lists for a checkpoint."""
+        plan = self.accumulation
+        return {
+            "batches_per_epoch": self.batches_per_epoch,
+            "accumulation": [list(change) for change in plan.changes],
+            "unit": plan.unit,
+            "carry": plan.carry,
+            "stands": [self.epoch, self.batch, self.step],
+        }
+
+    @classmethod
+    def from_state(cls, name: str, state: Any) -> RunAhead:
+        """Return what :meth:`as_state` has described, checked like arguments.
+
+        Args:
+            name: What the state is called, for messages.
+            state: From a checkpoint.
+
+        Raises:
+            TypeError: If a value has the wrong type.
+            ValueError: If one is missing or out of range.
+        """
+        try:
+            batches, changes = state["batches_per_epoch"], [tuple(change) for change in state["accumulation"]]
+            unit, carry, (epoch, batch, step) = state["unit"], state["carry"], state["stands"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"`{name}` must describe what lies ahead of a run, got {shown(state)}.") from error
+        if not changes or any(len(change) != 2 for change in changes) or changes[0][0] != 0:
+            raise ValueError(f"`{name}` must have pairs of numbers from position 0 on, got {shown(changes)}.")
+        pairs = [
+            (whole_number(f"{name} position", position), whole_number(f"{name} batches", number, at_least=1))
+            for position, number in changes
+        ]
+        unit = one_of(f"{name} unit", unit, ("epoch", "step"))
+        plan = AccumulationPlan(tuple(sorted(pairs)), unit, true_or_false(f"{name} carry", carry))  # type: ignore[arg-type]
+        return cls(
+            None if batches is None else whole_number(f"{name} batches_per_epoch", batches),
+            plan,
+            *(
+                whole_number(f"{name} {what}", value)
+                for what, value in zip(("epoch", "batch", "step"), (epoch, batch, step), strict=True)
+            ),
+        )
+
+    def _steps_until(self, epochs: int) -> int:
+        """Return the steps taken when ``epochs`` epochs are over."""
+        batches = self.batches_per_epoch or 0
+        if epochs > self.epoch or (epochs == self.epoch and self.batch == 0):
+            return count_steps(
+                self.accumulation,
+                batches_per_epoch=batches,
+                epochs=epochs,
+                epoch=self.epoch,
+                batch=self.batch,
+                step=self.step,
+            )
+        inside = self.batch // self.accumulation.batches(self.epoch, self.step)
+        before = max(self.step - inside, 0)
+        return before * epochs // self.epoch if self.epoch else 0
+
+
+@dataclass(frozen=True)
 class RunLength:
     """How long a run is and how that is known.
 
     Args:
-        total_steps: Optimizer steps from the run's first to its last, ``None`` when nobody can know.
+        total_steps: Optimizer steps from the run's first to its last, ``None`` when that cannot be known.
         steps_per_epoch: Optimizer steps of the first epoch, ``None`` when unknown.
         source: Where the numbers come from, for a log line or an error message.
     """
@@ -116,3 +241,84 @@ class RunLength:
     total_steps: int | None
     steps_per_epoch: int | None
     source: str
+
+
+def run_length(trainer: Any) -> RunLength:
+    """Return how many optimizer steps the fit has when it ends, those already taken included.
+
+    Right whatever the order of callbacks: every callback is asked for its plan, whether it has acted yet or not.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start`` or later: only then are the training data and the position of a
+            resumed run known.
+    """
+    ahead = run_ahead(trainer)
+    per_epoch = None if ahead.batches_per_epoch is None else int(ahead.steps_of_epochs(1))
+    return RunLength(ahead.total_steps(run_end(trainer)), per_epoch, source_of_length(trainer))
+
+
+def run_end(trainer: Any) -> RunEnd:
+    """Return what ends a Trainer's run."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    return RunEnd(None if epochs in (None, -1) else epochs, None if steps == -1 else steps)
+
+
+def run_ahead(trainer: Any, batch_idx: int | None = None) -> RunAhead:
+    """Return what lies ahead of a Trainer's run.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start`` or later.
+        batch_idx: Batches of the current epoch that are over, where the hook knows; ``None``: from the progress.
+    """
+    batches = trainer.num_training_batches
+    return RunAhead(
+        None if math.isinf(batches) else int(batches),
+        _accumulation(trainer)[0],
+        trainer.current_epoch,
+        _batches_over(trainer) if batch_idx is None else batch_idx,
+        trainer.global_step,
+    )
+
+
+def source_of_length(trainer: Any) -> str:
+    """Return where a Trainer's length comes from, for a log line or an error message."""
+    batches, end = trainer.num_training_batches, run_end(trainer)
+    by_steps = f"max_steps={end.max_steps}"
+    if math.isinf(batches):
+        return "the length of the training data is unknown" if end.max_steps is None else by_steps
+    if end.max_epochs is None:
+        return "max_epochs=-1: the run has no end" if end.max_steps is None else by_steps
+    ahead = run_ahead(trainer)
+    if end.max_steps is not None and end.max_steps < (ahead.total_steps(RunEnd(end.max_epochs, None)) or 0):
+        return by_steps
+    default = " (what an unset max_epochs means)" if end.max_epochs == 1000 else ""
+    return f"max_epochs={end.max_epochs}{default} of {int(batches)} batches, {_accumulation(trainer)[1]}"
+
+
+def _batches_over(trainer: Any) -> int:
+    """Return how many batches of the current epoch are over, when training starts.
+
+    Between two epochs the counter of batches still shows the last one's.
+    """
+    progress = trainer.fit_loop.epoch_progress.current
+    begun = progress.ready > progress.processed
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.processed) if begun else 0
+
+
+def _accumulation(trainer: Any) -> tuple[AccumulationPlan, str]:
+    """Return the run's accumulation and what sets it."""
+    for callback in trainer.callbacks:
+        ask = getattr(callback, "accumulation_plan", None)
+        plan = ask(trainer) if callable(ask) else _plan_of_scheduler(callback)
+        if plan is not None:
+            return plan, f"accumulation by {type(callback).__name__}"
+    number = trainer.accumulate_grad_batches
+    return AccumulationPlan(((0, number),)), f"{number} a step" if number > 1 else "one a step"
+
+
+def _plan_of_scheduler(callback: Any) -> AccumulationPlan | None:
+    """Return the plan of Lightning's own ``GradientAccumulationScheduler``, of either namespace."""
+    if not hasattr(callback, "get_accumulate_grad_batches"):
+        return None
+    scheduling: Mapping[int, int] = callback.scheduling
+    return AccumulationPlan(tuple(sorted(scheduling.items())), unit="epoch")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ReciprocalSqrt as ReciprocalSqrt,
         RNMTPlus as RNMTPlus,
     )
+    from lightning_plugins.schedules.named_schedulers import NoamLR as NoamLR, WarmupCosineLR as WarmupCosineLR
     from lightning_plugins.schedules.piecewise import (
         Join as Join,
         PiecewiseConstant as PiecewiseConstant,
@@ -52,11 +53,7 @@ if TYPE_CHECKING:
         Shape as Shape,
     )
     from lightning_plugins.schedules.schedule import Schedule as Schedule
-    from lightning_plugins.schedules.scheduler import (
-        NoamLR as NoamLR,
-        ScheduleLR as ScheduleLR,
-        WarmupCosineLR as WarmupCosineLR,
-    )
+    from lightning_plugins.schedules.scheduler import ScheduleLR as ScheduleLR
     from lightning_plugins.schedules.warmup import (
         OneCycle as OneCycle,
         WarmupCosine as WarmupCosine,

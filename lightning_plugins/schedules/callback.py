@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.lightning import (
-    Callback,
     LightningModule,
     LRSchedulerConfig,
     MisconfigurationException,
-    RemainingEnd,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
-    run_length,
     torch_optimizers,
 )
-from lightning_plugins.core.run_length import RunLength
+from lightning_plugins.core.run_length import RunAhead, RunEnd, run_ahead, run_end, source_of_length
 from lightning_plugins.core.validation import (
     LightningPluginsWarning,
     one_of,
@@ -29,30 +27,45 @@ from lightning_plugins.core.validation import (
     true_or_false,
     whole_number,
 )
+from lightning_plugins.schedules.continuation import Course, resolve
 from lightning_plugins.schedules.durations import RunLengthUnknownError, ScheduleTooLongError
-from lightning_plugins.schedules.plateau import Plateau, PlateauState
+from lightning_plugins.schedules.other_schedulers import drives_rates_of, holds, rewrites_base_rates
+from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
 from lightning_plugins.schedules.ramps import Constant
 from lightning_plugins.schedules.schedule import Schedule
-from lightning_plugins.schedules.scheduler import ScheduleLR, check_base_lr, check_schedule, is_own_state
+from lightning_plugins.schedules.scheduler import ScheduleLR, check_base_lr, check_schedule
 
-_VERSION = 1
 _NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which follows the optimizer by itself
-_REWRITE_BASE_RATES = ("CyclicLR", "OneCycleLR")  # torch's; the user's own rate is lost in their groups
 
 
 class LearningRateScheduler(Callback):
     """Sets the learning rate of every optimizer step: max(base * schedule(t) * plateau, min_lr).
 
     The length of the run is found when training starts, whatever sets it (``max_steps``, ``max_epochs``, accumulation
-    by the Trainer or by a callback), and is logged with its source. If the accumulation changes in a way that nobody
-    announced, the schedule is stretched to the new length.
+    by the Trainer or by a callback), and is logged with its source. When it changes (a loader of another length, other
+    accumulation, an epoch that was left), the schedule goes on from the value where it stands and ends with the run. A
+    longer horizon (more epochs or steps on resume) is followed from the next step on.
 
-    *When.* The rate of step t is in the optimizer when step t runs, from the first on. It changes once per optimizer
-    step, not per batch. *Checkpoint.* The position is saved with the Trainer's other learning-rate schedulers, the
-    plateau's state under this callback's key; the curve itself comes from the arguments, so a run that is resumed with
-    a longer horizon follows the new curve at once. Added to a run that is resumed from a checkpoint without it, it
-    starts at the steps already taken. *Distributed.* Every rank computes the same rates; a monitored metric is rank
-    zero's. *Cost.* About what a torch scheduler costs.
+    A rate that was written elsewhere (by a finetuning callback, a search, your code) is that group's rate at this step,
+    and its base rate from there on is rate / schedule(t). timm's ``lr_scale`` of a group multiplies its rate.
+
+    When:
+        The rate of step t is in the optimizer when step t runs, from the first on. It changes once per optimizer step,
+        not per batch.
+
+    Checkpoint:
+        The position is saved with the Trainer's other learning-rate schedulers; the plateau's state and what lay ahead
+        of the run under this callback's key; the curve itself comes from the arguments. Added to a run that is resumed
+        from a checkpoint without it, it starts at the steps already taken.
+
+    Distributed:
+        Every rank computes the same rates; a monitored metric is rank zero's.
+
+    Cost:
+        About what a torch scheduler costs.
+
+    Does not compose with:
+        Another scheduler of the same rates, unless it is replaced (``existing``).
 
     Args:
         schedule: Factor by step; lengths may be shares of the run.
@@ -60,7 +73,7 @@ class LearningRateScheduler(Callback):
             resume the checkpoint's.
         min_lr: Absolute rate below which no group falls, at least 0; it lifts the warm-up too.
         optimizer: Index of the optimizer to schedule; ``None``: all. Lightning steps several optimizers only in
-            manual optimisation, where the rate follows each optimizer's own steps; there the length of the run cannot
+            manual optimization, where the rate follows each optimizer's own steps; there the length of the run cannot
             be known, so give lengths in steps.
         plateau: Multiplies the schedule by a factor that shrinks when a metric stalls.
         existing: What to do with an optimizer that ``configure_optimizers`` already schedules: ``"refuse"``, or
@@ -71,19 +84,22 @@ class LearningRateScheduler(Callback):
         record: Whether to keep every step's rate in :attr:`lrs`.
 
     Attributes:
-        lrs: With ``record=True`` the rate of every step that this process took: a float, or a tuple when the optimizer
-            has several groups.
-        resolved: The schedule with its lengths in steps, once training has started.
+        lrs: With ``record=True`` the rate that each step of this process ran with: a float, or a tuple when the
+            optimizer has several groups.
+        resolved: The schedule with its lengths in steps for the run as it is known now, once training has started.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If one is out of range.
-        MisconfigurationException: When the fit starts, if the schedule clashes with the module or the Trainer.
+        MisconfigurationException: When the fit starts, if the schedule clashes with the module or the Trainer; at the
+            end of the first epoch with a validation, if the plateau's metric was not logged.
 
     Example:
         >>> from lightning_plugins import LearningRateScheduler, WarmupCosine
         >>> scheduler = LearningRateScheduler(WarmupCosine(warmup="5%", hold="5%"))
     """
+
+    stage = Stage.RATES
 
     def __init__(
         self,
@@ -108,127 +124,129 @@ class LearningRateScheduler(Callback):
         self.existing = one_of("existing", existing, ("refuse", "replace"))
         self.clock = one_of("clock", clock, ("attempted", "applied"))
         self.record = true_or_false("record", record)
-        self._state_key = f"LearningRateScheduler[optimizer={self.optimizer}]"  # Lightning reads it at every hook
+        super().__init__(optimizer=self.optimizer)
         self.lrs: list[float | tuple[float, ...]] = []
         self.resolved: Schedule | None = None
-        self._schedulers: list[_TrainerLR] = []
+        self._schedulers: list[ScheduleLR] = []
+        self._optimizers: list[Optimizer] = []  # the Trainer's list as last seen: another one may hold others
+        self._left: list[Optimizer] = []  # those whose rates another scheduler has taken over in mid-fit
+        self._course: Course | None = None
         self._accumulation = 0
         self._epoch_begins = True
-        self._announces = False  # whether steps may be skipped unseen: manual optimisation under a gradient scaler
-        self._plateau_state = PlateauState()
-        self._metric: Any = None  # the monitored metric as last seen: a new one is another object
-        self._validated = False  # whether it is validation that logs it
-        self._end = RemainingEnd()
+        self._announces = False  # whether steps may be skipped unseen: manual optimization under a gradient scaler
+        self._watch = None if plateau is None else PlateauWatch(plateau)
 
-    @property
-    def state_key(self) -> str:
-        """One key for each choice of optimizer."""
-        return self._state_key
+    # -- hooks, in the order in which they fire
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the plateau's state, if there still is one; the position comes with the Trainer's schedulers."""
-        if self.plateau is not None:
-            self._plateau_state = PlateauState(*state_dict["plateau"])
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget another run; a state of this one is loaded later."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.global_step == 0:
+            self._course = None
+            self._watch = None if self.plateau is None else PlateauWatch(self.plateau)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put a scheduler beside each optimizer; it is told its schedule when the run's length is known."""
-        configs = trainer.strategy.lr_scheduler_configs
+        self._optimizers, self._left = trainer.strategy.optimizers, []
         for optimizer in self._chosen(trainer):
-            self._displace(configs, optimizer)
-            scheduler = _TrainerLR(
-                optimizer,
-                base_lr=self.base_lr,
-                min_lr=self.min_lr,
-                clock=self.clock,
-            )
-            self._schedulers.append(scheduler)
-            configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
-        self._end.watch(trainer, lambda: self.on_train_start(trainer, pl_module))  # for the rate at the end
+            self._displace(trainer.strategy.lr_scheduler_configs, optimizer)
+            self._attach(trainer, optimizer)
+        self.when_nothing_is_left(trainer, lambda: self.on_train_start(trainer, pl_module))  # for the rate at the end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start at the restored position, or at the steps already taken."""
-        self._end.remove()
+        self.training_starts()
         taken = trainer.global_step
-        if not pl_module.automatic_optimization:
+        automatic = pl_module.automatic_optimization
+        if not automatic:
             taken //= max(len(trainer.optimizers), 1)  # there global_step counts every optimizer's
         self.resolved = None  # every fit logs its schedule
-        if taken == 0:  # a new run, whatever this callback did before
+        if taken == 0:
             self.lrs.clear()
-            self._plateau_state = PlateauState()
+        elif any(scheduler.restored is False for scheduler in self._schedulers):
+            rank_zero_info("LearningRateScheduler does not load the state of the scheduler that was here before it.")
         elif not all(scheduler.restored for scheduler in self._schedulers):
             rank_zero_info(f"LearningRateScheduler joins a run that has taken {taken} steps, and starts there.")
         for scheduler in self._schedulers:
-            scheduler.scale = self._plateau_state.factor
+            if taken == 0:
+                scheduler.rebase()
+            scheduler.scale = 1.0 if self._watch is None else self._watch.state.factor
             scheduler.seek(scheduler.position if scheduler.restored else taken)
             # only from here on: to load the state of a sharded optimizer, torch takes a step that is none of the run's
-            scheduler.record = self.lrs.append if self.record else None
+            self._start(scheduler, every_step=not automatic)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._epoch_begins, self._announces = True, scaled and not pl_module.automatic_optimization
+        self._epoch_begins, self._announces = True, scaled and not automatic
+        if self._watch is not None:
+            self._watch.begin()
         self._plan(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look around before the epoch's first step; other callbacks may still act before it."""
+        """Ask for the run's length again: the loader may be another one now."""
         self._epoch_begins = True
+        self._check_monitor(trainer)
+        self._plan(trainer, pl_module, batch_idx=0)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look around before a step: has somebody changed the accumulation, or taken our place?
-
-        In manual optimisation, announce a step that the gradient scaler may skip.
-        """
+        """Announce the step; before it, notice other accumulation, other optimizers and other schedulers."""
+        if self._epoch_begins or trainer.strategy.optimizers is not self._optimizers:
+            self._follow_optimizers(trainer, pl_module)
         if trainer.accumulate_grad_batches != self._accumulation:
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
-        if self._epoch_begins:
-            self._epoch_begins = False
-            self._step_aside(trainer)
-        if self._announces:
-            for scheduler in self._schedulers:
-                if scheduler.optimizer is optimizer:
-                    scheduler.announce()
+        for scheduler in self._schedulers:
+            if self._announces and scheduler.optimizer is optimizer:
+                scheduler.expect()
+            else:
+                scheduler.expected = not self._announces
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """In automatic optimisation, catch up with a step that the gradient scaler skipped."""
+        """In automatic optimization, catch up with a step that the gradient scaler skipped."""
         if pl_module.automatic_optimization and self.clock == "attempted":
             for scheduler in self._schedulers:
-                if scheduler.position != trainer.global_step:
+                if scheduler.last_epoch != trainer.global_step:
                     scheduler.skip_to(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metric as it is, so that only what this validation logs is new."""
-        self._new_metric(trainer)
+        if self._watch is not None:
+            self._watch.look(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show a metric of the validation to the plateau, before checkpoints are written."""
-        if not trainer.sanity_checking:
-            value = self._new_metric(trainer)
-            self._validated |= value is not None
-            self._show_plateau(trainer, value)
+        if self._watch is not None and not trainer.sanity_checking:
+            self._show_plateau(trainer, self._watch, self._watch.after_validation(trainer.callback_metrics))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show a metric of the training epoch to the plateau."""
-        value = self._new_metric(trainer)
-        self._show_plateau(trainer, None if self._validated else value)
+        if self._watch is not None:
+            self._show_plateau(trainer, self._watch, self._watch.after_epoch(trainer.callback_metrics))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the plateau's state, if there is a plateau."""
-        return {} if self.plateau is None else {"version": _VERSION, "plateau": list(self._plateau_state)}
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a metric that never came in a run of one epoch, too."""
+        self._check_monitor(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo: Lightning calls no ``teardown`` after an exception or Ctrl-C."""
-        self._release()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo."""
-        self._release()
-
-    def _release(self) -> None:
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take every hook off the optimizers."""
-        self._end.remove()
         for scheduler in self._schedulers:
             scheduler.close()
-        self._schedulers = []
-        self._metric, self._validated = None, False
+        self._schedulers, self._optimizers, self._left = [], [], []
+
+    # -- state
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what lay ahead of the run, and the plateau's state if there is a plateau."""
+        state: dict[str, Any] = {} if self._course is None else {"run": self._course.as_state()}
+        return state if self._watch is None else {**state, "plateau": list(self._watch.state)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over both, as far as there are any; the position comes with the Trainer's schedulers."""
+        if "run" in state:
+            self._course = Course.from_state(state["run"])
+        if self._watch is not None and "plateau" in state:
+            self._watch.state = PlateauState.from_state(state["plateau"])
+
+    # -- optimizers
 
     def _chosen(self, trainer: Trainer) -> list[Optimizer]:
         optimizers = torch_optimizers(trainer)
@@ -241,9 +259,24 @@ class LearningRateScheduler(Callback):
             )
         return [optimizers[self.optimizer]]
 
+    def _attach(self, trainer: Trainer, optimizer: Optimizer) -> ScheduleLR:
+        """Put a scheduler beside an optimizer, where the Trainer saves it and monitors see it."""
+        base_lr = self.base_lr
+        if isinstance(base_lr, tuple) and trainer.ckpt_path is not None:  # groups that came later may be there already
+            base_lr = base_lr + (None,) * (len(optimizer.param_groups) - len(base_lr))
+        scheduler = ScheduleLR(optimizer, Constant(), base_lr=base_lr, min_lr=self.min_lr, clock=self.clock)
+        scheduler.held = True
+        self._schedulers.append(scheduler)
+        trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
+        return scheduler
+
+    def _start(self, scheduler: ScheduleLR, *, every_step: bool) -> None:
+        scheduler.lrs = self.lrs if self.record else None
+        scheduler.follow(every_step=every_step)
+
     def _displace(self, configs: list[Any], optimizer: Optimizer) -> None:
         """Refuse or remove schedulers of the same rates."""
-        for config in [config for config in configs if _drives_lr_of(config.scheduler, optimizer)]:
+        for config in [config for config in configs if drives_rates_of(config.scheduler, optimizer)]:
             name = type(config.scheduler).__name__
             if self.existing == "refuse":
                 raise MisconfigurationException(
@@ -251,125 +284,123 @@ class LearningRateScheduler(Callback):
                     "without a scheduler from `configure_optimizers`, or pass "
                     "`LearningRateScheduler(..., existing='replace')`, which takes that scheduler away."
                 )
-            if self.base_lr is None and _rewrites_base_rates(config.scheduler):
+            if self.base_lr is None and rewrites_base_rates(config.scheduler):
                 raise MisconfigurationException(
                     f"`base_lr` must be given to replace a {name}, which has overwritten the optimizer's own rates."
                 )
             configs.remove(config)
             rank_zero_info(f"LearningRateScheduler replaces the module's {name}.")
 
-    def _step_aside(self, trainer: Trainer) -> None:
-        """Leave the rates of an optimizer to whoever put a scheduler in our place, as Lightning's SWA callback does."""
-        ours = {id(config.scheduler) for config in trainer.lr_scheduler_configs}
-        for scheduler in [scheduler for scheduler in self._schedulers if id(scheduler) not in ours]:
-            scheduler.close()
+    def _follow_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow optimizers that were set up anew, and leave those whose rates another scheduler has taken over.
+
+        Lightning's SWA callback puts a scheduler in our place; a finetuning callback may exchange the optimizer.
+        """
+        self._epoch_begins, self._optimizers = False, trainer.strategy.optimizers
+        chosen, configs = self._chosen(trainer), trainer.strategy.lr_scheduler_configs
+        known = [*self._left, *(scheduler.optimizer for scheduler in self._schedulers)]
+        new = [optimizer for optimizer in chosen if not holds(known, optimizer)]
+        for scheduler in list(self._schedulers):
+            if holds(chosen, scheduler.optimizer):
+                if not any(config.scheduler is scheduler for config in configs):
+                    self._leave(scheduler, scheduler.optimizer)
+                continue
+            optimizer = new.pop(0) if new else scheduler.optimizer
+            if not holds(chosen, optimizer) or (
+                self.existing == "refuse" and any(drives_rates_of(config.scheduler, optimizer) for config in configs)
+            ):
+                self._leave(scheduler, optimizer)
+                continue
             self._schedulers.remove(scheduler)
-            rank_zero_info("LearningRateScheduler leaves an optimizer to the scheduler that has replaced its own.")
+            scheduler.close()
+            self._displace(configs, optimizer)
+            self._succeed(scheduler, self._attach(trainer, optimizer), pl_module)
+
+    def _succeed(self, old: ScheduleLR, new: ScheduleLR, pl_module: LightningModule) -> None:
+        """Let a new optimizer's scheduler go on where the old one's stood."""
+        new.schedule, new.scale = old.schedule, old.scale
+        new.seek(old.position)
+        self._start(new, every_step=not pl_module.automatic_optimization)
+        rank_zero_info(f"LearningRateScheduler follows an optimizer that was set up anew, from step {old.position} on.")
+
+    def _leave(self, scheduler: ScheduleLR, optimizer: Optimizer) -> None:
+        scheduler.close()
+        self._schedulers.remove(scheduler)
+        self._left.append(optimizer)
+        rank_zero_info("LearningRateScheduler leaves an optimizer to the scheduler that has replaced its own.")
+
+    # -- the run's length
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None = None) -> None:
-        """Resolve the schedule for the run's length and follow it from here on."""
+        """Follow the schedule for the run as it is now; nothing happens where its length is the one that was known."""
         self._accumulation = trainer.accumulate_grad_batches
-        length = RunLength(None, None, "manual optimisation: only the module knows its steps")
-        if pl_module.automatic_optimization:
-            length = run_length(trainer, batch_idx)
-        resolved = _resolve(self.schedule, length)
-        if resolved != self.resolved:
-            steps = "unknown" if length.total_steps is None else length.total_steps
-            rank_zero_info(f"Learning-rate schedule: {resolved}. Steps of the run: {steps} ({length.source}).")
-        self.resolved = resolved
-        for scheduler in self._schedulers:
-            scheduler.schedule = resolved
-            scheduler.seek(scheduler.position)
-
-    def _new_metric(self, trainer: Trainer) -> float | None:
-        """Return the monitored metric if it was logged since the last look, else ``None``."""
-        if self.plateau is None:
-            return None
-        before, self._metric = self._metric, trainer.callback_metrics.get(self.plateau.monitor)
-        return None if self._metric is None or self._metric is before else float(self._metric)
-
-    def _show_plateau(self, trainer: Trainer, value: float | None) -> None:
-        if self.plateau is None:
+        if not pl_module.automatic_optimization:
+            if self.resolved is None:
+                source = "manual optimization: only the module knows its steps"
+                unknown = RunAhead(None, run_ahead(trainer).accumulation)
+                self.resolved = _resolve(self.schedule, unknown, RunEnd(None, None), source)
+                self._show(self.resolved, "unknown", source)
+                self._follow(self.resolved)
             return
+        now, end = run_ahead(trainer, batch_idx), run_end(trainer)
+        before = self._course or Course(now, now)
+        course = before.goes_on(now, end, self.schedule)
+        if self.resolved is not None and course is before:
+            return
+        if self.resolved is not None and now.total_steps(end) is None:
+            return  # the length is not known any more: what was planned is the best that there is
+        total, source = now.total_steps(end), source_of_length(trainer)
+        resolved = _resolve(self.schedule, course.curve if course.curve == course.latest else now, end, source)
+        followed = course.follow(self.schedule, end)
+        if resolved != self.resolved:
+            known = before.latest.total_steps(end)
+            steps = "unknown" if total is None else str(total)
+            if known != total:
+                steps += f", before: {known}; it goes on from where it stands"
+            self._show(resolved, steps, source)
+        self._course, self.resolved = course, resolved
+        self._follow(followed)
+
+    def _show(self, resolved: Schedule, steps: str, source: str) -> None:
+        rank_zero_info(f"Learning-rate schedule: {resolved}. Steps of the run: {steps} ({source}).")
+
+    def _follow(self, schedule: Schedule) -> None:
+        for scheduler in self._schedulers:
+            scheduler.schedule = schedule
+            scheduler.refresh()
+
+    # -- the plateau
+
+    def _show_plateau(self, trainer: Trainer, watch: PlateauWatch, value: float | None) -> None:
         if trainer.world_size > 1:  # ranks that disagree would train with different rates
             value = trainer.strategy.broadcast(value)
         if value is None:
             return
-        before, self._plateau_state = self._plateau_state, self.plateau.update(self._plateau_state, value)
-        if self._plateau_state.factor != before.factor:
-            rank_zero_info(f"{self.plateau.monitor} stalls: the schedule is scaled by {self._plateau_state.factor:g}.")
+        if watch.show(value):
+            rank_zero_info(f"{watch.plateau.monitor} stalls: the schedule is scaled by {watch.state.factor:g}.")
         for scheduler in self._schedulers:
-            scheduler.scale = self._plateau_state.factor
-            scheduler.seek(scheduler.position)
+            scheduler.scale = watch.state.factor
+            scheduler.refresh()
+
+    def _check_monitor(self, trainer: Trainer) -> None:
+        metrics = trainer.callback_metrics
+        if self._watch is not None and self._watch.misses(metrics, validates=trainer.enable_validation):
+            names = ", ".join(sorted(metrics)) or "none"
+            raise MisconfigurationException(
+                f"`plateau` must monitor a metric that is logged, got {shown(self._watch.plateau.monitor)}, which "
+                f"did not come in an epoch and its validation. There are: {names}. Correct the name, or log it with "
+                "`self.log`."
+            )
 
 
-class _TrainerLR(ScheduleLR):
-    """A :class:`ScheduleLR` that follows its optimizer by a hook, and is given its schedule later.
-
-    Its position is what the optimizer has done, in automatic as in manual optimisation, where Lightning steps no
-    scheduler. Calls of ``step()`` by a module are harmless.
-    """
-
-    def __init__(self, optimizer: Optimizer, **options: Any) -> None:
-        self.record: Callable[[Any], None] | None = None
-        self.restored = False
-        super().__init__(optimizer, Constant(), **options)
-
-    def step(self, epoch: int | None = None) -> None:
-        """Move on if the optimizer has; the argument that some modules pass is an epoch, which is not our unit."""
-        if self.step_clock.attempted != self._steps_seen:
-            self._note()
-            super().step()
-
-    def announce(self) -> None:
-        """Catch up with a step that was announced but skipped, then announce the next."""
-        self.step()
-        self.step_clock.attempt()
-
-    def skip_to(self, position: int) -> None:
-        """Go to a position that no hook told of."""
-        self._note()
-        self.seek(position)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over our own state; another scheduler's is recognised and left alone."""
-        if not is_own_state(state_dict):
-            rank_zero_info("LearningRateScheduler does not load the state of the scheduler that was here before it.")
-            return
-        super().load_state_dict(state_dict)
-        self.restored = True
-
-    def _note(self) -> None:
-        """Record the rates of the step that is over."""
-        if self.record is not None:
-            self.record(self._last_lr[0] if len(self._last_lr) == 1 else tuple(self._last_lr))
-
-    def _next_position(self) -> int:
-        return self._origin + self._ticks()
-
-    def _after_step(self) -> None:
-        self.step()
-
-
-def _resolve(schedule: Schedule, length: RunLength) -> Schedule:
-    total, per_epoch = length.total_steps, length.steps_per_epoch
+def _resolve(schedule: Schedule, ahead: RunAhead, end: RunEnd, source: str) -> Schedule:
     try:
-        return schedule.resolve(total, per_epoch or None)
+        return resolve(schedule, ahead, end)
     except RunLengthUnknownError as error:
-        raise MisconfigurationException(f"{error} Here, {length.source}; or set the Trainer's `max_steps`.") from error
+        raise MisconfigurationException(f"{error} Here, {source}; or set the Trainer's `max_steps`.") from error
     except ScheduleTooLongError as error:
-        resolved = schedule.resolve(total, per_epoch or None, strict=False)
         rank_zero_warn(
-            f"The run of {total} steps ({length.source}) ends inside the learning-rate schedule: {error}",
+            f"The run of {ahead.total_steps(end)} steps ({source}) ends inside the learning-rate schedule: {error}",
             category=LightningPluginsWarning,
         )
-        return resolved
-
-
-def _drives_lr_of(scheduler: Any, optimizer: Optimizer) -> bool:
-    return getattr(scheduler, "optimizer", None) is optimizer and getattr(scheduler, "parameter", "lr") == "lr"
-
-
-def _rewrites_base_rates(scheduler: Any) -> bool:
-    kinds = {type(part).__name__ for part in (scheduler, *getattr(scheduler, "_schedulers", ()))}
-    return bool(kinds.intersection(_REWRITE_BASE_RATES))
+        return resolve(schedule, ahead, end, strict=False)

@@ -6,10 +6,11 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from lightning_plugins.core.validation import real_number, shown, whole_number
+from lightning_plugins.core.validation import shown, whole_number
 from lightning_plugins.schedules.curves import cosine
 from lightning_plugins.schedules.durations import Duration, Horizon, in_steps
-from lightning_plugins.schedules.schedule import Schedule, duration, factor, parts
+from lightning_plugins.schedules.fields import duration, factor, number, parts, whole
+from lightning_plugins.schedules.schedule import Schedule
 
 
 class _OfOne(Schedule):
@@ -225,25 +226,18 @@ class Cycled(_OfOne):
 
     schedule: Schedule = parts()
     period: Duration = duration()
-    count: int | None = None
-    multiplier: float = 1.0
-    decay: float = factor(default=1.0)
+    count: int | None = whole(default=None, unit="cycles", optional=True)
+    multiplier: float = number(at_least=1, default=1.0)
+    decay: float = factor(at_most=1, default=1.0)
 
     _cycles: ClassVar[_Cycles]  # set by _prepare, on the instance
-
-    def _check(self) -> None:
-        super()._check()
-        self.__dict__["multiplier"] = real_number("multiplier", self.multiplier, at_least=1)
-        real_number("decay", self.decay, at_least=0, at_most=1)
-        if self.count is not None:
-            self.__dict__["count"] = whole_number("count", self.count, at_least=1, unit="cycles")
 
     def _prepare(self) -> dict[str, Any]:
         return {"_cycles": _Cycles(_at_least_one("period", self.period), self.multiplier)}
 
     def _resolve(self, horizon: Horizon) -> Cycled:
         period = _at_least_one("period", horizon.steps("period", self.period))
-        inner = Horizon(period, horizon.steps_per_epoch, period, horizon.strict)
+        inner = Horizon(period, horizon.steps_of_epochs, period, horizon.strict)
         return replace(self, schedule=self.schedule._resolve(inner), period=period)
 
     def _factor(self, step: float) -> float:
@@ -286,15 +280,11 @@ class CosineRestarts(Schedule):
     """
 
     first: Duration = duration()
-    multiplier: float = 1.0
-    decay: float = factor(default=1.0)
+    multiplier: float = number(at_least=1, default=1.0)
+    decay: float = factor(at_most=1, default=1.0)
     end: float = factor(default=0.0)
 
     _cycles: ClassVar[_Cycles]  # set by _prepare, on the instance
-
-    def _check(self) -> None:
-        self.__dict__["multiplier"] = real_number("multiplier", self.multiplier, at_least=1)
-        real_number("decay", self.decay, at_least=0, at_most=1)
 
     def _prepare(self) -> dict[str, Any]:
         return {"_cycles": _Cycles(_at_least_one("first", self.first), self.multiplier)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_plugins.core.imports import by_import_path, declared_names
 from lightning_plugins.core.validation import shown
 from lightning_plugins.schedules.curves import NAMED_CURVES, import_path
-from lightning_plugins.schedules.schedule import Schedule, field_items
+from lightning_plugins.schedules.fields import field_items
+from lightning_plugins.schedules.schedule import Schedule
 
 _FAMILIES = ("combinators", "families", "piecewise", "ramps", "warmup")
 _MODULES = {
@@ -79,7 +80,7 @@ def _build(data: Mapping[str, Any], *, trust: bool) -> Any:
 def _built(value: Any, *, trust: bool) -> Any:
     if isinstance(value, Mapping):
         return _build(value, trust=trust)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_built(item, trust=trust) for item in value)
     return value
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -30,7 +31,7 @@ class ScheduleTooLongError(ValueError):
 
 
 class RunLengthUnknownError(ValueError):
-    """A schedule asks for a share of a run, or for its rest, and nobody knows how long the run is."""
+    """A schedule asks for a share of a run, or for its rest, and the length of the run is not known."""
 
 
 def check_duration(name: str, value: Any, *, rest: bool = False) -> Duration:
@@ -80,14 +81,14 @@ class Horizon:
 
     Args:
         total_steps: Steps of the run, of which shares are taken; ``None`` when unknown.
-        steps_per_epoch: Steps of an epoch; ``None`` when unknown.
+        steps_of_epochs: Steps of the first so many epochs; ``None`` when unknown.
         remaining: What ``None`` durations fill: less than the run for a part that begins later.
         strict: Whether stated lengths that do not fit are an error. Otherwise the rest is empty and the run ends
             inside the schedule.
     """
 
     total_steps: int | None
-    steps_per_epoch: float | None
+    steps_of_epochs: Callable[[float], float] | None
     remaining: int | None
     strict: bool = True
 
@@ -106,7 +107,7 @@ class Horizon:
         number, unit = _parse(duration)
         if unit == "%":
             return _nearest(name, number * self._known(name, duration, self.total_steps, "the run") / 100)
-        return _nearest(name, number * self._known(name, duration, self.steps_per_epoch, "an epoch"))
+        return _nearest(name, self._known(name, duration, self.steps_of_epochs, "an epoch")(number))
 
     def after(self, steps: int) -> Horizon:
         """Return the horizon of a part that begins ``steps`` later; negative: earlier."""
@@ -118,10 +119,11 @@ class Horizon:
 
     def slowed(self, factor: int) -> Horizon:
         """Return the horizon as counted by a clock that ticks once every ``factor`` steps."""
+        fast = self.steps_of_epochs
         return replace(
             self,
             total_steps=None if self.total_steps is None else -(-self.total_steps // factor),
-            steps_per_epoch=None if self.steps_per_epoch is None else self.steps_per_epoch / factor,
+            steps_of_epochs=None if fast is None else lambda number: fast(number) / factor,
             remaining=None if self.remaining is None else -(-self.remaining // factor),
         )
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_plugins.core.validation import whole_number
 from lightning_plugins.schedules.durations import Duration, in_steps
-from lightning_plugins.schedules.schedule import Schedule, duration, factor
+from lightning_plugins.schedules.fields import duration, factor, whole
+from lightning_plugins.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,11 @@ class InverseSqrt(Schedule):
     """
 
     warmup: Duration = duration()
-    timescale: int | None = None
+    timescale: int | None = whole(default=None, unit="steps", optional=True)
     start: float = factor(default=0.0)
 
     _warmup: ClassVar[int]  # set by _prepare, on the instance
     _scale: ClassVar[int]
-
-    def _check(self) -> None:
-        if self.timescale is not None:
-            self.__dict__["timescale"] = whole_number("timescale", self.timescale, at_least=1, unit="steps")
 
     def _prepare(self) -> dict[str, Any]:
         return {"_warmup": self.warmup, "_scale": self.timescale or self.warmup or 10_000}
@@ -116,15 +112,12 @@ class Noam(Schedule):
         Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762; OpenNMT-tf's ``NoamDecay``.
     """
 
-    model_dim: int
+    model_dim: int = whole()
     warmup: Duration = duration()
 
     _warmup: ClassVar[int]  # set by _prepare, on the instance
     _scale: ClassVar[float]
     _slope: ClassVar[float]
-
-    def _check(self) -> None:
-        self.__dict__["model_dim"] = whole_number("model_dim", self.model_dim, at_least=1)
 
     def _prepare(self) -> dict[str, Any]:
         warmup = in_steps(self.warmup)
@@ -159,13 +152,10 @@ class RNMTPlus(Schedule):
         Chen et al., The Best of Both Worlds, 2018, arXiv:1804.09849; OpenNMT-tf's ``RNMTPlusDecay``.
     """
 
-    replicas: int
+    replicas: int = whole()
     warmup: Duration = duration()
     start_step: Duration = duration()
     end_step: Duration = duration()
-
-    def _check(self) -> None:
-        self.__dict__["replicas"] = whole_number("replicas", self.replicas, at_least=1)
 
     _lengths: ClassVar[tuple[int, int, int]]  # set by _prepare, on the instance
 

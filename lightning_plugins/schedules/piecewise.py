@@ -11,17 +11,18 @@ from typing import Any, ClassVar, NamedTuple
 from lightning_plugins.core.validation import shown, true_or_false
 from lightning_plugins.schedules.curves import Curve, progress_along
 from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps
-from lightning_plugins.schedules.schedule import (
-    Schedule,
+from lightning_plugins.schedules.fields import (
     check_fields,
     curve,
     duration,
     durations,
     factor,
     factors,
+    keep,
     parts,
     resolve_fields,
 )
+from lightning_plugins.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Segment:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        self.__dict__["is_open"] = check_fields(self)
+        keep(self, {"is_open": check_fields(self)})
         progress_along("shape", self.shape, flat=True)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lightning_plugins.core.validation import one_of, real_number, shown, whole_number
+from lightning_plugins.core.validation import a_list, one_of, real_number, shown, whole_number
+from lightning_plugins.schedules.fields import keep
 
 
 class PlateauState(NamedTuple):
@@ -23,6 +25,27 @@ class PlateauState(NamedTuple):
     best: float | None = None
     bad: int = 0
     cooldown: int = 0
+
+    @classmethod
+    def from_state(cls, state: Any) -> PlateauState:
+        """Return the state that a checkpoint holds as a list, checked like arguments.
+
+        Raises:
+            TypeError: If a value has the wrong type.
+            ValueError: If there are not four, or one is out of range.
+        """
+        values = a_list("plateau", state)
+        if len(values) != len(cls._fields):
+            raise ValueError(f"`plateau` must have {len(cls._fields)} values, got {shown(state)}.")
+        factor, best, bad, cooldown = values
+        if best is not None and not (isinstance(best, float) and math.isinf(best)):
+            best = real_number("best", best)
+        return cls(
+            real_number("factor", factor, at_least=0, at_most=1),
+            best,
+            whole_number("bad", bad, unit="checks"),
+            whole_number("cooldown", cooldown, unit="checks"),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,7 @@ class Plateau:
             "cooldown": whole_number("cooldown", self.cooldown, unit="checks"),
             "min_factor": real_number("min_factor", self.min_factor, at_least=0, at_most=1),
         }
-        self.__dict__.update(checked)  # plain numbers, past the frozen dataclass's __setattr__
+        keep(self, checked)
 
     def update(self, state: PlateauState, metric: float) -> PlateauState:
         """Return the state after one more check."""
@@ -97,3 +120,58 @@ class Plateau:
         if self.mode == "min":
             return metric < best * (1 - self.threshold)
         return metric > best * (1 + self.threshold)
+
+
+class PlateauWatch:
+    """Shows a plateau the metric each time that it is logged, and knows whether it has come at all.
+
+    Args:
+        plateau: Whose metric is watched.
+
+    Attributes:
+        state: Where the plateau stands.
+    """
+
+    def __init__(self, plateau: Plateau) -> None:
+        self.plateau = plateau
+        self.state = PlateauState()
+        self._logged: Any = None  # the metric as last seen: a new one is another object
+        self._by_validation = False  # whether it is validation that logs it
+        self._came = self._epoch_ended = self._validation_ended = False
+
+    def begin(self) -> None:
+        """Begin a fit; a metric that came before a resume has come."""
+        self._logged, self._by_validation = None, False
+        self._came, self._epoch_ended, self._validation_ended = self.state.best is not None, False, False
+
+    def look(self, metrics: Mapping[str, Any]) -> float | None:
+        """Return the metric if it was logged since the last look, else ``None``."""
+        before, self._logged = self._logged, metrics.get(self.plateau.monitor)
+        return None if self._logged is None or self._logged is before else float(self._logged)
+
+    def after_validation(self, metrics: Mapping[str, Any]) -> float | None:
+        """Return the metric if the validation that has ended logged it."""
+        value = self.look(metrics)
+        self._validation_ended = True
+        self._by_validation |= value is not None
+        return value
+
+    def after_epoch(self, metrics: Mapping[str, Any]) -> float | None:
+        """Return the metric if the training epoch that has ended logged it."""
+        value = self.look(metrics)
+        self._epoch_ended = True
+        return None if self._by_validation else value
+
+    def show(self, value: float) -> bool:
+        """Show a value to the plateau; return whether the factor fell."""
+        self._came = True
+        before, self.state = self.state, self.plateau.update(self.state, value)
+        return self.state.factor != before.factor
+
+    def misses(self, metrics: Mapping[str, Any], *, validates: bool) -> bool:
+        """Return whether an epoch, and a validation where the run has them, ended without the metric ever coming.
+
+        Asked when the epoch is over: a module may log until the very end of it.
+        """
+        over = self._epoch_ended and (self._validation_ended or not validates)
+        return over and not self._came and self.plateau.monitor not in metrics

@@ -16,7 +16,8 @@ from lightning_plugins.core.validation import real_number
 from lightning_plugins.schedules import curves
 from lightning_plugins.schedules.curves import Curve, Progress, progress_along
 from lightning_plugins.schedules.durations import Duration, in_steps
-from lightning_plugins.schedules.schedule import Schedule, curve, duration, factor
+from lightning_plugins.schedules.fields import curve, duration, factor, number
+from lightning_plugins.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,7 @@ class Polynomial(_Ramp):
     steps: Duration = duration(rest=True)
     start: float = factor()
     end: float = factor()
-    power: float = 1.0
-
-    def _check(self) -> None:
-        self.__dict__["power"] = real_number("power", self.power, above=0)
+    power: float = number(above=0, default=1.0)
 
     def _factor(self, step: float) -> float:
         if step >= self._length:
@@ -225,4 +223,10 @@ class Shape(_Ramp):
     end: float = factor()
 
     def _check(self) -> None:
-        self.__dict__["_progress"] = progress_along("curve", self.curve, flat=self.start == self.end)
+        self._own_progress()
+
+    def _prepare(self) -> dict[str, Any]:
+        return {**super()._prepare(), "_progress": self._own_progress()}
+
+    def _own_progress(self) -> Curve:
+        return progress_along("curve", self.curve, flat=self.start == self.end)

@@ -4,90 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lightning_plugins.core.validation import a_list, real_number, shown, whole_number
-from lightning_plugins.schedules.durations import (
-    Duration,
-    Horizon,
-    ScheduleTooLongError,
-    check_duration,
-    is_open,
-)
+from lightning_plugins.core.imports import by_import_path
+from lightning_plugins.core.validation import real_number, shown, whole_number
+from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError
+from lightning_plugins.schedules.fields import check_fields, keep, resolve_fields
 
 Self = TypeVar("Self", bound="Schedule")
-
-
-def duration(*, rest: bool = False, default: Any = dataclasses.MISSING, kw_only: bool = False) -> Any:
-    """Declare a field as a :data:`Duration`; ``rest`` allows ``None``."""
-    return dataclasses.field(default=default, kw_only=kw_only, metadata={"duration": True, "rest": rest})
-
-
-def durations() -> Any:
-    """Declare a field as a sequence of durations."""
-    return dataclasses.field(metadata={"durations": True})
-
-
-def factor(*, default: Any = dataclasses.MISSING, kw_only: bool = False, optional: bool = False) -> Any:
-    """Declare a field as a factor: finite, at least 0; ``optional`` allows ``None``."""
-    return dataclasses.field(default=default, kw_only=kw_only, metadata={"factor": True, "optional": optional})
-
-
-def factors() -> Any:
-    """Declare a field as a sequence of factors."""
-    return dataclasses.field(metadata={"factors": True})
-
-
-def parts() -> Any:
-    """Declare a field as one schedule or segment, or a sequence of them."""
-    return dataclasses.field(metadata={"parts": True})
-
-
-def curve(*, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a field as a curve: a name, a callable or an import path, which is code."""
-    return dataclasses.field(default=default, metadata={"curve": True})
-
-
-def field_items(item: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yield name, value and kind of every field of a schedule or segment."""
-    for field in dataclasses.fields(item):
-        yield field.name, getattr(item, field.name), field.metadata
-
-
-def check_fields(item: Any) -> bool:
-    """Check and normalise the fields of a frozen dataclass; return whether a length is still open.
-
-    Numbers of factors become floats and sequences tuples, so that the dataclass compares and hashes by value.
-    """
-    checked: dict[str, Any] = {}
-    for name, value, kind in field_items(item):
-        if "duration" in kind:
-            checked[name] = check_duration(name, value, rest=kind["rest"])
-        elif "durations" in kind:
-            checked[name] = _each(name, value, check_duration)
-        elif "factor" in kind:
-            checked[name] = None if value is None and kind["optional"] else _check_factor(name, value)
-        elif "factors" in kind:
-            checked[name] = _each(name, value, _check_factor)
-        elif "parts" in kind:
-            checked[name] = tuple(value) if isinstance(value, (list, tuple)) else value
-    item.__dict__.update(checked)  # past the frozen dataclass's __setattr__
-    return any(_has_open_length(getattr(item, name), kind) for name, _, kind in field_items(item))
-
-
-def resolve_fields(item: Any, horizon: Horizon) -> dict[str, Any]:
-    """Return the lengths of a frozen dataclass in steps, and its schedules resolved, by field name."""
-    changes: dict[str, Any] = {}
-    for name, value, kind in field_items(item):
-        if "duration" in kind:
-            changes[name] = horizon.steps(name, value)
-        elif "durations" in kind:
-            changes[name] = _each(name, value, horizon.steps)
-        elif isinstance(value, Schedule):
-            changes[name] = value._resolve(horizon)
-    return changes
 
 
 class Schedule(ABC):
@@ -115,12 +41,12 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         """Check the fields, then, once every length is known, let the schedule prepare its constants."""
-        self.__dict__["_open"] = check_fields(self)
+        keep(self, {"_open": check_fields(self)})
         self._check()
         if not self._open:
-            self.__dict__.update(self._prepare())  # no fields, so equality and hash ignore them
+            keep(self, self._prepare())
 
-    # -- what a schedule defines ------------------------------------------------------------------------------------
+    # -- what a schedule defines
 
     @abstractmethod
     def _factor(self, step: float) -> float:
@@ -141,7 +67,7 @@ class Schedule(ABC):
         """Return how long a run must be for every stated part to happen."""
         return 0
 
-    # -- what everybody does with one -------------------------------------------------------------------------------
+    # -- what is done with one
 
     def __call__(self, step: int) -> float:
         """Return the factor that optimizer step ``step`` uses, counted from 0.
@@ -179,9 +105,15 @@ class Schedule(ABC):
             total_steps = whole_number("total_steps", total_steps, unit="steps")
         if steps_per_epoch is not None:
             steps_per_epoch = real_number("steps_per_epoch", steps_per_epoch, above=0)
-        resolved = self._resolve(Horizon(total_steps, steps_per_epoch, total_steps, strict))
+        per_epoch = steps_per_epoch  # bound below, where it is known not to be None
+        epochs = None if per_epoch is None else lambda number: number * per_epoch
+        return self.resolve_for(Horizon(total_steps, epochs, total_steps, strict))
+
+    def resolve_for(self: Self, horizon: Horizon) -> Self:
+        """Return this schedule for a run whose epochs may differ; see :meth:`resolve`."""
+        resolved, total_steps = self._resolve(horizon), horizon.total_steps
         needed = resolved._needed_steps()
-        if strict and total_steps is not None and needed > total_steps:
+        if horizon.strict and total_steps is not None and needed > total_steps:
             raise ScheduleTooLongError(
                 f"`total_steps` must be at least {needed}, the steps that {resolved!r} needs, got {total_steps}; "
                 "shorten the schedule or lengthen the run."
@@ -222,7 +154,9 @@ class Schedule(ABC):
             The path written.
         """
         labelled = {str(self): self, **(compare or {})}
-        return plot.plot_schedules(labelled, total_steps, path, base_lr=base_lr, steps_per_epoch=steps_per_epoch)
+        draw = _sibling("plot.plot_schedules")
+        drawn: Path = draw(labelled, total_steps, path, base_lr=base_lr, steps_per_epoch=steps_per_epoch)
+        return drawn
 
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as plain JSON values; functions become their import paths.
@@ -234,7 +168,8 @@ class Schedule(ABC):
             >>> Schedule.from_dict(Linear("10%", 0, 1).to_dict())
             Linear(steps='10%', start=0.0, end=1.0)
         """
-        return configuration.to_plain(self)
+        plain: dict[str, Any] = _sibling("configuration.to_plain")(self)
+        return plain
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], trust: bool = False) -> Schedule:  # noqa: FBT001, FBT002  # contract
@@ -248,41 +183,42 @@ class Schedule(ABC):
         Raises:
             ValueError: If ``data`` names an unknown schedule or argument, or code that is not trusted.
         """
-        return configuration.from_plain(data, trust=trust)
+        schedule: Schedule = _sibling("configuration.from_plain")(data, trust=trust)
+        return schedule
 
-    def delay(self, steps: Duration) -> combinators.Delayed:
+    def delay(self, steps: Duration) -> Schedule:
         """Return f(max(t - steps, 0)): the first value for ``steps`` steps, then this schedule."""
-        return combinators.Delayed(self, steps)
+        return _combined("Delayed", self, steps)
 
-    def shift(self, steps: Duration) -> combinators.Shifted:
+    def shift(self, steps: Duration) -> Schedule:
         """Return f(t + steps): this schedule from its step ``steps`` on; ``shift(1)`` skips a first rate of 0."""
-        return combinators.Shifted(self, steps)
+        return _combined("Shifted", self, steps)
 
-    def hold_every(self, steps: Duration) -> combinators.HeldEvery:
+    def hold_every(self, steps: Duration) -> Schedule:
         """Return f(t // steps): every value lasts ``steps`` steps (OpenNMT's step duration)."""
-        return combinators.HeldEvery(self, steps)
+        return _combined("HeldEvery", self, steps)
 
-    def floor(self, factor: float) -> combinators.Floored:
+    def floor(self, factor: float) -> Schedule:
         """Return max(f(t), factor); lifts a warm-up from below too, as OpenNMT's minimum rate does."""
-        return combinators.Floored(self, factor)
+        return _combined("Floored", self, factor)
 
-    def scale(self, factor: float) -> combinators.Scaled:
+    def scale(self, factor: float) -> Schedule:
         """Return factor * f(t)."""
-        return combinators.Scaled(self, factor)
+        return _combined("Scaled", self, factor)
 
     def cycle(
         self, period: Duration, count: int | None = None, multiplier: float = 1.0, decay: float = 1.0
-    ) -> combinators.Cycled:
+    ) -> Schedule:
         """Return this schedule over and over; see :class:`~lightning_plugins.schedules.combinators.Cycled`."""
-        return combinators.Cycled(self, period, count, multiplier, decay)
+        return _combined("Cycled", self, period, count, multiplier, decay)
 
-    def __mul__(self, other: Schedule | float) -> combinators.Product | combinators.Scaled:
+    def __mul__(self, other: Schedule | float) -> Schedule:
         """Return the product with another schedule or with a number."""
         if isinstance(other, Schedule):
-            return combinators.Product(self, other)
+            return _combined("Product", self, other)
         if isinstance(other, bool) or not isinstance(other, (int, float)):
             return NotImplemented
-        return combinators.Scaled(self, other)
+        return _combined("Scaled", self, other)
 
     __rmul__ = __mul__
 
@@ -295,22 +231,11 @@ class Schedule(ABC):
         raise ValueError(f"`step` must be at least 0, got {shown(step)}.")
 
 
-def _each(name: str, values: Any, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    return tuple(check(f"{name}[{index}]", value) for index, value in enumerate(a_list(name, values)))
+def _sibling(path: str) -> Any:
+    """Return a name of another module of this package, which imports this one."""
+    return by_import_path(f"{__package__}.{path}")
 
 
-def _check_factor(name: str, value: Any) -> float:
-    return float(real_number(name, value, at_least=0))
-
-
-def _has_open_length(value: Any, kind: Mapping[str, Any]) -> bool:
-    if "duration" in kind:
-        return is_open(value)
-    if "durations" in kind:
-        return any(map(is_open, value))
-    items = value if isinstance(value, tuple) else (value,)
-    return "parts" in kind and any(getattr(item, "is_open", False) for item in items)
-
-
-# At the end, because what they hold are schedules themselves.
-from lightning_plugins.schedules import combinators, configuration, plot  # noqa: E402
+def _combined(name: str, *arguments: Any) -> Schedule:
+    schedule: Schedule = _sibling(f"combinators.{name}")(*arguments)
+    return schedule

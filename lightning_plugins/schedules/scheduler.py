@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,28 +12,39 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_plugins.core.step_clock import StepClock
-from lightning_plugins.core.validation import LightningPluginsWarning, one_of, real_number, shown, whole_number
-from lightning_plugins.schedules.families import Noam
+from lightning_plugins.core.validation import (
+    LightningPluginsWarning,
+    a_list,
+    check_state_version,
+    one_of,
+    real_number,
+    shown,
+    whole_number,
+)
 from lightning_plugins.schedules.schedule import Schedule
-from lightning_plugins.schedules.warmup import WarmupCosine
 
 _FORMAT = "lightning_plugins.ScheduleLR"
 _VERSION = 1
 
 
 class ScheduleLR(LRScheduler):
-    """Sets every group's rate to max(base * schedule(t), min_lr), in closed form, before step t uses it.
+    """Sets every group's rate to max(base * schedule(t) * lr_scale, min_lr), in closed form, before step t uses it.
 
     Call :meth:`step` once after every ``optimizer.step()``. In Lightning's ``configure_optimizers`` that means
     ``{"scheduler": scheduler, "interval": "step"}``: Lightning's default interval is the epoch, about which this class
     warns once. The state is the position alone, so a run that is resumed with a longer schedule follows the new curve
     at once.
 
+    A rate that was written elsewhere since the last step (by hand, by a finetuning callback, with a group that was
+    added) is taken at its word: it is that group's rate at this step, and its base rate from there on is rate /
+    (schedule(t) * lr_scale), or the rate itself where that is 0. ``lr_scale`` is a group's own entry of that name, as
+    timm makes them, 1 where there is none.
+
     Args:
         optimizer: The optimizer. Each parameter group keeps its own base rate: its rate at construction, or its
-            ``initial_lr`` where an earlier scheduler left one. Groups added later take part from their first step.
+            ``initial_lr`` where an earlier scheduler left one.
         schedule: Factor by step, every length known (see :meth:`Schedule.resolve`).
-        base_lr: Absolute base rate for all groups, or one for each, above 0 in place of their own.
+        base_lr: Absolute base rate for all groups, or one for each, above 0; ``None``: a group's own.
         min_lr: Absolute rate below which no group falls, at least 0; it lifts the warm-up too.
         parameter: The group's entry to set: ``"lr"``, ``"weight_decay"``, ``"momentum"``, ... A rate that is a tensor
             is filled in place, so that compiled optimizers are not compiled again.
@@ -42,7 +54,7 @@ class ScheduleLR(LRScheduler):
 
     Attributes:
         schedule: May be replaced during the run; the next :meth:`step` or :meth:`seek` follows the new one.
-        scale: Multiplies the schedule, 1 unless somebody changes it.
+        scale: Multiplies the schedule, 1 at first.
 
     Raises:
         TypeError: If an argument is of the wrong type, or a group's entry is no number.
@@ -69,7 +81,7 @@ class ScheduleLR(LRScheduler):
         optimizer: Optimizer,
         schedule: Schedule,
         *,
-        base_lr: float | Sequence[float] | None = None,
+        base_lr: float | Sequence[float | None] | None = None,
         min_lr: float = 0.0,
         parameter: str = "lr",
         clock: str = "attempted",
@@ -88,15 +100,27 @@ class ScheduleLR(LRScheduler):
             raise TypeError(f"`parameter` must be the name of an entry of the groups, got {shown(parameter)}.")
         self.parameter = parameter
         self.clock = one_of("clock", clock, ("attempted", "applied"))
-        self._base_lr = check_base_lr(base_lr)
+        self._base_name = f"initial_{parameter}"
+        self._given_base = check_base_lr(base_lr)
+        self._own_base: set[int] = set()  # groups whose base rate is not the argument's any more
+        self._factor = 1.0  # of the rates that were last written
+        self._last_lr: list[Any] = []
+        self._filled: dict[int, tuple[Tensor, int]] = {}  # rates that are tensors, and their versions
         self._origin = 0  # position at which the clock read 0
-        self._steps_seen = 0
+        self._attempted = self._attempted_before = 0
         self._warned = False
+        self._running = self._every_step = False
+        self.expected = False  # whether a step was announced, see `follow`
+        self.held = False  # by a callback: then `step` does nothing, and another scheduler's state is left alone
+        self.restored: bool | None = None  # whether a state was loaded; False: it was another scheduler's
+        self.lrs: list[float | tuple[float, ...]] | None = None  # where to note the rate of every step
         for group in optimizer.param_groups:
             self._check_group(group)
         self._set_base_rates(optimizer)
-        self.step_clock = StepClock(
-            optimizer, counts_applied=clock == "applied", before=self._rate_new_groups, after=self._after_step
+        self.step_clock = StepClock(optimizer) if clock == "applied" else None
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
         )
         super().__init__(optimizer)
 
@@ -111,44 +135,109 @@ class ScheduleLR(LRScheduler):
         Args:
             epoch: Sets the position instead, as in torch (where it is deprecated).
         """
+        if self.held:
+            return
         self._step_count += 1
         self._update_lr(epoch)
 
     def seek(self, position: int) -> None:
-        """Set the position and write the rates of that step."""
+        """Set the position and write the rates of that step, from the groups' base rates."""
         position = whole_number("position", position, unit="steps")
-        self._origin = position - self._ticks()
-        self._steps_seen = self.step_clock.attempted
+        self._origin = position - (0 if self.step_clock is None else self.step_clock.applied)
+        self._attempted_before = self._attempted
+        self._set_base_rates(self.optimizer)
+        self._accept_all()
         self._write(position)
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the rates of the current position, one for each group."""
         factor = self.schedule(self.last_epoch) * self.scale
-        return [max(self._base(group) * factor, self.min_lr) for group in self.optimizer.param_groups]
+        return [
+            max(group[self._base_name] * factor * self._lr_scale(group), self.min_lr)
+            if self._base_name in group
+            else float(group[self.parameter])
+            for group in self.optimizer.param_groups
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position; everything else is in the arguments or in the optimizer's own state."""
-        return {"format": _FORMAT, "version": _VERSION, "position": self.last_epoch}
+        own = {"own_base": sorted(self._own_base)} if self._own_base else {}
+        return {"format": _FORMAT, "version": _VERSION, "position": self.last_epoch, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved position and write the rates there, from the optimizer's restored base rates.
 
-        Load the optimizer's state first. Base rates are then the saved ones unless ``base_lr`` was given.
+        Load the optimizer's state first. Base rates are then the saved ones unless ``base_lr`` was given; groups that
+        had brought their own rate keep it.
 
         Raises:
-            ValueError: If the state is another scheduler's; nothing is changed then.
+            TypeError: If a value of the state is of the wrong type.
+            ValueError: If one is out of range, or the state is another scheduler's or a later release's; nothing is
+                changed then.
         """
-        if not is_own_state(state_dict):
+        if state_dict.get("format") != _FORMAT:
+            if self.held:
+                self.restored = False
+                return
             raise ValueError(
                 "`state_dict` must come from a ScheduleLR, got the state of another scheduler "
                 f"({', '.join(sorted(map(str, state_dict)))}); leave it out and `seek` the position instead."
             )
-        self._set_base_rates(self.optimizer)
-        self.seek(state_dict["position"])
+        state = check_state_version("ScheduleLR", state_dict, _VERSION)
+        position = whole_number("position", state.get("position"), unit="steps")
+        own = {whole_number("own_base", index) for index in a_list("own_base", state.get("own_base", []))}
+        self._own_base |= own
+        self._set_base_rates(self.optimizer, self.schedule(position) * self.scale)
+        self.seek(position)
+        self.restored = True
 
     def close(self) -> None:
         """Take the hooks off the optimizer; the rates stay as they are."""
-        self.step_clock.close()
+        for handle in self._handles:
+            handle.remove()
+        if self.step_clock is not None:
+            self.step_clock.close()
+
+    # -- for a callback, which holds one for each optimizer
+
+    def follow(self, *, every_step: bool) -> None:
+        """Move with the optimizer's own steps from here on.
+
+        Args:
+            every_step: Whether with every one. Otherwise only with those that ``expected`` announces: a search for a
+                rate, or a state that is loaded, takes steps of its own.
+        """
+        self._every_step, self.expected = every_step, False
+
+    def expect(self) -> None:
+        """Announce a step. One that was announced before and did not come was skipped by a gradient scaler."""
+        if self.expected:
+            self._move()
+        self.expected = True
+
+    def skip_to(self, position: int) -> None:
+        """Go to a position that no hook told of."""
+        self.expected = False
+        if self.lrs is not None:
+            self._record(self.lrs)
+        self._write(position)
+
+    def refresh(self) -> None:
+        """Write the rates of this position again: the schedule or the scale has changed."""
+        self._write(self.position)
+
+    def rebase(self) -> None:
+        """Take rates that were written elsewhere for base rates, as before a run's first step."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            if self._given_base is None and self._is_foreign(index, group):
+                group[self._base_name] = float(group[self.parameter])
+
+    # -- called by torch
+
+    def _initial_step(self) -> None:
+        self._step_count = 1
+        self._accept_all()
+        self._write(0)
 
     def _update_lr(self, epoch: int | None = None) -> None:
         """Move on or, as torch's ``SequentialLR`` asks for with an epoch of 0, go there."""
@@ -156,47 +245,96 @@ class ScheduleLR(LRScheduler):
             self.seek(epoch)
             return
         self._warn_if_epochwise()
-        self._write(self._next_position())
+        self._write(self.last_epoch + 1 if self.step_clock is None else self._origin + self.step_clock.applied)
 
-    def _next_position(self) -> int:
-        return self._origin + self._ticks() if self.clock == "applied" else self.last_epoch + 1
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._running = True
 
-    def _ticks(self) -> int:
-        """Return the clock's reading; asks a device only where the applied clock is wanted."""
-        return self.step_clock.applied if self.clock == "applied" else self.step_clock.attempted
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._running:
+            return  # an optimizer whose `step` calls its parent's fires every hook twice for one step
+        self._running = False
+        self._attempted += 1
+        if self.expected or self._every_step:
+            self.expected = False
+            self._move()
+
+    # -- rates
+
+    def _move(self) -> None:
+        """Note the rates of the step that is over, and write those of the next."""
+        if self.lrs is not None:
+            self._record(self.lrs)
+        self._write(self.last_epoch + 1 if self.step_clock is None else self._origin + self.step_clock.applied)
 
     def _write(self, position: int) -> None:
-        self.last_epoch = position
-        self._last_lr = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+        """Take over what was written elsewhere, then write the rates of ``position``."""
+        factor, rates = self.schedule._factor(position) * self.scale, []
+        for index, group in enumerate(self.optimizer.param_groups):
+            if self._is_foreign(index, group):
+                self._take_over(index, group)
+            rate = group[self._base_name] * factor
+            if "lr_scale" in group:
+                rate *= self._lr_scale(group)
+            rates.append(max(rate, self.min_lr))
             current = group[self.parameter]
             if isinstance(current, Tensor):
-                current.fill_(rate)
+                current.fill_(rates[-1])
+                self._filled[index] = current, current._version
             else:
-                group[self.parameter] = rate
+                group[self.parameter] = rates[-1]
+        self.last_epoch, self._factor, self._last_lr = position, factor, rates
 
-    def _initial_step(self) -> None:
-        """Write the first rates; torch's constructor calls this."""
-        self._step_count = 1
-        self._write(0)
+    def _is_foreign(self, index: int, group: dict[str, Any]) -> bool:
+        """Return whether a group's rate is not the one that was written last."""
+        current = group[self.parameter]
+        if index >= len(self._last_lr):
+            return True
+        if isinstance(current, Tensor):  # its version tells without waiting for a device
+            tensor, version = self._filled.get(index, (None, 0))
+            return tensor is not current or version != current._version
+        return bool(current != self._last_lr[index])
 
-    def _base(self, group: dict[str, Any]) -> float:
-        """Return a group's base rate; a group that came later has none yet and brings its own."""
-        base = group.get(f"initial_{self.parameter}")
-        if not isinstance(base, float):
-            self._check_group(group)
-            base = group[f"initial_{self.parameter}"] = float(group[self.parameter] if base is None else base)
-        return base
+    def _take_over(self, index: int, group: dict[str, Any]) -> None:
+        """Let a rate that was written elsewhere be the group's rate at this step."""
+        self._check_group(group)
+        group[self._base_name] = self._base_of(group, self._factor * self._lr_scale(group))
+        self._own_base.add(index)
 
-    def _set_base_rates(self, optimizer: Optimizer) -> None:
-        groups = optimizer.param_groups
-        rates = self._base_lr
-        if isinstance(rates, tuple) and len(rates) != len(groups):
-            raise ValueError(f"`base_lr` must have one rate for each of the {len(groups)} groups, got {len(rates)}.")
+    def _base_of(self, group: dict[str, Any], factor: float) -> float:
+        """Return the base rate of a group whose rate at this step is the one that it has."""
+        rate = float(group[self.parameter])
+        base = rate / factor if factor else rate
+        return base if math.isfinite(base) else rate
+
+    def _accept_all(self) -> None:
+        """Take what is in the groups for what was written last."""
+        groups = self.optimizer.param_groups
+        self._last_lr = [group[self.parameter] for group in groups]
+        for index, rate in enumerate(self._last_lr):
+            if isinstance(rate, Tensor):
+                self._filled[index] = rate, rate._version
+
+    def _record(self, lrs: list[float | tuple[float, ...]]) -> None:
+        groups, known = list(enumerate(self.optimizer.param_groups)), self._last_lr
+        rates = [float(g[self.parameter]) if self._is_foreign(i, g) else float(known[i]) for i, g in groups]
+        lrs.append(rates[0] if len(rates) == 1 else tuple(rates))
+
+    def _lr_scale(self, group: dict[str, Any]) -> float:
+        scale: float = group.get("lr_scale", 1.0) if self.parameter == "lr" else 1.0
+        return scale
+
+    def _set_base_rates(self, optimizer: Optimizer, factor: float = 1.0) -> None:
+        """Give every group its base rate: the argument's, else the one that it has, else its rate over ``factor``."""
+        groups, given = optimizer.param_groups, self._given_base
+        if isinstance(given, tuple) and len(given) != len(groups) and not self._last_lr:
+            raise ValueError(f"`base_lr` must have one rate for each of the {len(groups)} groups, got {len(given)}.")
         for index, group in enumerate(groups):
-            if rates is not None:
-                group[f"initial_{self.parameter}"] = rates[index] if isinstance(rates, tuple) else rates
-            self._base(group)
+            rate = given[index : index + 1] if isinstance(given, tuple) else (given,)
+            if index not in self._own_base and rate and rate[0] is not None:
+                group[self._base_name] = rate[0]
+            base = group.get(self._base_name)
+            group[self._base_name] = self._base_of(group, factor) if base is None else float(base)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         value = group.get(self.parameter)
@@ -211,18 +349,12 @@ class ScheduleLR(LRScheduler):
                 f"`parameter` must name a number of the optimizer's groups, "
                 f"got {shown(self.parameter)}: {shown(value)}."
             )
-
-    def _rate_new_groups(self) -> None:
-        """Before a step, give the groups that were added since the last position their rate."""
-        if len(self.optimizer.param_groups) != len(self._last_lr):
-            self._write(self.last_epoch)
-
-    def _after_step(self) -> None:
-        """Do nothing after a step: whoever drives the loop calls :meth:`step`."""
+        if "lr_scale" in group:
+            real_number("lr_scale", group["lr_scale"], at_least=0)
 
     def _warn_if_epochwise(self) -> None:
-        passed = self.step_clock.attempted - self._steps_seen
-        self._steps_seen = self.step_clock.attempted
+        passed = self._attempted - self._attempted_before
+        self._attempted_before = self._attempted
         if passed > 1 and not self._warned:
             self._warned = True
             warnings.warn(
@@ -234,105 +366,18 @@ class ScheduleLR(LRScheduler):
             )
 
 
-class WarmupCosineLR(ScheduleLR):
-    """:class:`ScheduleLR` along :class:`~lightning_plugins.WarmupCosine`.
-
-    Args:
-        optimizer: The optimizer; its rates are the peaks.
-        warmup_steps: Length of the linear warm-up, in optimizer steps, at least 0.
-        total_steps: Length of the whole schedule, in optimizer steps, at least ``warmup_steps + hold_steps``.
-        hold_steps: Length of the plateau after the warm-up, in optimizer steps, at least 0.
-        start_factor: Factor of the first step, at least 0.
-        end_factor: Factor after the decay, at least 0.
-
-    Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If one is out of range.
-
-    Example:
-        >>> import torch
-        >>> from lightning_plugins import WarmupCosineLR
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        >>> WarmupCosineLR(optimizer, warmup_steps=10, total_steps=100, start_factor=0.1).get_last_lr()
-        [0.010000000000000002]
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_steps: int,
-        total_steps: int,
-        hold_steps: int = 0,
-        start_factor: float = 0.0,
-        end_factor: float = 0.0,
-    ) -> None:
-        warmup_steps = whole_number("warmup_steps", warmup_steps, unit="steps")
-        hold_steps = whole_number("hold_steps", hold_steps, unit="steps")
-        least = warmup_steps + hold_steps  # said here in this class's words
-        total_steps = whole_number("total_steps", total_steps, at_least=least, unit="steps (warm-up and hold)")
-        start_factor = real_number("start_factor", start_factor, at_least=0)
-        end_factor = real_number("end_factor", end_factor, at_least=0)
-        super().__init__(optimizer, WarmupCosine(warmup_steps, hold_steps, total_steps, start_factor, end_factor))
-
-
-class NoamLR(ScheduleLR):
-    """:class:`ScheduleLR` along :class:`~lightning_plugins.Noam`, with OpenNMT-tf's wrapper around it.
-
-    lr = max(scale * model_dim^-0.5 * min(n^-0.5, n * warmup_steps^-1.5), min_lr) with
-    n = max(t - start_step, 0) // step_duration + 1; the optimizer's rate is the scale.
-
-    Args:
-        optimizer: The optimizer; its rate is the scale, 2 in OpenNMT's default Transformer.
-        model_dim: Width of the model, at least 1.
-        warmup_steps: Length of the linear part, in optimizer steps (times ``step_duration``), at least 0.
-        start_step: Optimizer steps for which the first value holds, at least 0.
-        step_duration: Optimizer steps for which every value holds, at least 1.
-        min_lr: Absolute rate below which none falls, at least 0.
-
-    Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If one is out of range.
-
-    Example:
-        >>> import torch
-        >>> from lightning_plugins import NoamLR
-        >>> optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-        >>> NoamLR(optimizer, model_dim=4, warmup_steps=8000, min_lr=1e-4).get_last_lr()
-        [0.0001]
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        model_dim: int,
-        warmup_steps: int,
-        *,
-        start_step: int = 0,
-        step_duration: int = 1,
-        min_lr: float = 0.0,
-    ) -> None:
-        warmup_steps = whole_number("warmup_steps", warmup_steps, unit="steps")
-        start_step = whole_number("start_step", start_step, unit="steps")
-        step_duration = whole_number("step_duration", step_duration, at_least=1, unit="steps")
-        schedule = Noam(model_dim, warmup_steps).hold_every(step_duration).delay(start_step)
-        super().__init__(optimizer, schedule, min_lr=min_lr)
-
-
 def check_schedule(schedule: Any) -> None:
     """Raise unless ``schedule`` is one."""
     if not isinstance(schedule, Schedule):
         raise TypeError(f"`schedule` must be a Schedule such as WarmupCosine(warmup=100), got {shown(schedule)}.")
 
 
-def check_base_lr(base_lr: float | Sequence[float] | None) -> float | tuple[float, ...] | None:
-    """Return the base rates as floats, or raise."""
-    if base_lr is None:
-        return None
-    if isinstance(base_lr, (list, tuple)):
-        return tuple(float(real_number(f"base_lr[{i}]", rate, above=0)) for i, rate in enumerate(base_lr))
-    return float(real_number("base_lr", base_lr, above=0))
+def check_base_lr(base_lr: float | Sequence[float | None] | None) -> float | tuple[float | None, ...] | None:
+    """Return the base rates as floats, or raise; a group whose entry is ``None`` keeps its own."""
+    if isinstance(base_lr, Sequence) and not isinstance(base_lr, (str, bytes)):
+        return tuple(None if rate is None else _base_rate(f"base_lr[{i}]", rate) for i, rate in enumerate(base_lr))
+    return None if base_lr is None else _base_rate("base_lr", base_lr)
 
 
-def is_own_state(state_dict: dict[str, Any]) -> bool:
-    """Return whether a scheduler's state was written by a :class:`ScheduleLR`."""
-    return state_dict.get("format") == _FORMAT
+def _base_rate(name: str, rate: Any) -> float:
+    return float(real_number(name, rate, above=0))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar, cast
 
-from lightning_plugins.core.validation import one_of, real_number
+from lightning_plugins.core.validation import one_of
 from lightning_plugins.schedules.curves import NAMED_CURVES, Progress
 from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps, is_open
-from lightning_plugins.schedules.schedule import Schedule, duration, factor
+from lightning_plugins.schedules.fields import duration, factor, number
+from lightning_plugins.schedules.schedule import Schedule
 
 Self = TypeVar("Self", bound="_WarmupThenDecay")
 
@@ -215,7 +216,7 @@ class OneCycle(Schedule):
     """
 
     total: Duration = duration(rest=True, default=None)
-    peak_at: float = 0.3
+    peak_at: float = number(at_least=0, at_most=1, default=0.3)
     start: float = factor(default=1 / 25)
     end: float = factor(default=1e-4 / 25)
     shape: str = "cosine"
@@ -225,7 +226,6 @@ class OneCycle(Schedule):
     _progress: ClassVar[Progress]
 
     def _check(self) -> None:
-        self.__dict__["peak_at"] = real_number("peak_at", self.peak_at, at_least=0, at_most=1)
         one_of("shape", self.shape, ("cosine", "linear"))
 
     def _prepare(self) -> dict[str, Any]:

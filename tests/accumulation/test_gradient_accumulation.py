@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_plugins import GradientAccumulation, LearningRateScheduler, Linear, MicroBatching, Tokens
 from lightning_plugins.core import counting
-from lightning_plugins.core.lightning import run_length
+from lightning_plugins.core.run_length import run_length
 from tests.support.accumulation_cases import BOUND, CASES
 from tests.support.accumulation_runs import (
     Dictionaries,

@@ -85,7 +85,7 @@ def test_accumulation_by_lightnings_scheduler_is_foreseen_in_any_order(tmp_path,
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_an_unannounced_change_of_accumulation_stretches_the_schedule(tmp_path, ours_first):
+def test_an_unannounced_change_of_accumulation_spreads_what_is_left_over_the_steps_that_are_left(tmp_path, ours_first):
     class Foreign(unified.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             trainer.accumulate_grad_batches = 5 if trainer.current_epoch == 1 else 1
@@ -99,8 +99,9 @@ def test_an_unannounced_change_of_accumulation_stretches_the_schedule(tmp_path, 
     assert trainer.global_step == 22
     used = rates(module)
     assert used[:10] == expected(Linear(30, 1, 0), 10)
-    assert used[10:12] == pytest.approx([0.1 * Linear(14, 1, 0)(step) for step in (10, 11)])
-    assert used[12:] == pytest.approx([0.1 * Linear(22, 1, 0)(step) for step in range(12, 22)])
+    # 2/3 are left at step 10, for 4 steps; after 2 of them 1/3 is left, for 10
+    assert used[10:12] == pytest.approx([0.1 * 2 / 3 * (1 - step / 4) for step in range(2)])
+    assert used[12:] == pytest.approx([0.1 * 1 / 3 * (1 - step / 10) for step in range(10)])
 
 
 def test_a_share_of_an_unknown_run_is_a_readable_error(tmp_path):
@@ -324,11 +325,11 @@ def test_leaves_the_rates_to_lightnings_swa_when_that_takes_over(tmp_path):
         assert (rates(module)[20:40] == pytest.approx([0.02] * 20)) == bool(callbacks)  # annealed over one epoch
 
 
-# -- manual optimisation -------------------------------------------------------------------------------------------
+# -- manual optimization -------------------------------------------------------------------------------------------
 
 
 def gan(critic_steps=3, scheduler_step=False):
-    """Two optimizers in manual optimisation; the second steps ``critic_steps`` times per batch."""
+    """Two optimizers in manual optimization; the second steps ``critic_steps`` times per batch."""
     module = make_module()
     module.automatic_optimization = False
     module.other = torch.nn.Linear(4, 2)
@@ -390,8 +391,8 @@ def test_each_optimizer_its_own_callback(tmp_path):
     assert [used[0] for used in module.second.used] == expected(two, 15)
 
 
-def test_manual_optimisation_needs_lengths_in_steps(tmp_path):
-    with pytest.raises(MisconfigurationException, match="manual optimisation: only the module knows its steps"):
+def test_manual_optimization_needs_lengths_in_steps(tmp_path):
+    with pytest.raises(MisconfigurationException, match="manual optimization: only the module knows its steps"):
         fit(tmp_path, LearningRateScheduler(WarmupLinear(4)), module=gan())
 
 

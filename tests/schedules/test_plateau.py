@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_plugins import LearningRateScheduler, Linear, Plateau
+from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.schedules.plateau import PlateauState
 from tests.support.training import loader, make_module, make_trainer, rates
 
@@ -106,9 +107,63 @@ def test_counts_every_validation_of_an_epoch(tmp_path):
     assert used == pytest.approx([0.05, 0.075, 0.05, 0.025])
 
 
-def test_a_metric_that_never_comes_does_not_crash(tmp_path):
-    used, _ = plateau_rates(tmp_path, [None] * 6)
-    assert used[2:] == pytest.approx([0.1] * 10)
+@pytest.mark.parametrize("epochs", [1, 6])
+def test_a_metric_that_never_comes_is_an_error_after_the_first_validation(tmp_path, epochs):
+    logged = Logged([None] * 6)
+    logged.module.validation_step = lambda batch, batch_idx: logged.module.log("val_loss", 1.0)
+    callback = LearningRateScheduler(Linear(2, 0.5, 1), plateau=Plateau("val_los", patience=0))
+    trainer = make_trainer(tmp_path, callbacks=[callback], max_epochs=epochs)
+    with pytest.raises(MisconfigurationException, match=r"got 'val_los', which did not come.*There are: val_loss"):
+        trainer.fit(logged.module, loader(2), loader(2))
+    assert logged.validations == 1
+
+
+def test_a_metric_that_never_comes_is_noticed_where_only_some_epochs_validate_or_none(tmp_path):
+    with pytest.raises(MisconfigurationException, match="There are: none"):
+        plateau_rates(tmp_path, [None] * 6, check_val_every_n_epoch=3)
+    with pytest.raises(MisconfigurationException, match="got 'metric'"):
+        plateau_rates(tmp_path, [None] * 6, limit_val_batches=0)
+
+
+def test_a_metric_that_came_before_a_resume_may_be_missing_after_it(tmp_path):
+    _, trainer = plateau_rates(tmp_path, [3.0, 3.0, 2.0], epochs=3)
+    trainer.save_checkpoint(tmp_path / "third.ckpt")
+    used, _ = plateau_rates(tmp_path, [None, None, None], ckpt_path=tmp_path / "third.ckpt")
+    assert used == pytest.approx([0.05] * 6)
+
+
+class LogsLast(Logged):
+    """Logs in the module's own ``on_train_epoch_end``, after every callback's."""
+
+    def __init__(self):
+        super().__init__([None] * 4)
+        module = self.module
+        module.on_train_epoch_end = lambda: module.log("metric", float(module.current_epoch))
+
+
+def test_a_metric_that_the_module_logs_at_the_very_end_of_an_epoch_is_no_error(tmp_path):
+    logged = LogsLast()
+    callback = LearningRateScheduler(Linear(2, 0.5, 1), plateau=Plateau("metric", factor=0.5, patience=0))
+    make_trainer(tmp_path, callbacks=[callback], max_epochs=4).fit(logged.module, loader(2), loader(2))
+    assert rates(logged.module)[-2:] == pytest.approx([0.05, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ([1.0, None, 0], ValueError, "`plateau` must have 4 values, got"),
+        ([2.0, None, 0, 0], ValueError, "`factor` must be at least 0 and at most 1, got 2.0"),
+        ([0.5, "low", 0, 0], TypeError, "`best` must be a number, got 'low'"),
+        ([0.5, math.nan, 0, 0], ValueError, "`best` must be finite, got nan"),
+        ([0.5, 1.0, -1, 0], ValueError, "`bad` must be at least 0 checks, got -1"),
+        ([0.5, 1.0, 0, 0.5], TypeError, "`cooldown` must be a whole number of checks, got 0.5"),
+        (7, TypeError, "`plateau` must be a list, got 7"),
+    ],
+)
+def test_a_state_is_checked_like_arguments(state, error, message):
+    with pytest.raises(error, match=message):
+        PlateauState.from_state(state)
+    assert PlateauState.from_state([0.5, -math.inf, 2, 1]) == PlateauState(0.5, -math.inf, 2, 1)
 
 
 def test_the_state_survives_a_resume(tmp_path):

@@ -33,7 +33,7 @@ from lightning_plugins import (
     WarmupStableDecay,
 )
 from lightning_plugins.schedules import SCHEDULES, RunLengthUnknownError, ScheduleTooLongError
-from lightning_plugins.schedules.schedule import duration
+from lightning_plugins.schedules.fields import duration
 
 
 def parabola(x):

@@ -66,7 +66,7 @@ def test_works_inside_torchs_combinations():
     assert used(two) == pytest.approx([0.2, 0.2, 0.4, 0.3, 0.2, 0.1])
 
 
-def test_every_group_has_its_own_base_and_one_added_later_joins_at_once():
+def test_every_group_has_its_own_base_and_one_added_later_begins_with_the_rate_it_brings():
     optimizer = RecordingSGD([{"params": weights(), "lr": 0.1}, {"params": weights(), "lr": 1.0}], lr=9.0)
     scheduler = ScheduleLR(optimizer, Linear(10, 1, 0))
     train(optimizer, scheduler, 4)
@@ -74,7 +74,7 @@ def test_every_group_has_its_own_base_and_one_added_later_joins_at_once():
     train(optimizer, scheduler, 2)
     assert used(optimizer, 0) == pytest.approx([0.1, 0.09, 0.08, 0.07, 0.06, 0.05])
     assert used(optimizer, 1) == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
-    assert [rates[2] for rates in optimizer.used[4:]] == pytest.approx([3.0, 2.5])
+    assert [rates[2] for rates in optimizer.used[4:]] == pytest.approx([5.0, 5.0 * 0.5 / 0.6])
 
 
 def test_base_lr_for_all_or_for_each():

@@ -1,0 +1,121 @@
+"""How a schedule declares its fields, so that each is checked, resolved and written down by what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from lightning_plugins.core.validation import a_list, real_number, whole_number
+from lightning_plugins.schedules.durations import Horizon, check_duration, is_open
+
+_MISSING = dataclasses.MISSING
+
+
+def duration(*, rest: bool = False, default: Any = _MISSING, kw_only: bool = False) -> Any:
+    """Declare a field as a :data:`Duration`; ``rest`` allows ``None``."""
+    return _field(partial(check_duration, rest=rest), default, kw_only=kw_only, duration=True)
+
+
+def durations() -> Any:
+    """Declare a field as a sequence of durations."""
+    return _field(partial(_each, check=check_duration), durations=True)
+
+
+def factor(*, default: Any = _MISSING, kw_only: bool = False, optional: bool = False, at_most: float = math.inf) -> Any:
+    """Declare a field as a factor: finite, at least 0; ``optional`` allows ``None``."""
+    check = partial(_check_factor, at_most=at_most)
+    return _field(_optional(check) if optional else check, default, kw_only=kw_only)
+
+
+def factors() -> Any:
+    """Declare a field as a sequence of factors."""
+    return _field(partial(_each, check=_check_factor))
+
+
+def number(*, default: Any = _MISSING, **limits: Any) -> Any:
+    """Declare a field as a finite number; ``limits`` are those of :func:`real_number`."""
+    return _field(partial(real_number, **limits), default)
+
+
+def whole(*, default: Any = _MISSING, unit: str = "", optional: bool = False) -> Any:
+    """Declare a field as a whole number of at least 1; ``optional`` allows ``None``."""
+    check = partial(whole_number, at_least=1, unit=unit)
+    return _field(_optional(check) if optional else check, default)
+
+
+def parts() -> Any:
+    """Declare a field as one schedule or segment, or a sequence of them."""
+    return _field(_check_parts, parts=True)
+
+
+def curve(*, default: Any = _MISSING) -> Any:
+    """Declare a field as a curve: a name, a callable or an import path, which is code."""
+    return _field(None, default, curve=True)
+
+
+def field_items(item: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yield name, value and kind of every field of a schedule or segment."""
+    for field in dataclasses.fields(item):
+        yield field.name, getattr(item, field.name), field.metadata
+
+
+def keep(item: Any, values: Mapping[str, Any]) -> None:
+    """Set attributes of a frozen dataclass while it is made; what is no field does not take part in comparisons."""
+    vars(item).update(values)
+
+
+def check_fields(item: Any) -> bool:
+    """Check and normalize the fields of a frozen dataclass; return whether a length is still open.
+
+    Factors become floats and sequences tuples, so that the dataclass compares and hashes by value.
+    """
+    checks = [(name, value, kind["check"]) for name, value, kind in field_items(item) if kind.get("check")]
+    keep(item, {name: check(name, value) for name, value, check in checks})
+    return any(_has_open_length(value, kind) for _, value, kind in field_items(item))
+
+
+def resolve_fields(item: Any, horizon: Horizon) -> dict[str, Any]:
+    """Return the lengths of a frozen dataclass in steps, and its schedules resolved, by field name."""
+    changes: dict[str, Any] = {}
+    for name, value, kind in field_items(item):
+        if "duration" in kind:
+            changes[name] = horizon.steps(name, value)
+        elif "durations" in kind:
+            changes[name] = _each(name, value, check=horizon.steps)
+        elif "parts" in kind and not isinstance(value, tuple):
+            changes[name] = value._resolve(horizon)
+    return changes
+
+
+def _field(
+    check: Callable[[str, Any], Any] | None, default: Any = _MISSING, *, kw_only: bool = False, **kind: bool
+) -> Any:
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"check": check, **kind})
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _each(name: str, values: Any, check: Callable[[str, Any], Any]) -> tuple[Any, ...]:
+    return tuple(check(f"{name}[{index}]", value) for index, value in enumerate(a_list(name, values)))
+
+
+def _check_factor(name: str, value: Any, at_most: float = math.inf) -> float:
+    return float(real_number(name, value, at_least=0, at_most=at_most))
+
+
+def _check_parts(_: str, value: Any) -> Any:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _has_open_length(value: Any, kind: Mapping[str, Any]) -> bool:
+    if "duration" in kind:
+        return is_open(value)
+    if "durations" in kind:
+        return any(map(is_open, value))
+    items = value if isinstance(value, tuple) else (value,)
+    return "parts" in kind and any(getattr(item, "is_open", False) for item in items)
