@@ -152,6 +152,14 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ("builtins.Exception", "args", "an error of memory names its remedy"),
     ),
     *_of(
+        "schedules",
+        ("torch.optim.lr_scheduler.LRScheduler", "_initial_step", "the first rates, written by torch's constructor"),
+        ("torch.optim.lr_scheduler.LRScheduler", "_update_lr", "how torch's SequentialLR sets a position"),
+        ("torch.optim.lr_scheduler.LRScheduler", "_last_lr _step_count", "what `get_last_lr` and torch's checks read"),
+        ("torch.Tensor", "_version", "whether a rate that is a tensor was written elsewhere"),
+        ("torch.optim.lr_scheduler.ChainedScheduler", "_schedulers", "whether a part of it rewrites base rates"),
+    ),
+    *_of(
         "statistics",
         ("lightning.pytorch.callbacks.TQDMProgressBar()", "_should_update", "the bar is updated as often as it shows"),
     ),

@@ -41,10 +41,9 @@ _NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which 
 class LearningRateScheduler(Callback):
     """Sets the learning rate of every optimizer step: max(base * schedule(t) * plateau, min_lr).
 
-    The length of the run is found when training starts, whatever sets it (``max_steps``, ``max_epochs``, accumulation
-    by the Trainer or by a callback), and is logged with its source. When it changes (a loader of another length, other
-    accumulation, an epoch that was left), the schedule goes on from the value where it stands and ends with the run. A
-    longer horizon (more epochs or steps on resume) is followed from the next step on.
+    The run's length is found when training starts, whatever sets it, and is logged with its source. When it changes (a
+    loader of another length, other accumulation, an epoch that was left), the schedule goes on from the value where it
+    stands and ends with the run. A longer horizon (more epochs on resume) is followed from the next step on.
 
     A rate that was written elsewhere (by a finetuning callback, a search, your code) is that group's rate at this step,
     and its base rate from there on is rate / schedule(t). timm's ``lr_scale`` of a group multiplies its rate.
@@ -54,9 +53,9 @@ class LearningRateScheduler(Callback):
         not per batch.
 
     Checkpoint:
-        The position is saved with the Trainer's other learning-rate schedulers; the plateau's state and what lay ahead
-        of the run under this callback's key; the curve itself comes from the arguments. Added to a run that is resumed
-        from a checkpoint without it, it starts at the steps already taken.
+        The position is saved with the Trainer's other learning-rate schedulers, the plateau's state and the run's
+        length under this callback's key; the curve comes from the arguments. Added to a resumed run that had none, it
+        starts at the steps already taken.
 
     Distributed:
         Every rank computes the same rates; a monitored metric is rank zero's.
@@ -72,9 +71,8 @@ class LearningRateScheduler(Callback):
         base_lr: Absolute base rate for all parameter groups, or one for each. ``None``: each group's own rate, on
             resume the checkpoint's.
         min_lr: Absolute rate below which no group falls, at least 0; it lifts the warm-up too.
-        optimizer: Index of the optimizer to schedule; ``None``: all. Lightning steps several optimizers only in
-            manual optimization, where the rate follows each optimizer's own steps; there the length of the run cannot
-            be known, so give lengths in steps.
+        optimizer: Index of the optimizer to schedule; ``None``: all. In manual optimization each rate follows its
+            optimizer's own steps, and the length of the run cannot be known, so give lengths in steps.
         plateau: Multiplies the schedule by a factor that shrinks when a metric stalls.
         existing: What to do with an optimizer that ``configure_optimizers`` already schedules: ``"refuse"``, or
             ``"replace"`` its scheduler.
@@ -157,8 +155,7 @@ class LearningRateScheduler(Callback):
         """Start at the restored position, or at the steps already taken."""
         self.training_starts()
         taken = trainer.global_step
-        automatic = pl_module.automatic_optimization
-        if not automatic:
+        if not pl_module.automatic_optimization:
             taken //= max(len(trainer.optimizers), 1)  # there global_step counts every optimizer's
         self.resolved = None  # every fit logs its schedule
         if taken == 0:
@@ -171,11 +168,9 @@ class LearningRateScheduler(Callback):
             if taken == 0:
                 scheduler.rebase()
             scheduler.scale = 1.0 if self._watch is None else self._watch.state.factor
-            scheduler.seek(scheduler.position if scheduler.restored else taken)
-            # only from here on: to load the state of a sharded optimizer, torch takes a step that is none of the run's
-            self._start(scheduler, every_step=not automatic)
+            self._start(scheduler, scheduler.position if scheduler.restored else taken, pl_module)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        self._epoch_begins, self._announces = True, scaled and not automatic
+        self._epoch_begins, self._announces = True, scaled and not pl_module.automatic_optimization
         if self._watch is not None:
             self._watch.begin()
         self._plan(trainer, pl_module)
@@ -183,7 +178,9 @@ class LearningRateScheduler(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the run's length again: the loader may be another one now."""
         self._epoch_begins = True
-        self._check_monitor(trainer)
+        if self._watch is not None:
+            self._check_monitor(trainer)
+            self._show_plateau(trainer, self._watch, self._watch.before_epoch(trainer.callback_metrics))
         self._plan(trainer, pl_module, batch_idx=0)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -270,9 +267,11 @@ class LearningRateScheduler(Callback):
         trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
         return scheduler
 
-    def _start(self, scheduler: ScheduleLR, *, every_step: bool) -> None:
+    def _start(self, scheduler: ScheduleLR, position: int, pl_module: LightningModule) -> None:
+        scheduler.seek(position)
+        # only from here on: to load the state of a sharded optimizer, torch takes a step that is none of the run's
         scheduler.lrs = self.lrs if self.record else None
-        scheduler.follow(every_step=every_step)
+        scheduler.follow(every_step=not pl_module.automatic_optimization)
 
     def _displace(self, configs: list[Any], optimizer: Optimizer) -> None:
         """Refuse or remove schedulers of the same rates."""
@@ -314,14 +313,10 @@ class LearningRateScheduler(Callback):
             self._schedulers.remove(scheduler)
             scheduler.close()
             self._displace(configs, optimizer)
-            self._succeed(scheduler, self._attach(trainer, optimizer), pl_module)
-
-    def _succeed(self, old: ScheduleLR, new: ScheduleLR, pl_module: LightningModule) -> None:
-        """Let a new optimizer's scheduler go on where the old one's stood."""
-        new.schedule, new.scale = old.schedule, old.scale
-        new.seek(old.position)
-        self._start(new, every_step=not pl_module.automatic_optimization)
-        rank_zero_info(f"LearningRateScheduler follows an optimizer that was set up anew, from step {old.position} on.")
+            other = self._attach(trainer, optimizer)
+            other.schedule, other.scale, position = scheduler.schedule, scheduler.scale, scheduler.position
+            self._start(other, position, pl_module)
+            rank_zero_info(f"LearningRateScheduler follows an optimizer that was set up anew, from step {position} on.")
 
     def _leave(self, scheduler: ScheduleLR, optimizer: Optimizer) -> None:
         scheduler.close()
@@ -383,11 +378,11 @@ class LearningRateScheduler(Callback):
             scheduler.refresh()
 
     def _check_monitor(self, trainer: Trainer) -> None:
-        metrics = trainer.callback_metrics
-        if self._watch is not None and self._watch.misses(metrics, validates=trainer.enable_validation):
+        metrics, watch = trainer.callback_metrics, self._watch
+        if watch is not None and watch.misses(metrics, validates=trainer.enable_validation):
             names = ", ".join(sorted(metrics)) or "none"
             raise MisconfigurationException(
-                f"`plateau` must monitor a metric that is logged, got {shown(self._watch.plateau.monitor)}, which "
+                f"`plateau` must monitor a metric that is logged, got {shown(watch.plateau.monitor)}, which "
                 f"did not come in an epoch and its validation. There are: {names}. Correct the name, or log it with "
                 "`self.log`."
             )

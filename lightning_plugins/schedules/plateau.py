@@ -137,12 +137,13 @@ class PlateauWatch:
         self.state = PlateauState()
         self._logged: Any = None  # the metric as last seen: a new one is another object
         self._by_validation = False  # whether it is validation that logs it
-        self._came = self._epoch_ended = self._validation_ended = False
+        self._came = self._epoch_ended = self._validation_ended = self._late = False
 
     def begin(self) -> None:
         """Begin a fit; a metric that came before a resume has come."""
         self._logged, self._by_validation = None, False
         self._came, self._epoch_ended, self._validation_ended = self.state.best is not None, False, False
+        self._late = False
 
     def look(self, metrics: Mapping[str, Any]) -> float | None:
         """Return the metric if it was logged since the last look, else ``None``."""
@@ -160,7 +161,13 @@ class PlateauWatch:
         """Return the metric if the training epoch that has ended logged it."""
         value = self.look(metrics)
         self._epoch_ended = True
+        self._late = value is None
         return None if self._by_validation else value
+
+    def before_epoch(self, metrics: Mapping[str, Any]) -> float | None:
+        """Return the metric if the module logged it when the last epoch had ended for callbacks."""
+        late, self._late = self._late, False
+        return self.look(metrics) if late and not self._by_validation else None
 
     def show(self, value: float) -> bool:
         """Show a value to the plateau; return whether the factor fell."""

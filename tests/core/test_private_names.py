@@ -14,7 +14,7 @@ from tests.support.cases import CALLBACKS, PACKAGE, PUBLIC, make
 from tests.support.foreign_names import foreign_attributes, own_attributes
 from tests.support.training import make_module, make_trainer
 
-LIBRARIES = ("lightning.", "pytorch_lightning.", "torch.distributed", "torch.nn", "torchmetrics")
+LIBRARIES = ("lightning.", "pytorch_lightning.", "torch.distributed", "torch.nn", "torch.optim", "torchmetrics")
 FILES = sorted(PACKAGE.rglob("*.py"))
 OF_TRAINER = sorted({(entry.owner, entry.name) for entry in FOREIGN_NAMES if entry.owner.startswith("trainer")})
 OF_LIBRARIES = sorted({(entry.owner, entry.name) for entry in FOREIGN_NAMES} - set(OF_TRAINER))
