@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.support import counts, expected_warnings, record
+from tests.support import conditions, counts, expected_warnings, record
 
 # A busy machine is slow, and that is no property of what is tested. The gate tries the same examples each time; whoever
 # runs the tests by hand looks for new ones.
@@ -26,6 +26,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for line in expected_warnings.filters():
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "fsdp2" in item.nodeid.lower():
+            item.add_marker(conditions.fsdp2_on_cpu)
 
 
 @pytest.fixture(autouse=True)

@@ -33,9 +33,9 @@ def close(a, b, tolerance=1e-6):
         torch.testing.assert_close(value, b[key], rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("fsdp")
+@pytest.fixture(scope="module", params=["fsdp2"])
+def sharded(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
     return directory, launch("fsdp", directory)
 
 

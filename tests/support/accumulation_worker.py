@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from tests.support import conditions
 from tests.support.accumulation_cases import CASES, SHARDED
 from tests.support.accumulation_runs import Probe, Recorder, SaveAfterFirstEpoch, fit, run_case
 from tests.support.microbatch_cases import MICRO, run_micro
@@ -122,9 +123,10 @@ def run_accumulation(rank: int):
         for dtype in (torch.float32, torch.float64):
             results["ddp", name, dtype] = run_case(dataclasses.replace(case, dtype=dtype), rank=rank, ranks=2)
     for name in SHARDED:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        arguments = {"module": Sharded(), "strategy": strategy}
-        results["fsdp2", name, torch.float32] = run_case(CASES[name], rank=rank, ranks=2, **arguments)
+        if conditions.HAS_FSDP2_ON_CPU:
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            arguments = {"module": Sharded(), "strategy": strategy}
+            results["fsdp2", name, torch.float32] = run_case(CASES[name], rank=rank, ranks=2, **arguments)
         if CASES[name].clip is None:
             results["fsdp1", name, torch.float32] = run_flat_shards(name, rank)
     return results

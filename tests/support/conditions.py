@@ -24,8 +24,10 @@ def _needs(what, *, there):
     return pytest.mark.skipif(not there, reason=f"{NEEDS}{what}")
 
 
-# torch 2.6's `fully_shard` records an event on a stream, which its CPU streams cannot
-fsdp2_on_cpu = _needs("FSDP2 on CPU", there=hasattr(torch.cpu.Stream, "record_event"))
+# torch 2.6's `fully_shard` records an event on a stream, which its CPU streams cannot. A test whose name or parameter
+# says "fsdp2" has this mark by itself.
+HAS_FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+fsdp2_on_cpu = _needs("FSDP2 on CPU", there=HAS_FSDP2_ON_CPU)
 
 HAS_EMA_WEIGHT_AVERAGING = hasattr(callbacks, "EMAWeightAveraging")
 ema_weight_averaging = _needs("Lightning's EMAWeightAveraging", there=HAS_EMA_WEIGHT_AVERAGING)
