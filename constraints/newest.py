@@ -8,8 +8,10 @@ from importlib import metadata
 
 EXTRAS = ("examples", "plot", "safetensors", "test", "yaml")
 
+found = {}
 for line in metadata.requires("lightning-plugins") or ():
     requirement, _, condition = line.partition(";")
     extra = re.search(r"extra == ['\"]([\w-]+)['\"]", condition)
     if not requirement.startswith("lightning-plugins[") and (extra is None or extra[1] in EXTRAS):
-        print(re.sub(r"<=?[^,]*,?", "", requirement).strip().rstrip(","))  # noqa: T201
+        found[re.sub(r"<=?[^,]*,?", "", requirement).strip().rstrip(",")] = None
+print("\n".join(found))  # noqa: T201

@@ -147,6 +147,7 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         (_EPOCH, "_results", "what is logged"),
         (f"{_EPOCH}._results", "update_metrics batch batch_size", "what a piece logs is collected"),
         ("torchmetrics.MeanMetric()", "_to_sync", "a value of one rank's batch, without the other ranks"),
+        ("torchmetrics.MeanMetric()", "_reduce_states", "merges states where there is no `merge_state` yet"),
         ("torch.nn.modules.batchnorm", "_BatchNorm", "every batch normalization, to warn of its pieces"),
         ("torch.nn.parallel.DistributedDataParallel", "require_forward_param_sync", "a trial is each rank's own"),
         ("builtins.Exception", "args", "an error of memory names its remedy"),

@@ -125,4 +125,5 @@ def _merge(metric: Any, before: MetricState) -> None:
     metric._computed = None
     metric._update_count = before.updates + 1
     if before.updates:
-        metric.merge_state(before.values)
+        # torchmetrics before 1.6 has no `merge_state`, which checks and does this
+        getattr(metric, "merge_state", metric._reduce_states)(before.values)

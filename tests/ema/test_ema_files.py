@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.callbacks import ModelCheckpoint as ClassicModelCheckpoint
 
 from lightning_plugins import EMA, ConstantDecay, WarmupDecay, extract_weights
+from lightning_plugins.core.lightning import CallbackOfBoth
 from lightning_plugins.ema.checkpoint_format import RECORD_KEY
 from tests.support.ema_runs import (
     THETA,
@@ -41,7 +42,7 @@ def scored(module_class, trainer_class, files, **kwargs):
     torch.manual_seed(0)
     module, ema, seen = module_class(), EMA(0.9, after_fit="raw"), []
 
-    class Look(unified.Callback):
+    class Look(CallbackOfBoth):
         def on_validation_epoch_end(self, trainer, pl_module):
             seen.append(clone_state(pl_module))
 

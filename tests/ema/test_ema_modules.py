@@ -7,6 +7,7 @@ import torch
 
 from lightning_plugins import EMA, ConstantDecay, PowerDecay, WarmupDecay
 from lightning_plugins.core.lightning import MisconfigurationException
+from tests.support import conditions
 from tests.support.ema_runs import (
     THETA,
     ClassicScripted,
@@ -130,6 +131,7 @@ def test_training_is_bit_for_bit_what_it_is_without_an_average():
     assert same(*runs)
 
 
+@conditions.whole_run_after_a_search
 def test_a_learning_rate_search_before_the_run_leaves_no_trace(tmp_path):
     from lightning.pytorch.callbacks import LearningRateFinder
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_plugins import GradientAccumulation, Tokens
+from lightning_plugins.core.lightning import CallbackOfBoth
 
 FEATURES, CLASSES = 6, 5
 
@@ -96,7 +97,7 @@ def module_class(package=pl):
 Probe = module_class()
 
 
-class Recorder(pl.Callback):
+class Recorder(CallbackOfBoth):
     """Keeps the parameters and the gradient of every step, as the hook and as the optimizer sees them."""
 
     def __init__(self):

@@ -34,3 +34,8 @@ ema_weight_averaging = _needs("Lightning's EMAWeightAveraging", there=HAS_EMA_WE
 
 HAS_SAVE_ON_EXCEPTION = "save_on_exception" in inspect.signature(callbacks.ModelCheckpoint).parameters
 save_on_exception = _needs("ModelCheckpoint(save_on_exception=True)", there=HAS_SAVE_ON_EXCEPTION)
+
+# Lightning 2.5.0 takes the batches of the search for batches of the run, which ends that much early. 2.6.0 does not.
+whole_run_after_a_search = _needs(
+    "a whole run after Lightning's LearningRateFinder", there=installed("lightning") >= (2, 6)
+)
