@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_plugins import CheckpointAveraging
+from lightning_plugins.core.lightning import CallbackOfBoth
 from tests.support.checkpoints_models import load_state, loader, module_class, trainer
 
 
@@ -16,7 +17,7 @@ class Death(unified.Callback):
             raise RuntimeError("killed")
 
 
-class DeathAtTheEnd(unified.Callback):
+class DeathAtTheEnd(CallbackOfBoth):
     """An exception after training, before anything is averaged."""
 
     def on_train_end(self, trainer, pl_module):
