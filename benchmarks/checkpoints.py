@@ -63,10 +63,10 @@ def read_bytes(paths: list[str]) -> None:
 def ours(paths: list[str]) -> object:
     from lightning_plugins import average_checkpoints
     from lightning_plugins.checkpoints.formats import open_checkpoint
-    from lightning_plugins.checkpoints.streaming_mean import Recipe
+    from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 
     if len(paths) == 1:  # which average_checkpoints refuses
-        return Recipe([open_checkpoint(paths[0])], [1.0]).state_dict()
+        return CheckpointMean([open_checkpoint(paths[0])], [1.0]).state_dict()
     return average_checkpoints(paths, progress=False)
 
 

@@ -11,14 +11,12 @@ from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_plugins.checkpoints.average import average_checkpoints as average_checkpoints
+    from lightning_plugins.checkpoints.average_plan import Plan as Plan, plan_average as plan_average
+    from lightning_plugins.checkpoints.averaged_file import weights_digest as weights_digest
     from lightning_plugins.checkpoints.callback import CheckpointAveraging as CheckpointAveraging
     from lightning_plugins.checkpoints.formats.base import CheckpointError as CheckpointError
-    from lightning_plugins.checkpoints.plan import Plan as Plan, plan_average as plan_average
-    from lightning_plugins.checkpoints.selection import (
-        read_manifest as read_manifest,
-        select_checkpoints as select_checkpoints,
-    )
+    from lightning_plugins.checkpoints.record import read_manifest as read_manifest
+    from lightning_plugins.checkpoints.selection import select_checkpoints as select_checkpoints
     from lightning_plugins.checkpoints.soup import greedy_soup as greedy_soup
-    from lightning_plugins.checkpoints.streaming_mean import weights_digest as weights_digest
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

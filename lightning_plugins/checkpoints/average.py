@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 
+from lightning_plugins.checkpoints.averaged_file import write_average
 from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.streaming_mean import Recipe
+from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from lightning_plugins.core.files import check_output
 from lightning_plugins.core.progress import progress_bar
 from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, real_number, shown, true_or_false
@@ -34,8 +34,10 @@ def average_checkpoints(
 
     Floating-point and complex tensors are averaged and keep their dtype; integers, booleans and entries that are no
     tensors come from the newest file, which is the one with the highest ``global_step``, then the later in ``paths``.
-    Tied weights are averaged once and stay tied. Files are mapped, not loaded: memory is one model, and with
-    ``output`` one tensor, however many files there are and however large their optimizer states.
+    So do tensors without a plain block of numbers (quantized by torchao, sparse), which must be the same in all files.
+    Tied weights are averaged once and stay tied. Numbers of up to 32 bits are added in float64 and rounded once. Files
+    are mapped, not loaded: memory is one model, and with ``output`` one tensor, however many files there are and
+    however large their optimizer states.
 
     Args:
         paths: At least two checkpoints of one model: Lightning ``.ckpt``, other files of ``torch.save`` with a state
@@ -44,8 +46,8 @@ def average_checkpoints(
             states are left out) or ``.safetensors`` file to write. It carries a manifest: files, steps, weights, and a
             digest of the averaged weights. ``None`` returns the state dict.
         weights: One number of at least 0 for each path, normalised to sum 1. ``None`` weighs all alike.
-        dtype: What to accumulate in: ``torch.float32`` (the default; float64 tensors always use float64) or
-            ``torch.float64``. The result's dtypes do not depend on it.
+        dtype: What to add in: ``torch.float64`` (the default) or ``torch.float32``, which rounds at every file. The
+            result's dtypes do not depend on it.
         strict: Refuse files whose names, shapes or dtypes differ. ``False`` averages the names that all files share
             with one shape, in the newest file's dtypes, leaves out the others and warns which.
         trust: Load files whose pickle needs more than tensors and plain values. This runs code that the files choose.
@@ -79,50 +81,48 @@ def average_checkpoints(
         true_or_false(name, flag)
     target = None if output is None else _output_path(output, overwrite=true_or_false("overwrite", overwrite))
     files = _distinct(paths)
-    shares = normalised(weights, len(files))
-    accumulate = _accumulation_dtype(dtype)
-    recipe = Recipe(
+    numbers = checked_weights(weights, len(files))
+    mean = CheckpointMean(
         [open_checkpoint(path, trust=trust) for path in files],
-        shares,
-        accumulate=accumulate,
+        numbers,
+        dtype=_adding_dtype(dtype),
         strict=strict,
         allow_nonfinite=allow_nonfinite,
     )
-    if recipe.differences:
-        warnings.warn(f"Left out: {recipe.differences.text()}", LightningPluginsWarning, stacklevel=2)
-    with progress_bar(recipe.nbytes, "averaging", show=progress) as advance:
+    if mean.differences.lines:
+        warnings.warn(f"Left out: {mean.differences.text()}", LightningPluginsWarning, stacklevel=2)
+    with progress_bar(mean.nbytes, "averaging", show=progress) as advance:
         if target is None:
-            return recipe.state_dict(advance)
-        recipe.write(target, overwrite=overwrite, advance=advance)
+            return mean.state_dict(advance)
+        write_average(mean, target, overwrite=overwrite, advance=advance)
     return target
 
 
-def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return ``count`` weights of sum 1.
+def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Return ``count`` weights as floats, equal ones for ``None``.
 
     Raises:
         ValueError: If their number differs, one is negative or not finite, or all are 0.
 
     Example:
-        >>> normalised([1, 3], 2)
-        [0.25, 0.75]
+        >>> checked_weights([1, 3], 2)
+        [1.0, 3.0]
     """
     if weights is None:
-        return [1 / count] * count
+        return [1.0] * count
     given = a_list("weights", weights, "a list of numbers")
     values = [float(real_number("weights", value, at_least=0)) for value in given]
     if len(values) != count:
         raise ValueError(f"`weights` must have one number for each of the {count} checkpoints, got {len(values)}.")
-    total = math.fsum(values)
-    if total == 0:
+    if not any(values):
         raise ValueError("`weights` must not all be 0.")
-    return [value / total for value in values]
+    return values
 
 
-def _accumulation_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+def _adding_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found is None and dtype is None:
-        return torch.float32
+        return torch.float64
     if found is not torch.float32 and found is not torch.float64:
         raise ValueError(
             f"`dtype` must be torch.float32 or torch.float64, got {shown(dtype)}. Results keep their dtypes."

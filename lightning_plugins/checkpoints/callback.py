@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
+from lightning_plugins.checkpoints.average_of_run import AverageOfRun
 from lightning_plugins.checkpoints.batch_norm import batch_norms
-from lightning_plugins.checkpoints.candidates import (
-    Signature,
-    best_records,
-    foreign_files,
-    is_average_or_none,
-    last_records,
-    loss_name,
-    own_records,
-    remove,
-)
-from lightning_plugins.checkpoints.distributed import on_rank_zero, write_together
-from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.formats.sharded import is_sharded
-from lightning_plugins.checkpoints.isolated_validation import (
-    can_refresh,
-    last_order,
-    load_checkpoint,
-    no_trace,
-    numbers,
-    refreshed_statistics,
-    validate,
-)
-from lightning_plugins.checkpoints.selection import Record
-from lightning_plugins.checkpoints.streaming_mean import Recipe
-from lightning_plugins.core.checkpoints_of_run import capacity, checkpoint_folder, followed, model_checkpoints
+from lightning_plugins.checkpoints.formats.base import CheckpointError
+from lightning_plugins.checkpoints.isolated_validation import can_refresh, isolated, numbers, set_order_of_last_epoch
+from lightning_plugins.checkpoints.pool import Choice, History, Pool, output_problem
+from lightning_plugins.checkpoints.run_files import RunFiles
+from lightning_plugins.checkpoints.run_identity import Lineage, checked_lineage, new_fit_name
+from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.callback import Callback, Stage
+from lightning_plugins.core.checkpoints_of_run import checkpoint_folder, followed, keeper_of, model_checkpoints
 from lightning_plugins.core.lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
-    RemainingEnd,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
 )
+from lightning_plugins.core.module_state import is_opaque
+from lightning_plugins.core.strategies import check_strategy
 from lightning_plugins.core.validation import (
     LightningPluginsWarning,
     a_path,
@@ -52,8 +33,6 @@ from lightning_plugins.core.validation import (
     true_or_false,
     whole_number,
 )
-
-_HISTORY = 1000  # validations whose metrics are remembered
 
 
 class CheckpointAveraging(Callback):
@@ -69,10 +48,11 @@ class CheckpointAveraging(Callback):
             Vaswani et al.
         best: Average the best N by the metric that a ModelCheckpoint monitors, instead.
         output: The file to write, ``.ckpt`` or ``.safetensors``; a relative one lies in the checkpoint directory. Its
-            predecessor of an earlier fit is replaced; any other file of that name is refused at setup.
-        refresh_batch_norm: Estimate batch-normalisation statistics of the averaged weights from one pass of
+            predecessor of an earlier fit is replaced; any other file of that name, and a place that cannot be written
+            to, are refused before training starts.
+        refresh_batch_norm: Estimate batch-normalization statistics of the averaged weights from one pass of
             ``training_step`` over the training data (200 batches of data without a length). ``"auto"``: when the
-            module has layers whose statistics follow the data and optimises automatically.
+            module has layers whose statistics follow the data and optimizes automatically.
         compare: Validate the average and the best single checkpoint with the fit's own validation data, log one line
             with both scores and keep them in ``scores``. The score is the monitored metric, else a validation loss.
 
@@ -83,24 +63,33 @@ class CheckpointAveraging(Callback):
 
     When:
         Own files in ``on_train_epoch_end``, everything else in ``on_train_end``. Nothing in a training step.
-        ``fast_dev_run``, which writes no checkpoints, averages none.
+        ``fast_dev_run``, which writes no checkpoints, averages none. A fault while files are written or averaged is a
+        warning and never ends the fit.
 
     Checkpoint:
-        ``version``, ``foreign`` (files in the directory that are another run's) and ``history`` (validation metrics by
-        step). The pool itself is what exists on disk.
+        ``fits`` (which fits have led to the file), ``folder`` and ``files`` (what the run has written, with digests)
+        and ``history`` (validation metrics by step). Only files that the run itself is known to have written are
+        averaged; others in their directory are named and left out.
 
     Distributed:
         Rank zero averages and writes; of sharded checkpoints (FSDP, FSDP2) every rank averages its own parts. Every
-        rank validates. The file system is shared, as for Lightning's own ``ckpt_path``.
+        rank validates, and scores are over the samples of all ranks. The file system is shared, as for Lightning's own
+        ``ckpt_path``.
 
     Cost:
         None per step. At the end: reading N files once, for comparing two validations and the module's weights once
-        more in host memory, for batch normalisation one epoch of forward passes.
+        more in host memory, for batch normalization one epoch of forward passes.
+
+    Does not compose with:
+        DeepSpeed, whose files have a format of their own; remote directories; quantized weights that are trained.
 
     Raises:
         TypeError: If a number is not whole.
         ValueError: If ``last`` and ``best`` are both given, or another argument is not one of its values.
     """
+
+    stage: ClassVar[Stage] = Stage.CHECKPOINTS
+    state_version: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -128,69 +117,52 @@ class CheckpointAveraging(Callback):
         self.path: Path | None = None
         self.scores: dict[str, float] | None = None
         self.metric: str | None = None
-        self._foreign: dict[str, Signature] = {}
-        self._history: dict[int, dict[str, float]] = {}
-        self._own_pool = False
-        self._folder: Path | None = None  # of this fit's checkpoints; None: nothing is averaged
-        self._end = RemainingEnd()
-
-    @property
-    def state_key(self) -> str:
-        """The output tells two instances apart."""
-        return f"CheckpointAveraging[{self.output}]"
+        super().__init__(output=self.output)
+        self._lineage = Lineage()
+        self._files = RunFiles()
+        self._history = History()
+        # of this fit's checkpoints; None: nothing is averaged
+        self._pool: Pool | None = None
+        self._saved_in = ""
+        self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        strategy = type(trainer.strategy).__name__
-        if strategy == "DeepSpeedStrategy":
-            raise MisconfigurationException(
-                f"CheckpointAveraging cannot read the checkpoints of {strategy}; convert them with its own tool and "
-                f"use average_checkpoints."
-            )
-        if self.by_score and not model_checkpoints(trainer, monitoring=True):
-            raise MisconfigurationException(
-                f"CheckpointAveraging(best={self.count}) needs a ModelCheckpoint with `monitor`; or use `last`."
-            )
+        check_strategy(trainer, "CheckpointAveraging")
         if self.refresh_batch_norm is True and not can_refresh(pl_module):
             raise MisconfigurationException(
                 "CheckpointAveraging(refresh_batch_norm=True) runs `training_step` for its forward pass, which manual "
-                "optimisation and `dataloader_iter` do not allow; pass False."
+                "optimization and `dataloader_iter` do not allow; pass False."
             )
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by the callback connector
-            if other is not self and isinstance(other, CheckpointAveraging) and Path(other.output) == Path(self.output):
-                raise MisconfigurationException(
-                    f"Two CheckpointAveraging callbacks would write {self.output}; give them different `output` names."
-                )
+        self._check_weights(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that a run that was killed while it ended gets its average."""
-        self._end.watch(trainer, lambda: self._finish(trainer, pl_module))
+        self._check_weights(pl_module)
+        self.when_nothing_is_left(trainer, lambda: self._finish(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose whose files will be averaged, now that directories and the run's position are known."""
-        self._end.remove()
-        self.path, self.scores, self.metric = None, None, None
-        self._folder = None if trainer.fast_dev_run else self._checkpoint_folder(trainer)  # type: ignore[attr-defined]
-        if self._folder is None:
+        """Choose whose files will be averaged, now that all callbacks, directories and the run's position are known."""
+        self.training_starts()
+        self.path, self.scores, self.metric, self._warned = None, None, None, False
+        self._pool = None if trainer.fast_dev_run else self._make_pool(trainer)  # type: ignore[attr-defined]
+        if self._pool is None:
             return
-        checkpoint = self._followed(trainer)
-        self._own_pool = checkpoint is None or capacity(checkpoint) < self.count
-        self._check_output(self._target)
-        if trainer.is_global_zero:
-            found = foreign_files(self._pool_folder, trainer.global_step)
-            self._foreign = {**(self._foreign if trainer.global_step else {}), **found}
-        if self._own_pool:
+        self._check_output(trainer, self._pool)
+        self._begin_fit(trainer, self._pool)
+        if self._pool.own_folder is not None:
             rank_zero_info(
                 f"CheckpointAveraging needs {self.count} checkpoints, and ModelCheckpoint keeps fewer: it writes "
-                f"weights-only files of its own, one per epoch, to {self._pool_folder} and keeps {self.count}."
+                f"weights-only files of its own, one per epoch, to {self._pool.own_folder} and keeps {self.count}."
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics of this step, to know the best single checkpoint."""
-        if self._folder is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._remember(trainer)
+        if self._pool is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._history.add(trainer.global_step, numbers(trainer.callback_metrics))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune the own files, now that all metrics of the last epoch are known."""
@@ -198,183 +170,190 @@ class CheckpointAveraging(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch's own file."""
-        if self._folder is None or not self._own_pool:
+        if self._pool is None or self._pool.own_folder is None:
             return
-        name = f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(self._pool_folder / name, weights_only=True)
-        self._remember(trainer)
+        path = self._pool.own_folder / f"epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"
+        try:
+            trainer.save_checkpoint(path, weights_only=True)
+        except OSError as error:
+            self._warn(f"CheckpointAveraging could not write {path}: {error}. The average will lack this epoch.")
+            # the other ranks wait here for the one that failed to write
+            trainer.strategy.barrier()
+        self._history.add(trainer.global_step, numbers(trainer.callback_metrics))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average, refresh, compare."""
-        if self._folder is None:
+        if self._pool is None:
             return
         self._prune(trainer)
-        paths: list[str]
-        paths, best = trainer.strategy.broadcast(self._choose(trainer) if trainer.is_global_zero else ([], ""))
-        if len(paths) < 2:
-            rank_zero_info(f"CheckpointAveraging: {len(paths)} checkpoint(s) on disk, nothing to average.")
+        choice: Choice = trainer.strategy.broadcast(self._pool.choose() if trainer.is_global_zero else Choice())
+        if not trainer.is_global_zero:
+            # the list of the run's files is kept on rank zero, which has looked at these
+            self._files.add(*choice.paths)
+        for text in choice.warnings:
+            rank_zero_warn(text, category=LightningPluginsWarning)
+        for text in choice.notes:
+            rank_zero_info(f"CheckpointAveraging: {text}")
+        if len(choice.paths) < 2:
+            where = self._pool.own_folder or self._pool.folder
+            rank_zero_info(
+                f"CheckpointAveraging: {len(choice.paths)} checkpoint(s) on disk, nothing to average, in {where}."
+            )
             return
-        target = self._target
-        refresh, compare = self._refreshes(trainer, pl_module), self._compares(trainer)
-        if not refresh and not compare:
-            self._write(trainer, paths, target)
-        else:
-            with no_trace(trainer, pl_module):
-                self._write(trainer, paths, target, self._statistics(trainer, pl_module, paths, target, wanted=refresh))
-                if compare:
-                    self._compare(trainer, pl_module, target, Path(best))
-        self.path = target
-        rank_zero_info(f"CheckpointAveraging: the mean of {len(paths)} checkpoints is in {target}.")
+        try:
+            self._average(trainer, pl_module, self._pool, choice)
+        except (OSError, CheckpointError) as error:
+            lost = "no average" if self.path is None else "no comparison"
+            self._warn(f"CheckpointAveraging made {lost}: {error}")
+            return
         self._report(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the Trainer as it was."""
-        self._end.remove()
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know no fit any more."""
+        self._pool = None
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the Trainer as it was."""
-        self._end.remove()
+    def get_state(self) -> dict[str, Any]:
+        """Return what tells the run's files from others, and the validation metrics by step."""
+        return {
+            "fits": self._lineage.plain(),
+            "folder": self._saved_in,
+            "files": self._files.plain(),
+            "history": dict(self._history.metrics),
+        }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return which files are another run's, and the validation metrics by step."""
-        return {"version": 1, "foreign": dict(self._foreign), "history": dict(self._history)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both over from the run that is resumed."""
-        self._foreign = dict(state_dict["foreign"])
-        self._history = dict(state_dict["history"])
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what the run that is resumed had written and logged."""
+        self._lineage = checked_lineage(state.get("fits"))
+        self._saved_in = a_path("folder", state["folder"]) if state.get("folder") else ""
+        self._files.load(state.get("files"))
+        self._history.load(state.get("history"))
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        last_order(trainer)
+        set_order_of_last_epoch(trainer)
         self.on_train_start(trainer, pl_module)
         self.on_train_end(trainer, pl_module)
 
     # --- the files -------------------------------------------------------------------------------------------------
 
-    def _checkpoint_folder(self, trainer: Trainer) -> Path:
-        folder = checkpoint_folder(trainer, self._followed(trainer))
+    def _make_pool(self, trainer: Trainer) -> Pool:
+        if self.by_score and not model_checkpoints(trainer, monitoring=True):
+            raise MisconfigurationException(
+                f"CheckpointAveraging(best={self.count}) needs a ModelCheckpoint with `monitor`; or use `last`."
+            )
+        checkpoint = followed(trainer, self.count, monitoring=self.by_score)
+        folder = checkpoint_folder(trainer, checkpoint)
         if "://" in folder:
             raise MisconfigurationException(
                 f"CheckpointAveraging needs checkpoints on a local disk, they are in {folder}."
             )
-        return Path(folder).absolute()
+        pool = Pool(self._files, self._history, checkpoint, Path(folder).absolute(), self.count, self.by_score)
+        pool.separate(self.output)
+        return pool
 
-    def _followed(self, trainer: Trainer) -> Any:
-        return followed(trainer, self.count, monitoring=self.by_score)
-
-    @property
-    def _target(self) -> Path:
-        return (self._folder or Path()) / self.output
-
-    @property
-    def _pool_folder(self) -> Path:
-        own = self._target.parent / f"{self._target.stem}_pool"
-        return own if self._own_pool else self._folder or Path()
-
-    def _check_output(self, target: Path) -> None:
-        if not is_average_or_none(target):
+    def _check_output(self, trainer: Trainer, pool: Pool) -> None:
+        """Refuse an ``output`` that cannot be written, on all ranks alike."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        ours = [other for other in callbacks if isinstance(other, CheckpointAveraging) and other is not self]
+        if any(Path(other.output) == Path(self.output) for other in ours):
             raise MisconfigurationException(
-                f"`output` of CheckpointAveraging is a file that it did not write: {target}. Choose another name."
+                f"Two CheckpointAveraging callbacks would write {self.output}; give them different `output` names."
             )
+        problem = output_problem(pool.target(self.output)) if trainer.is_global_zero else None
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise MisconfigurationException(f"`output` of CheckpointAveraging {problem}")
 
-    def _scores(self, trainer: Trainer) -> tuple[dict[int, float], str]:
-        """Return the score of each validated step, and which scores are better."""
-        checkpoint = self._followed(trainer)
-        name, mode = (checkpoint.monitor, checkpoint.mode) if checkpoint is not None else (None, "min")
-        if name is None:
-            name, mode = loss_name({key for metrics in self._history.values() for key in metrics}), "min"
-        known = {step: metrics[name] for step, metrics in self._history.items() if name in metrics}
-        return {step: score for step, score in known.items() if not math.isnan(score)}, mode
+    @staticmethod
+    def _check_weights(pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad and is_opaque(parameter):
+                raise MisconfigurationException(
+                    f"CheckpointAveraging cannot average `{name}`, a trainable {type(parameter).__name__}: it has no "
+                    "numbers whose mean could be taken. Freeze it (`requires_grad_(False)`), or remove "
+                    "CheckpointAveraging."
+                )
 
-    def _choose(self, trainer: Trainer) -> tuple[list[str], str]:
-        """Return the paths to average and the best single one, on rank zero."""
-        records = own_records(self._pool_folder, self._foreign)
-        scores, mode = self._scores(trainer)
-        checkpoint = self._followed(trainer)
-        if self.by_score and not self._own_pool:  # the record of ModelCheckpoint counts, and Lightning resumes it
-            kept = {Path(path).name: float(score) for path, score in checkpoint.best_k_models.items()}
-            records = [record for record in records if record.path.name in kept]
-            scores = {record.step: kept[record.path.name] for record in records if record.step is not None}
-        chosen = best_records(records, scores, self.count, mode) if self.by_score else last_records(records, self.count)
-        best = best_records(chosen, scores, 1, mode) or chosen[-1:]
-        return [str(record.path) for record in chosen], str(best[0].path) if best else ""
+    def _begin_fit(self, trainer: Trainer, pool: Pool) -> None:
+        """Begin a fit's own part of the run, and note from now on what it writes."""
+        if not trainer.global_step:
+            self._files.clear()
+            self._history.metrics.clear()
+        name = trainer.strategy.broadcast(new_fit_name())
+        self._lineage = self._lineage.new_fit(name, trainer.global_step)
+        resumed = Path(trainer.ckpt_path).absolute() if trainer.ckpt_path else None
+        if self._saved_in:
+            for place in filter(None, (pool.folder, resumed and resumed.parent)):
+                self._files.moved(Path(self._saved_in), place)
+        if resumed is not None and resumed.exists():
+            # it is the run's own because the Trainer has loaded it; its own state cannot name it
+            self._files.add(resumed, keeper=self._files.keeper_in(resumed.parent))
+        self._saved_in = str(pool.folder)
+        self.patches.wrap(trainer.strategy, "save_checkpoint", self._saving(trainer))
 
-    def _remember(self, trainer: Trainer) -> None:
-        found = numbers(trainer.callback_metrics)
-        if found:
-            self._history.setdefault(trainer.global_step, {}).update(found)
-        for step in sorted(self._history)[:-_HISTORY]:
-            del self._history[step]
+    def _saving(self, trainer: Trainer) -> Callable[..., None]:
+        """Return a wrapper of the one place through which every checkpoint is written."""
+
+        def save(
+            write: Callable[..., None], checkpoint: dict[str, Any], filepath: Any, *args: Any, **more: Any
+        ) -> None:
+            checkpoint.setdefault(checkpoint_keys.RUN, self._lineage.at(trainer.global_step).plain())
+            write(checkpoint, filepath, *args, **more)
+            if trainer.is_global_zero:
+                keeper = keeper_of(trainer, filepath)
+                self._files.add(Path(filepath).absolute(), keeper="" if keeper is None else keeper.state_key)
+
+        return save
 
     def _prune(self, trainer: Trainer) -> None:
-        """Keep the best or last own files; a score logged at the very end of the epoch is known by now."""
-        if self._folder is None or not self._own_pool:
+        if self._pool is None or self._pool.own_folder is None:
             return
-        self._remember(trainer)
-        if not trainer.is_global_zero:
-            return
-        records = own_records(self._pool_folder, self._foreign)
-        kept = self._kept(trainer, records)
-        for record in records:
-            if record not in kept:
-                remove(record.path)
+        # a score that was logged at the very end of the epoch is known by now
+        self._history.add(trainer.global_step, numbers(trainer.callback_metrics))
+        if trainer.is_global_zero:
+            try:
+                self._pool.prune()
+            except OSError as error:
+                self._warn(f"CheckpointAveraging could not delete old files in {self._pool.own_folder}: {error}.")
 
-    def _kept(self, trainer: Trainer, records: list[Record]) -> list[Record]:
-        if not self.by_score:
-            return last_records(records, self.count)
-        scores, mode = self._scores(trainer)
-        return best_records(records, scores, self.count, mode)
+    def _warn(self, text: str) -> None:
+        """Warn of the first fault of a fit alone: those that follow have the same cause."""
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(text, category=LightningPluginsWarning)
 
     # --- the average -----------------------------------------------------------------------------------------------
 
-    def _write(
-        self, trainer: Trainer, paths: list[str], target: Path, replace: Mapping[str, Tensor] | None = None
-    ) -> None:
-        def recipe() -> Recipe:
-            sources = [open_checkpoint(path, trust=True) for path in paths]  # the run's own files
-            made = Recipe(sources, [1 / len(paths)] * len(paths), replace=dict(replace or {}))
-            if made.ema_note() and target == self._target:  # once, not for the draft
-                rank_zero_info(f"CheckpointAveraging: the run has an EMA; {made.ema_note()}.")
-            return made
+    def _average(self, trainer: Trainer, pl_module: LightningModule, pool: Pool, choice: Choice) -> None:
+        average = AverageOfRun(trainer, pl_module, self._files, choice.paths, pool.target(self.output))
+        refresh, compare = self._refreshes(trainer, pl_module), self._compares(trainer)
+        if not refresh and not compare:
+            average.write()
+            self._written(average)
+            return
+        with isolated(trainer, pl_module):
+            average.write(replace=average.batch_norm_statistics() if refresh else None)
+            self._written(average)
+            if compare:
+                monitor = None if pool.checkpoint is None else pool.checkpoint.monitor
+                self.metric, self.scores = average.compare(choice.best, monitor)
 
-        if trainer.world_size > 1 and is_sharded(Path(paths[-1])):
-            write_together(recipe, target, trainer.strategy.root_device, overwrite=True)
-        else:
-            on_rank_zero(
-                lambda: recipe().write(target, overwrite=True),
-                trainer.strategy.broadcast,
-                is_zero=trainer.is_global_zero,
-            )
+    def _written(self, average: AverageOfRun) -> None:
+        self.path = average.target
+        if average.ema:
+            rank_zero_info(f"CheckpointAveraging: the run has an EMA; {average.ema}.")
+        rank_zero_info(f"CheckpointAveraging: the mean of {len(average.paths)} checkpoints is in {average.target}.")
 
     def _refreshes(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         if self.refresh_batch_norm is False or not batch_norms(pl_module):
             return False
         if not can_refresh(pl_module):
             rank_zero_warn(
-                "CheckpointAveraging averages the batch-normalisation statistics: it cannot estimate them anew in "
-                "manual optimisation. Pass refresh_batch_norm=False to accept that.",
+                "CheckpointAveraging averages the batch-normalization statistics: it cannot estimate them anew in "
+                "manual optimization. Pass refresh_batch_norm=False to accept that.",
                 category=LightningPluginsWarning,
             )
             return False
         return True
-
-    def _statistics(
-        self, trainer: Trainer, pl_module: LightningModule, paths: list[str], target: Path, *, wanted: bool
-    ) -> Mapping[str, Tensor]:
-        """Return the batch-normalisation statistics of the averaged weights."""
-        if not wanted:
-            return {}
-        draft = target.with_name(f".{target.stem}.draft.ckpt")  # hidden: no choice of checkpoints sees it
-        try:
-            self._write(trainer, paths, draft)
-            load_checkpoint(trainer, pl_module, draft)
-            return refreshed_statistics(trainer, pl_module)
-        finally:
-            trainer.strategy.barrier()
-            if trainer.is_global_zero:
-                draft.unlink(missing_ok=True)
-
-    # --- the comparison --------------------------------------------------------------------------------------------
 
     def _compares(self, trainer: Trainer) -> bool:
         if self.compare and type(trainer.strategy).__name__ == "FSDPStrategy":
@@ -383,18 +362,6 @@ class CheckpointAveraging(Callback):
             )
             return False
         return self.compare and bool(trainer.enable_validation)
-
-    def _compare(self, trainer: Trainer, pl_module: LightningModule, target: Path, best: Path) -> None:
-        """Validate both; every rank takes part, rank zero's numbers count."""
-        found = {}
-        for name, path in (("average", target), ("best_single", best)):
-            load_checkpoint(trainer, pl_module, path)
-            found[name] = trainer.strategy.broadcast(validate(trainer))
-        checkpoint = self._followed(trainer)
-        monitor = None if checkpoint is None else checkpoint.monitor
-        self.metric = monitor if monitor in found["average"] else loss_name(found["average"])
-        if self.metric is not None:
-            self.scores = {name: metrics[self.metric] for name, metrics in found.items()}
 
     def _report(self, trainer: Trainer) -> None:
         if self.scores is not None:

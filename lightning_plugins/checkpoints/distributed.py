@@ -12,18 +12,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
+from lightning_plugins.checkpoints.averaged_file import write_average
 from lightning_plugins.checkpoints.formats.base import CheckpointError
 from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory
-from lightning_plugins.checkpoints.streaming_mean import Recipe
+from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 
 
-def write_together(make: Callable[[], Recipe], output: Path, device: torch.device, *, overwrite: bool = False) -> None:
+def write_together(
+    make: Callable[[], CheckpointMean], output: Path, device: torch.device, *, overwrite: bool = False
+) -> None:
     """Average with all processes of the default group and write ``output`` on rank zero.
 
     Every rank must call it, with the same sources. Whatever goes wrong on one rank is raised on all of them.
 
     Args:
-        make: Opens the checkpoints and returns what to average.
+        make: Opens the checkpoints and returns their mean.
         output: The file.
         device: A device that the group's backend can send from.
         overwrite: Whether ``output`` may be replaced.
@@ -36,19 +39,19 @@ def write_together(make: Callable[[], Recipe], output: Path, device: torch.devic
     mine: dict[tuple[str, int], Tensor] = {}
     problem: Exception | None = None
     try:
-        recipe = make()
-        parts = {name: _parts(recipe, name) for name in recipe.specs}
+        mean = make()
+        parts = {name: _parts(mean, name) for name in mean.specs}
         for name, ranges in parts.items():
             for number, (start, stop) in enumerate(ranges):
                 if number % world == rank:
-                    mine[name, number] = recipe.part(name, start, stop)
+                    mine[name, number] = mean.part(name, start, stop)
     except (OSError, ValueError) as error:
         problem = error
     _raise_together(problem)
-    whole = _gathered(recipe, parts, mine, device)
+    whole = _gathered(mean, parts, mine, device)
     if rank == 0:
         try:
-            recipe.write(output, overwrite=overwrite, tensors=whole)
+            write_average(mean, output, overwrite=overwrite, tensors=whole)
         except (OSError, ValueError) as error:
             problem = error
     for _ in whole:  # ranks other than zero send here; rank zero takes in what is left when it could not write
@@ -56,20 +59,23 @@ def write_together(make: Callable[[], Recipe], output: Path, device: torch.devic
     _raise_together(problem)
 
 
-def _parts(recipe: Recipe, name: str) -> list[tuple[int, int]]:
-    newest = recipe.newest
-    return newest.parts(name) if isinstance(newest, ShardedDirectory) else [(0, recipe.specs[name].numel)]
+def _parts(mean: CheckpointMean, name: str) -> list[tuple[int, int]]:
+    newest = mean.newest
+    return newest.parts(name) if isinstance(newest, ShardedDirectory) else [(0, mean.specs[name].numel)]
 
 
 def _gathered(
-    recipe: Recipe, parts: dict[str, list[tuple[int, int]]], mine: dict[tuple[str, int], Tensor], device: torch.device
+    mean: CheckpointMean,
+    parts: dict[str, list[tuple[int, int]]],
+    mine: dict[tuple[str, int], Tensor],
+    device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the whole tensors on rank zero, in order; on the others only send."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    scratch = recipe.scratch() if rank == 0 else torch.empty(0, dtype=torch.uint8)
+    scratch = mean.scratch() if rank == 0 else torch.empty(0, dtype=torch.uint8)
     for name, ranges in parts.items():
-        spec = recipe.specs[name]
-        whole = recipe.cut(name, scratch)
+        spec = mean.specs[name]
+        whole = mean.cut(name, scratch)
         for number, (start, stop) in enumerate(ranges):
             owner = number % world
             if owner == rank == 0:
@@ -81,7 +87,7 @@ def _gathered(
                 distributed.recv(buffer, owner)
                 whole[start:stop] = buffer.cpu().view(spec.dtype)
         if rank == 0:
-            yield name, recipe.replaced(name, whole.view(spec.shape))
+            yield name, mean.replaced(name, whole.view(spec.shape))
 
 
 def _sendable(part: Tensor) -> Tensor:

@@ -6,125 +6,22 @@ a file names.
 
 from __future__ import annotations
 
-import ast
 import math
+import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lightning_plugins.checkpoints.formats.base import CheckpointError, as_count, ema_note, unreadable
-from lightning_plugins.checkpoints.formats.safe_unpickler import Archive, StoredTensor, UnreadableError
-from lightning_plugins.checkpoints.formats.safetensors import parse_metadata, read_header
+from lightning_plugins.checkpoints.formats.base import CheckpointError
 from lightning_plugins.checkpoints.formats.sharded import is_sharded
-from lightning_plugins.checkpoints.streaming_mean import MANIFEST
+from lightning_plugins.checkpoints.record import Record, looked_up, read_record
+from lightning_plugins.checkpoints.run_identity import newest_run
+from lightning_plugins.core.module_state import shorten
 from lightning_plugins.core.validation import LightningPluginsWarning, a_path, shown, whole_number
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a checkpoint says of itself, read without loading it.
-
-    Args:
-        path: The file or directory.
-        step: Its ``global_step``, ``None`` if it does not say.
-        epoch: Its epoch, from 0.
-        score: Its own value of the monitored metric, ``None`` if it does not say.
-        scores: Name of a file -> score: what ModelCheckpoint had kept when this one was written.
-        mode: ``"min"`` or ``"max"``: which scores are better.
-        manifest: What it is the average of, ``None`` for an ordinary checkpoint.
-        ema: What its ``state_dict`` holds, if it is of a run with an EMA.
-    """
-
-    path: Path
-    step: int | None = None
-    epoch: int | None = None
-    score: float | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
-    mode: str = "min"
-    manifest: Mapping[str, Any] | None = None
-    ema: str | None = None
-
-
-def read_record(path: str | Path) -> Record:
-    """Return what a checkpoint says of itself; nothing that it names runs, and no weights are read.
-
-    Raises:
-        FileNotFoundError: If there is nothing.
-        CheckpointError: If it is damaged.
-    """
-    path = Path(path)
-    if path.is_dir():
-        meta = path / "meta.pt"
-        return _torch_record(path, meta) if meta.is_file() else Record(path)
-    if path.suffix == ".safetensors":
-        metadata = parse_metadata(read_header(path)[0].get("__metadata__", {}))
-        manifest = metadata.get(MANIFEST)
-        return Record(path, as_count(metadata.get("global_step")), as_count(metadata.get("epoch")), manifest=manifest)
-    return _torch_record(path, path)
-
-
-def read_manifest(path: str | Path) -> Mapping[str, Any] | None:
-    """Return the manifest of a file that :func:`average_checkpoints` wrote, ``None`` for any other checkpoint."""
-    return read_record(path).manifest
-
-
-def _torch_record(path: Path, file_path: Path) -> Record:
-    with file_path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return Record(path)  # older than torch 1.6, or no checkpoint: opening it will tell
-        file.seek(0)
-        try:
-            archive = Archive(file)
-            content = archive.content if isinstance(archive.content, dict) else {}
-            score, scores, mode = _scores(archive, content.get("callbacks"))
-        except UnreadableError as error:
-            raise CheckpointError(unreadable(file_path, error)) from error
-    manifest = content.get(MANIFEST)
-    return Record(
-        path,
-        as_count(content.get("global_step")),
-        as_count(content.get("epoch")),
-        score,
-        scores,
-        mode,
-        manifest if isinstance(manifest, dict) else None,
-        _ema(content),
-    )
-
-
-def _ema(content: dict[str, Any]) -> str | None:
-    state = content.get("state_dict")
-    rest = {key: value for key, value in content.items() if key != "state_dict"}
-    return ema_note(rest, state) if isinstance(state, dict) else None
-
-
-def _scores(archive: Archive, callbacks: Any) -> tuple[float | None, dict[str, float], str]:
-    """Return the scores in ModelCheckpoint's own record: of this file, of the files it kept, and which are better."""
-    for key, state in callbacks.items() if isinstance(callbacks, dict) else ():
-        if not isinstance(state, dict) or not isinstance(state.get("best_k_models"), dict) or not state.get("monitor"):
-            continue
-        scores = {Path(str(name)).name: _number(archive, value) for name, value in state["best_k_models"].items()}
-        known = {name: value for name, value in scores.items() if value is not None}
-        return _number(archive, state.get("current_score")), known, _mode(str(key))
-    return None, {}, "min"
-
-
-def _number(archive: Archive, value: Any) -> float | None:
-    if isinstance(value, StoredTensor):
-        return archive.scalar(value)
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def _mode(key: str) -> str:
-    """Return the mode in a state key, ``ModelCheckpoint{'monitor': 'val_loss', 'mode': 'min', ...}``."""
-    found = re.search(r"'mode': ('\w+')", key)
-    mode = ast.literal_eval(found[1]) if found else "min"
-    return mode if mode in ("min", "max") else "min"
 
 
 @dataclass(frozen=True)
@@ -156,10 +53,13 @@ def select_checkpoints(
 
     One file for each step: of several with one step the one with the highest ``-v`` number counts, which
     ModelCheckpoint wrote last, and ``last.ckpt`` only when no other has its step. Averages that this package wrote and
-    files that hold no step are left out.
+    files that hold no step are left out. Of several runs in one directory the newest counts, and a warning names the
+    rest: runs with a :class:`CheckpointAveraging` are told apart by what it writes into their files, and the latest
+    begun is the newest; others by an epoch that falls while the step rises, and the one with the highest step is.
 
     Args:
-        dirpath: The directory; sub-directories are only looked into if they are sharded checkpoints themselves.
+        dirpath: The directory. Of a sub-directory only files count that ModelCheckpoint put there because of a slash
+            in a metric's name (``filename="{epoch}-{val/loss:.2f}"``).
         last: Only the ones with the highest steps, this many.
         best: Only the ones with the best score, this many: by ModelCheckpoint's record in the newest file, else by the
             metric that each file holds. Files saved weights-only hold none.
@@ -189,7 +89,7 @@ def select_checkpoints(
     if not dirpath.is_dir():
         raise NotADirectoryError(f"{dirpath} is not a directory.")
     limits = Limits(min_step, max_step, min_epoch, max_epoch)
-    selection = choose(found_in(dirpath), last=last, best=best, limits=limits)
+    selection = choose(directories=[dirpath], last=last, best=best, limits=limits)
     for note in selection.notes:
         warnings.warn(note, LightningPluginsWarning, stacklevel=2)
     return [record.path for record in selection.records]
@@ -228,40 +128,84 @@ def _between(value: int | None, low: int | None, high: int | None) -> bool:
 
 def found_in(dirpath: Path) -> list[Path]:
     """Return what may be a checkpoint in a directory, by name."""
-    return sorted(
-        path
-        for path in dirpath.iterdir()
-        if not path.name.startswith(".") and (is_sharded(path) if path.is_dir() else path.suffix in SUFFIXES)
-    )
+    return sorted(path for path in dirpath.iterdir() if _may_be_checkpoint(path))
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
+    return is_sharded(path) if path.is_dir() else path.suffix in SUFFIXES
+
+
+def _found_below(dirpath: Path) -> list[Record]:
+    """Return the checkpoints in sub-directories that ModelCheckpoint has put there, by its own record in them."""
+    found = []
+    for folder, folders, names in os.walk(dirpath):
+        here = Path(folder)
+        inside = [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if is_sharded(here) else inside
+        if here == dirpath:
+            continue
+        for path in sorted(here / name for name in [*names, *inside] if _may_be_checkpoint(here / name)):
+            try:
+                record = read_record(path)
+            except CheckpointError:
+                # what lies below a directory was not asked for, so that a damaged file there is no error
+                continue
+            if path.relative_to(dirpath).as_posix() in record.written:
+                found.append(record)
+    return found
 
 
 def choose(
-    paths: Iterable[str | Path], *, last: int | None = None, best: int | None = None, limits: Limits | None = None
+    paths: Sequence[Path] = (),
+    directories: Sequence[Path] = (),
+    *,
+    last: int | None = None,
+    best: int | None = None,
+    limits: Limits | None = None,
 ) -> Selection:
-    """Choose among checkpoints as :func:`select_checkpoints` does, which documents the arguments."""
+    """Choose among checkpoints, and those in directories, as :func:`select_checkpoints` does."""
     if last is not None and best is not None:
         raise ValueError(f"`last` and `best` cannot be given together, got last={shown(last)} and best={shown(best)}.")
     last = None if last is None else whole_number("last", last, at_least=1, unit="checkpoints")
     best = None if best is None else whole_number("best", best, at_least=1, unit="checkpoints")
-    records, notes = _usable([read_record(path) for path in paths])
-    records = [record for record in records if limits is None or limits.admit(record)]
+    named, notes = _usable([read_record(path) for path in paths])
+    records = one_per_step(named)
+    for directory in directories:
+        there, more = _of_newest_run(directory)
+        records, notes = records + one_per_step(there), notes + more
+    records = sorted([record for record in records if limits is None or limits.admit(record)], key=step_of)
     scores, mode = known_scores(records)
     if best is not None:
-        records = _best(records, scores, mode, best)
+        records = _best(records, scores, mode, best, directories)
     elif last is not None:
-        records = records[-last:]
+        records = last_of(records, last)
     asked = last or best
     if asked is not None and len(records) < asked:
         what = "with a score " if best else ""
-        notes.append(f"{asked} checkpoints were asked for, {len(records)} {what}found.")
+        where = "" if records else f" in {shorten([str(directory) for directory in directories])}"
+        notes.append(f"{asked} checkpoints were asked for, {len(records)} {what}found{where}.")
     return Selection(records, notes, scores)
 
 
+def _of_newest_run(directory: Path) -> tuple[list[Record], list[str]]:
+    """Return the checkpoints of the newest run in a directory, and what to say of the rest."""
+    records, notes = _usable([*(read_record(path) for path in found_in(directory)), *_found_below(directory)])
+    told = {record.path: (record.lineage, record.step or 0, record.epoch) for record in records}
+    newest = set(newest_run(list(told), told))
+    rest = [str(path.relative_to(directory)) for path in told if path not in newest]
+    if rest:
+        notes.append(f"Left out, as they are of another run than the newest in {directory}: {shorten(rest, 10)}.")
+    return [record for record in records if record.path in newest], notes
+
+
 def _usable(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
+    """Return the checkpoints that hold a step and are no averages."""
     ordinary = [record for record in records if record.manifest is None]
     without = [record.path.name for record in ordinary if record.step is None]
     notes = [f"Left out, as they hold no step: {', '.join(without)}."] if without else []
-    return one_per_step(ordinary), notes
+    return [record for record in ordinary if record.step is not None], notes
 
 
 def one_per_step(records: Iterable[Record]) -> list[Record]:
@@ -286,28 +230,57 @@ def known_scores(records: Iterable[Record]) -> tuple[dict[Path, float], str]:
     """Return the scores of checkpoints and which are better.
 
     ModelCheckpoint's record in the newest file counts first: it names every file that was among the best by then. A
-    file that it does not name is scored by the metric it holds itself. Names are compared without their directory, so
-    that a copied run keeps its scores.
+    file that it does not name is scored by the metric it holds itself. Files are named from ModelCheckpoint's directory
+    on, so that a copied run keeps its scores.
     """
     newest_first = list(reversed(list(records)))
     record = next((found for found in newest_first if found.scores), None)
     scores = {}
     for found in newest_first:
-        name = found.path.name
-        score = record.scores.get(name) if record else None
-        score = found.scores.get(name, found.score) if score is None else score
+        score = looked_up(found.path, record.scores) if record else None
+        if score is None:
+            score = looked_up(found.path, found.scores)
+        score = found.score if score is None else score
         if score is not None and not math.isnan(score):
             scores[found.path] = score
     return scores, record.mode if record else next((found.mode for found in newest_first if found.score), "min")
 
 
-def _best(records: list[Record], scores: Mapping[Path, float], mode: str, count: int) -> list[Record]:
-    scored = [record for record in records if record.path in scores]
-    if not scored:
+def _best(
+    records: list[Record], scores: Mapping[Path, float], mode: str, count: int, directories: Sequence[Path]
+) -> list[Record]:
+    if not records and directories:
+        raise CheckpointError(
+            f"`best` needs checkpoints, and there are none in {shorten(list(map(str, directories)))}."
+        )
+    if not scores:
         raise CheckpointError(
             "`best` needs scores, and these checkpoints hold none: ModelCheckpoint writes them with `monitor` set and "
             "save_weights_only=False. Use `last`, or name the files."
         )
+    return best_of(records, scores, count, mode)
+
+
+def last_of(records: Iterable[Record], count: int) -> list[Record]:
+    """Return the records with the highest steps, in their order."""
+    return sorted(records, key=step_of)[-count:]
+
+
+def best_of(records: Iterable[Record], scores: Mapping[Path, float], count: int, mode: str) -> list[Record]:
+    """Return the records with the best scores, in the order of steps; of equal ones the later.
+
+    Args:
+        records: Checkpoints.
+        scores: Path -> score; a checkpoint without one is none of the best.
+        count: How many.
+        mode: ``"min"`` or ``"max"``.
+    """
     sign = 1 if mode == "min" else -1
-    ranked = sorted(scored, key=lambda record: (sign * scores[record.path], -(record.step or 0)))
-    return sorted(ranked[:count], key=lambda record: record.step or 0)
+    scored = [record for record in records if record.path in scores]
+    ranked = sorted(scored, key=lambda record: (sign * scores[record.path], -step_of(record)))
+    return sorted(ranked[:count], key=step_of)
+
+
+def step_of(record: Record) -> int:
+    """Return a checkpoint's step, -1 if it does not say."""
+    return -1 if record.step is None else record.step

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_plugins.checkpoints.average import average_checkpoints
 from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.streaming_mean import Recipe
+from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from lightning_plugins.core.validation import a_list, a_path, one_of, shown, true_or_false
 
 StateDict = OrderedDict[str, Any]
@@ -62,7 +62,7 @@ def greedy_soup(
 
     def mean(chosen: list[Path]) -> StateDict:
         if len(chosen) == 1:
-            return Recipe([open_checkpoint(chosen[0], trust=trust)], [1.0]).state_dict()
+            return CheckpointMean([open_checkpoint(chosen[0], trust=trust)], [1.0]).state_dict()
         state = average_checkpoints(chosen, trust=trust, progress=False)
         assert isinstance(state, OrderedDict)  # noqa: S101  # for the type checker: no output was named
         return state

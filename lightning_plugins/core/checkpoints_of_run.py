@@ -1,4 +1,4 @@
-"""What other callbacks of a run keep on disk, and where. They are recognised by what they have, in both namespaces."""
+"""What other callbacks of a run keep on disk, and where. They are recognized by what they have, in both namespaces."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def followed(trainer: Any, count: int, *, monitoring: bool) -> Any:
     """Return the ModelCheckpoint to follow: the first that keeps ``count`` files, else the first, else ``None``."""
     found = model_checkpoints(trainer, monitoring=monitoring)
     return next((checkpoint for checkpoint in found if capacity(checkpoint) >= count), found[0] if found else None)
+
+
+def keeper_of(trainer: Any, path: str | Path) -> Any:
+    """Return the ModelCheckpoint that is writing ``path`` or has it in its record, ``None`` if there is none."""
+    for checkpoint in model_checkpoints(trainer):
+        latest = (getattr(checkpoint, name, "") for name in ("best_model_path", "last_model_path"))
+        if str(path) in (*checkpoint.best_k_models, *latest):
+            return checkpoint
+    return None
+
+
+def kept_scores(checkpoint: Any) -> dict[Path, float]:
+    """Return the files that a ModelCheckpoint keeps for their score, and their scores."""
+    return {Path(path): float(score) for path, score in checkpoint.best_k_models.items()}
 
 
 def checkpoint_folder(trainer: Any, checkpoint: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.sharding import local, reshard, scatter
+from lightning_plugins.core.sharding import is_sharded, local, reshard, scatter
 from lightning_plugins.core.validation import shown
 
 
@@ -95,6 +95,19 @@ def averaged_slots(module: nn.Module, *, buffers: bool = False, also: Collection
             )
         chosen[name] = slot
     return chosen
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Return whether a tensor has no plain block of numbers: sparse ones, and kinds that answer operations themselves.
+
+    Quantized weights of torchao are such a kind. Sharded tensors are not meant: their local parts are plain.
+
+    Example:
+        >>> is_opaque(torch.eye(2)), is_opaque(nn.Parameter(torch.eye(2))), is_opaque(torch.eye(2).to_sparse())
+        (False, False, True)
+    """
+    answers_itself = getattr(type(tensor), "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
+    return tensor.layout != torch.strided or (answers_itself and not is_sharded(tensor))
 
 
 def shadow_dtype(dtype: torch.dtype) -> torch.dtype:

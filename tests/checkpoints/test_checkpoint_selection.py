@@ -10,8 +10,8 @@ import torch
 
 from lightning_plugins import average_checkpoints, greedy_soup, select_checkpoints
 from lightning_plugins.checkpoints import CheckpointError, plan_average
-from lightning_plugins.checkpoints.plan import parse_steps
-from lightning_plugins.checkpoints.selection import read_record
+from lightning_plugins.checkpoints.average_plan import parse_steps
+from lightning_plugins.checkpoints.record import read_record
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.checkpoints_models import assert_is_mean, float64_mean, load_state, write_files
 

@@ -12,7 +12,7 @@ import torchmetrics
 from torch import nn
 
 from lightning_plugins import CheckpointAveraging
-from lightning_plugins.checkpoints.isolated_validation import SilentLogger, no_trace
+from lightning_plugins.checkpoints.isolated_validation import SilentLogger, isolated
 from tests.support.checkpoints_models import NAMESPACES, loader, module_class, trainer
 
 
@@ -157,7 +157,7 @@ def test_an_error_in_the_comparison_leaves_everything_as_it_was(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_no_trace_restores_after_an_exception(tmp_path):
+def test_isolated_restores_after_an_exception(tmp_path):
     class Peek(NAMESPACES["lightning.pytorch"].Callback):
         def on_train_end(self, trainer, pl_module):
             before = {name: value.clone() for name, value in pl_module.state_dict().items()}
@@ -170,7 +170,7 @@ def test_no_trace_restores_after_an_exception(tmp_path):
             self.done = True
 
         def interrupted(self, trainer, pl_module):
-            with no_trace(trainer, pl_module):
+            with isolated(trainer, pl_module):
                 assert trainer.callbacks == []
                 trainer.validating = True
                 pl_module.eval()

@@ -111,11 +111,11 @@ def test_ranks_agree_and_rank_zero_writes_the_mean(tmp_path, kind):
 
 
 def check_score(module, score: float, folder: Path) -> None:
-    """The ranks validate every other sample: rank zero's score is that of its half, as for ModelCheckpoint."""
-    half = DataLoader(Subset(loader(seed=1).dataset, range(0, 16, 2)), batch_size=4)
-    assert trainer(folder).validate(module, half, verbose=False)[0]["val_loss"] == pytest.approx(score, rel=1e-5)
+    """The ranks validate every other sample: the score is that of all samples, and not of rank zero's half."""
     whole_score = trainer(folder).validate(module, loader(seed=1), verbose=False)[0]["val_loss"]
-    assert whole_score != pytest.approx(score, rel=1e-3)
+    assert whole_score == pytest.approx(score, rel=1e-5)
+    half = DataLoader(Subset(loader(seed=1).dataset, range(0, 16, 2)), batch_size=4)
+    assert trainer(folder).validate(module, half, verbose=False)[0]["val_loss"] != pytest.approx(score, rel=1e-3)
 
 
 def check_statistics(path: Path) -> None:
@@ -264,19 +264,19 @@ def test_damaged_and_malicious_directories_are_refused(directories, tmp_path, mo
 def write_with_faults(folder: str) -> dict:
     """Average together while one rank fails, and without a fault; return what this rank was told."""
     from lightning_plugins.checkpoints.distributed import write_together
-    from lightning_plugins.checkpoints.streaming_mean import Recipe
+    from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 
     told = {}
     for fault in ("read", "write", "none"):
         output = Path(folder).parent / ("nowhere/out.ckpt" if fault == "write" else f"{fault}.ckpt")
 
-        def recipe(fault: str = fault) -> Recipe:
+        def mean(fault: str = fault) -> CheckpointMean:
             if fault == "read" and rank_of() == 1:
                 raise OSError("rank one cannot read")
-            return Recipe([open_checkpoint(Path(folder) / f"{i}.ckpt") for i in range(3)], [1 / 3] * 3)
+            return CheckpointMean([open_checkpoint(Path(folder) / f"{i}.ckpt") for i in range(3)], [1 / 3] * 3)
 
         try:
-            write_together(recipe, output, torch.device("cpu"))
+            write_together(mean, output, torch.device("cpu"))
             told[fault] = "nothing"
         except (OSError, ValueError) as error:
             told[fault] = f"{type(error).__name__}: {error}"

@@ -19,6 +19,7 @@ from lightning_plugins.checkpoints.formats.base import (
     TensorSpec,
     unreadable,
 )
+from lightning_plugins.core.module_state import is_opaque
 
 
 class TorchFile(Checkpoint):
@@ -33,12 +34,12 @@ class TorchFile(Checkpoint):
         super().__init__(path)
         state, self.header = split_state_dict(load_pickled(path, trust=trust), path)
         self.layout = getattr(state, "_metadata", None)
-        self._tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self._tensors = {n: value for n, value in state.items() if isinstance(value, Tensor) and not is_opaque(value)}
         self.extras = {name: value for name, value in state.items() if name not in self._tensors}
         self._flat: tuple[str, Tensor] = ("", torch.empty(0))
         for name, tensor in self._tensors.items():
-            if tensor.layout != torch.strided or tensor.is_quantized:
-                raise CheckpointError(f"`{name}` in {path} is {_kind(tensor)}; only dense tensors can be averaged.")
+            if tensor.is_quantized:
+                raise CheckpointError(f"`{name}` in {path} is quantized; only dense tensors can be averaged.")
             alias = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
             self.specs[name] = TensorSpec(tensor.dtype, tuple(tensor.shape), alias)
 
@@ -47,10 +48,6 @@ class TorchFile(Checkpoint):
         if self._flat[0] != name:
             self._flat = (name, self._tensors[name].detach().reshape(-1))
         return self._flat[1][start:stop]
-
-
-def _kind(tensor: Tensor) -> str:
-    return "quantized" if tensor.is_quantized else f"stored as {str(tensor.layout).removeprefix('torch.')}"
 
 
 def load_pickled(path: Path, *, trust: bool) -> Any:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_plugins.checkpoints.average import average_checkpoints, normalised
+from lightning_plugins.checkpoints.average import average_checkpoints, checked_weights
 from lightning_plugins.checkpoints.formats.sharded import is_sharded
-from lightning_plugins.checkpoints.selection import Limits, Record, Selection, choose, found_in, read_record
+from lightning_plugins.checkpoints.record import Record, read_record
+from lightning_plugins.checkpoints.selection import Limits, Selection, choose
+from lightning_plugins.core.module_state import shorten
 
 
 @dataclass(frozen=True)
-class Row:
+class PlannedFile:
     """One line of the table of what is averaged.
 
     Args:
@@ -41,7 +44,7 @@ class Plan:
         notes: What the user should know of the choice, one line each.
     """
 
-    rows: list[Row]
+    rows: list[PlannedFile]
     notes: list[str]
 
     @property
@@ -99,33 +102,33 @@ def plan_average(
             left; also :class:`CheckpointError`.
         FileNotFoundError: If an input does not exist.
     """
-    files: list[Path] = []
-    whole_directories = False
-    for given in map(Path, inputs):
-        if not given.exists():
-            raise FileNotFoundError(f"{given} does not exist.")
-        if given.is_dir() and not is_sharded(given):
-            files, whole_directories = files + found_in(given), True
-        else:
-            files.append(given)
-    chosen_by_user = not whole_directories and last is None and best is None and steps is None
+    given = [Path(path) for path in inputs]
+    for path in given:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist.")
+    directories = [path for path in given if path.is_dir() and not is_sharded(path)]
+    files = [path for path in given if path not in directories]
+    chosen_by_user = not directories and last is None and best is None and steps is None
     selection = (
         Selection([read_record(path) for path in files])
         if chosen_by_user
-        else choose(files, last=last, best=best, limits=parse_steps(steps))
+        else choose(files, directories, last=last, best=best, limits=parse_steps(steps))
     )
-    if len(selection.records) < 2:
-        raise ValueError(f"At least two checkpoints are needed, found {len(selection.records)}.")
-    shares = normalised(weights, len(selection.records))
+    count = len(selection.records)
+    if count < 2:
+        where = f" in {shorten(list(map(str, directories)))}" if directories else ""
+        raise ValueError(f"At least two checkpoints are needed, found {count}{where}.")
+    numbers = checked_weights(weights, count)
+    shares = [number / math.fsum(numbers) for number in numbers]
     rows = [_row(record, selection, share) for record, share in zip(selection.records, shares, strict=True)]
     notes = sorted({f"A run with an EMA: {record.ema}." for record in selection.records if record.ema})
     return Plan(rows, [*selection.notes, *notes])
 
 
-def _row(record: Record, selection: Selection, share: float) -> Row:
+def _row(record: Record, selection: Selection, share: float) -> PlannedFile:
     score = selection.scores.get(record.path, record.score)
     files = [path for path in record.path.rglob("*") if path.is_file()] if record.path.is_dir() else [record.path]
-    return Row(record.path, record.step, record.epoch, score, share, sum(path.stat().st_size for path in files))
+    return PlannedFile(record.path, record.step, record.epoch, score, share, sum(path.stat().st_size for path in files))
 
 
 def parse_steps(text: str | None) -> Limits:

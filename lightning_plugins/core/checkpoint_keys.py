@@ -1,0 +1,47 @@
+"""What this package writes into a checkpoint beside Lightning's own entries: the keys, and who reads them.
+
+A technique writes its own entries only; others read them here, so that two techniques need not know each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+EMA = "lightning_plugins_ema"
+"""EMA's record: which set of weights ``state_dict`` is, and the other sets."""
+
+POSTHOC_EMA = "lightning_plugins_posthoc_ema"
+"""The averages that post-hoc EMA goes on with."""
+
+MEAN = "checkpoint_averaging"
+"""The manifest of a file that is the mean of checkpoints (a JSON text in a ``.safetensors`` file's metadata)."""
+
+RUN = "lightning_plugins_run"
+"""Which fits have led to a file, written by checkpoint averaging."""
+
+
+def mean_manifest(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the manifest of a loaded checkpoint that is the mean of others, ``None`` for any other.
+
+    Raises:
+        ValueError: If what lies there is no manifest.
+    """
+    found = checkpoint.get(MEAN)
+    if found is None:
+        return None
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+        raise ValueError(f"`{MEAN}` must be the manifest of a mean of checkpoints, and this is none.")
+    return dict(found)
+
+
+def mean_described(manifest: Mapping[str, Any]) -> str:
+    """Return what a mean is of, in words.
+
+    Example:
+        >>> mean_described({"files": [{}, {}, {}], "weights": "average"})
+        'mean of 3 checkpoints, of EMA averages'
+    """
+    of = {"average": ", of EMA averages", "raw": ", of trained weights"}.get(str(manifest.get("weights")), "")
+    return f"mean of {len(manifest['files'])} checkpoints{of}"
