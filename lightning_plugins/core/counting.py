@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.batches import batch_length, look_up
+from lightning_plugins.core.batches import SampleCounter, look_up
 from lightning_plugins.core.validation import one_of, shown, whole_number
 
 Count = int | float | Tensor
-"""A number of items; a tensor stays on its device until somebody has to know."""
+"""A number of items; a tensor stays on its device until its value is needed."""
 
 CountedBy: TypeAlias = Literal["samples"] | Callable[[Any], Any]
 """How to count; not just any text, so that a configuration's import path is known for a function."""
@@ -46,32 +46,37 @@ class Tokens:
         labels = look_up(batch, self.key)
         if not isinstance(labels, Tensor):
             raise TypeError(f"`key` must name a tensor of labels, but {self.key!r} is a {type(labels).__name__}.")
+        if labels.is_nested and labels.layout is torch.strided:  # it knows no comparison
+            return torch.stack([(part != self.ignore_index).sum() for part in labels.unbind()]).sum()
         return (labels != self.ignore_index).sum()
 
     def __repr__(self) -> str:
         return f"Tokens({self.key!r}, ignore_index={self.ignore_index})"
 
 
-def counter(count: str | Callable[[Any], Any]) -> Callable[[Any], Count]:
+def counter(
+    count: str | Callable[[Any], Any], *, module: Any = None, full: int | None = None
+) -> Callable[[Any], Count]:
     """Return the function behind the argument ``count``: ``"samples"`` or a function of the batch.
 
+    Args:
+        count: The argument.
+        module: The module in training; its own ``get_batch_size(batch)`` counts its samples, if it has one.
+        full: Samples of a full batch, if the loader tells.
+
     Raises:
-        TypeError: If it is neither.
+        TypeError: If ``count`` is neither.
         ValueError: If it is another string.
     """
     if isinstance(count, str):
         one_of("count", count, ("samples",))
-        return _samples
+        own = getattr(module, "get_batch_size", None)
+        if not callable(own):
+            return SampleCounter(full)
+        count = own
     if not callable(count):
         raise TypeError(f'`count` must be "samples", Tokens(key) or a function of the batch, got {shown(count)}.')
     return lambda batch: as_count(count(batch))
-
-
-def _samples(batch: Any) -> int:
-    try:
-        return batch_length(batch)
-    except ValueError as error:
-        raise ValueError(f'`count` must not be "samples" here: {error} Count with a function of the batch.') from None
 
 
 def as_count(value: Any) -> Count:

@@ -88,7 +88,7 @@ def test_lists_of_samples_and_lists_of_fields_are_told_apart():
 
 UNCUTTABLE = {
     "other rows": ({"x": ROWS, "weights": torch.ones(3)}, r"`batch\['weights'\]`, a Tensor, has 3 rows\."),
-    "packed": ({"x": ROWS, "p": pack_sequence([torch.ones(2)])}, r"`batch\['p'\]`, a PackedSequence, has no rows that"),
+    "packed": ({"x": ROWS, "p": pack_sequence([torch.ones(2)])}, r"`batch\['p'\]`, a PackedSequence, has 1 rows"),
     "sparse": ({"x": ROWS, "s": torch.eye(5).to_sparse()}, r"`batch\['s'\]`, a Tensor, has 5 rows"),
     "other list": ((ROWS, ["a", "b"]), r"`batch\[1\]`, a list, has 2 rows\."),
     "object": ({"x": ROWS, "o": object()}, r"`batch\['o'\]`, a object, has no rows that could be cut\."),
