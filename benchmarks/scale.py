@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks.checkpoints import anonymous_megabytes, in_a_process, ours, warmed, write_checkpoints
 from benchmarks.ema import many_small, perturbed, transformer
 from benchmarks.harness import interleaved, quiet, report, turns
+from benchmarks.logging_cost import rows
 from benchmarks.scale_model import (
     SHADOW,
     Cluster,
@@ -42,11 +43,9 @@ from benchmarks.scale_model import (
     step_seconds,
     tensors,
 )
-from benchmarks.statistics import rows
 from benchmarks.whole_stack import BARE, OURS, fitting, stacks
 from lightning_plugins.ema.shadow import Shadow
-from lightning_plugins.statistics.csv_file import CSVFile
-from lightning_plugins.statistics.csv_layout import number_cells
+from lightning_plugins.statistics.csv_file import CSVFile, number_cells
 
 TOLERANCE = 0.2
 ROWS_TOGETHER = 512  # so many wait for each other on several ranks

@@ -30,7 +30,6 @@ __all__ = [
     "RemainingEnd",
     "Trainer",
     "cancelling_callbacks",
-    "logged_by_module",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
@@ -183,19 +182,3 @@ def sum_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
         return total
 
     return add_up
-
-
-def logged_by_module(trainer: Trainer, *, on_step: bool) -> dict[str, Tensor]:
-    """Return what the module has logged in the loop that runs now, without anything left over from another.
-
-    Args:
-        trainer: Its active loop is asked.
-        on_step: Whether the values of the last batch are meant, or those of the whole phase.
-    """
-    results = trainer._results
-    logged = dict(results.metrics(on_step)["callback"]) if results else {}
-    return {
-        name: value
-        for name, value in logged.items()
-        if not (name.endswith(("_step", "_epoch")) and name.rpartition("_")[0] in logged)
-    }

@@ -177,6 +177,21 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         "statistics",
         ("lightning.pytorch.callbacks.TQDMProgressBar()", "_should_update", "the bar is updated as often as it shows"),
     ),
+    # statistics
+    ForeignName("trainer", "_results", ("statistics",), "what the module logs, batch by batch"),
+    *(
+        ForeignName(
+            "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection",
+            name,
+            ("statistics",),
+            reason,
+        )
+        for name, reason in (
+            ("_get_cache", "the value of one logged name, of the batch or of the phase"),
+            ("_forked_name", "the name under which loggers get it"),
+        )
+    ),
+    ForeignName("lightning.pytorch.callbacks.TQDMProgressBar", "_should_update", ("statistics",), "when it redraws"),
 )
 
 

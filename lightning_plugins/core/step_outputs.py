@@ -1,13 +1,9 @@
-"""Where the predictions and the targets of a batch come from.
-
-Serves the recorder and the classification report, knows modules and batches but no Trainer.
-"""
+"""The loss, predictions and targets of a step: what it returned, what ``forward`` returned, what the batch holds."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,24 +13,96 @@ from lightning_plugins.core.imports import by_import_path
 from lightning_plugins.core.validation import shown
 
 Source = str | Callable[[Any, Any], Any]
-"""A key of what the step returns, the dotted name of a submodule, or ``f(outputs, batch)``, also by import path."""
+"""A key of the step's output or of the batch, a submodule's dotted name, or ``f(outputs, batch)``, also its path."""
 
-_PREDICTION_KEYS = ("logits", "preds")
-_TARGET_KEY = "target"
+PREDICTION_KEYS = ("logits", "preds")
+TARGET_KEYS = ("target", "targets", "label", "labels")
 _MOST_PIECES = 256  # calls of a module that are remembered within a batch
+_ABSENT: Any = object()
+
+
+def loss_of(outputs: Any) -> Tensor | None:
+    """Return the loss in what a step returned: a number, or the entry ``"loss"``; ``None`` if there is none.
+
+    Example:
+        >>> loss_of({"loss": torch.tensor(0.5), "logits": torch.zeros(3, 2)}), loss_of(None)
+        (tensor(0.5000), None)
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if isinstance(loss, Tensor):
+        return loss.detach() if loss.numel() == 1 else None
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return torch.tensor(loss, dtype=torch.float64)
+    return None
+
+
+def predictions_of(outputs: Any, otherwise: Any = None) -> Any:
+    """Return the predictions among what a step returned: its entry ``"logits"`` or ``"preds"``, else ``otherwise``."""
+    if isinstance(outputs, Mapping):
+        for key in PREDICTION_KEYS:
+            if key in outputs:
+                return outputs[key]
+    return otherwise
+
+
+def targets_of(outputs: Any, batch: Any, otherwise: Any = None) -> Any:
+    """Return the targets of a step.
+
+    These are its output's ``"target"``, else the second item of a batch that is a tuple or list, else the batch's one
+    entry among ``"target"``, ``"targets"``, ``"label"`` and ``"labels"``; ``otherwise`` if there is none of these.
+
+    Raises:
+        ValueError: If a batch has more than one such entry.
+
+    Example:
+        >>> targets_of(None, {"input_ids": torch.zeros(2, 3), "labels": torch.tensor([0, 1])})
+        tensor([0, 1])
+    """
+    if isinstance(outputs, Mapping) and "target" in outputs:
+        return outputs["target"]
+    if type(batch) in (tuple, list):
+        return batch[1] if len(batch) > 1 else otherwise
+    found = {key: value for key in TARGET_KEYS if (value := entry_of(batch, key)) is not None}
+    if len(found) > 1:
+        raise ValueError(
+            f"The batch has {' and '.join(map(repr, found))}, and either may be the targets: name one, as in "
+            f"targets={next(iter(found))!r}."
+        )
+    if found:
+        return next(iter(found.values()))
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else otherwise
+
+
+def entry_of(holder: Any, key: str) -> Any:
+    """Return what a mapping, or another object with named parts, has under ``key``; ``None`` if it has none.
+
+    Example:
+        >>> entry_of({"labels": 3}, "labels"), entry_of([1, 2], "labels")
+        (3, None)
+    """
+    if holder is None or isinstance(holder, (Tensor, str, bytes)) or type(holder) in (tuple, list):
+        return None
+    if isinstance(holder, Mapping):
+        return holder.get(key)
+    if not isinstance(holder, tuple) and hasattr(type(holder), "__getitem__"):
+        try:
+            return holder[key]
+        except (LookupError, TypeError, ValueError, AttributeError):  # every library has its own
+            return None
+    return getattr(holder, key, None)
 
 
 class StepSources:
     """Finds the predictions and targets of a batch.
 
     Predictions: ``outputs["logits"]`` or ``outputs["preds"]``, else what the module's ``forward`` returned last.
-    Targets: ``outputs["target"]``, else ``batch[1]``.
+    Targets: see :func:`targets_of`.
 
     Args:
-        predictions: A key of what the step returns, the name of a submodule whose last output is meant, or a function
-            of the step's output and the batch or its import path; ``None`` for the rule above.
-        targets: A key of what the step returns, or a function of the step's output and the batch or its import path;
-            ``None`` for the rule above.
+        predictions: A key of what the step returns or of the batch, the name of a submodule whose last output is
+            meant, or a function of the step's output and the batch or its import path; ``None`` for the rule above.
+        targets: A key of what the step returns or of the batch, or a function of the step's output and the batch or
+            its import path; ``None`` for the rule above.
         owner: Who asks, for messages.
 
     Raises:
@@ -71,76 +139,87 @@ class StepSources:
         """Let go of what was remembered; a batch later it would be another batch's."""
         self._captured.clear()
 
-    def predictions(self, outputs: Any, batch: Any) -> Tensor:
-        """Return the batch's predictions.
+    @property
+    def listens(self) -> bool:
+        """Whether a module's output is where predictions come from."""
+        return self._handle is not None
+
+    @property
+    def heard(self) -> bool:
+        """Whether the module was called since the last batch."""
+        return bool(self._captured)
+
+    def find(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the batch's predictions and targets, without a graph.
 
         Raises:
+            TypeError: If what was found is no tensor.
             ValueError: If there are none; the message says where they were looked for.
         """
-        captured = list(self._captured)
-        self._captured.clear()
-        if callable(self._predictions):
-            return _tensor("predictions", self._predictions(outputs, batch))
-        wanted = (self._predictions,) if self._predictions is not None else _PREDICTION_KEYS
-        for key in wanted:
-            if isinstance(outputs, Mapping) and key in outputs:
-                return _tensor("predictions", outputs[key])
-        if not captured:
-            function = _imported(self._predictions)
-            if function is None:
-                raise ValueError(self._nothing_found("predictions", wanted, outputs))
-            return _tensor("predictions", function(outputs, batch))
-        return captured[-1] if len(captured) == 1 else _whole(captured, batch_size(batch))
+        captured = self._captured
+        targets = targets_of(outputs, batch) if self._targets is None else self._named(self._targets, outputs, batch)
+        predictions = (
+            predictions_of(outputs) if self._predictions is None else self._named(self._predictions, outputs, batch)
+        )
+        if predictions is None and captured:
+            predictions = captured[-1] if len(captured) == 1 else _joined(list(captured), targets)
+        captured.clear()
+        if not isinstance(predictions, Tensor):
+            raise self._missing("predictions", predictions, outputs, batch)
+        if not isinstance(targets, Tensor):
+            raise self._missing("targets", targets, outputs, batch)
+        return predictions.detach(), targets.detach()
 
-    def targets(self, outputs: Any, batch: Any) -> Tensor:
-        """Return the batch's targets.
-
-        Raises:
-            ValueError: If there are none; the message says where they were looked for.
-        """
-        if callable(self._targets):
-            return _tensor("targets", self._targets(outputs, batch))
-        key = _TARGET_KEY if self._targets is None else self._targets
-        if isinstance(outputs, Mapping) and key in outputs:
-            return _tensor("targets", outputs[key])
-        if self._targets is None and isinstance(batch, (tuple, list)) and len(batch) > 1:
-            return _tensor("targets", batch[1])
-        function = _imported(self._targets)
-        if function is not None:
-            return _tensor("targets", function(outputs, batch))
-        raise ValueError(self._nothing_found("targets", (key,), outputs, batch))
+    def _named(self, source: Source, outputs: Any, batch: Any) -> Any:
+        if not isinstance(source, str):
+            return source(outputs, batch)
+        for holder in (outputs, batch):
+            found = entry_of(holder, source)
+            if found is not None:
+                return found
+        if self._captured and source is self._predictions:
+            return None
+        function = _imported(source)
+        return None if function is None else function(outputs, batch)
 
     def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
         # Under DistributedDataParallel the step itself runs as the module's forward, so its result comes here last.
-        found = _prediction_like(output)
-        if found is not None:
-            self._captured.append(found)
+        found = predictions_of(output, getattr(output, "logits", None)) if not isinstance(output, Tensor) else output
+        if isinstance(found, Tensor) and found.dim():
+            self._captured.append(found.detach())
 
-    def _nothing_found(self, what: str, keys: tuple[str, ...], outputs: Any, batch: Any = None) -> str:
-        if isinstance(outputs, Mapping):
-            returned = f"a dict with the keys {', '.join(map(repr, outputs)) or '(none)'}"
-        else:
-            returned = f"{type(outputs).__name__}"
+    def _missing(self, what: str, found: Any, outputs: Any, batch: Any) -> Exception:
+        if found is not None:
+            return TypeError(
+                f"The {what} must be a tensor, got {type(found).__name__}: give {self._owner}({what}=lambda outputs, "
+                "batch: ...)."
+            )
+        source = self._predictions if what == "predictions" else self._targets
+        keys = (source,) if isinstance(source, str) else PREDICTION_KEYS if what == "predictions" else TARGET_KEYS
+        returned = (
+            f"a dict with the keys {shown(list(outputs))[1:-1] or '(none)'}"
+            if isinstance(outputs, Mapping)
+            else (type(outputs).__name__)
+        )
         places = f"the step returned {returned} (looked for {' or '.join(map(repr, keys))})"
-        if what == "predictions":
-            if self._predictions is None:
-                places += " and the module's `forward` was not called or returned no scores"
-            else:
-                places += " and no submodule of that name returned scores, nor is it a function's import path"
-        elif self._targets is None:
-            places += f" and the batch, a {type(batch).__name__}, has no second item"
+        if what == "predictions" and source is None:
+            places += " and the module's `forward` was not called or returned no scores"
+        elif what == "predictions":
+            places += " and no submodule of that name returned scores, nor is it a function's import path"
+        elif source is None:
+            places += f" and the batch, a {type(batch).__name__}, has no second item and no such entry"
         else:
             places += " and it is no function's import path"
-        return (
+        return ValueError(
             f"`{self._owner}` found no {what}: {places}. Return them from the step, or name them: "
-            f"{self._owner}({what}='key of the returned dict') or "
+            f"{self._owner}({what}='key of the output or of the batch') or "
             f"{self._owner}({what}=lambda outputs, batch: ...)."
         )
 
 
-def _imported(source: Source | None) -> Callable[[Any, Any], Any] | None:
+def _imported(source: str) -> Callable[[Any, Any], Any] | None:
     """Return the function that ``source`` is the import path of, if it is one."""
-    if not isinstance(source, str) or "." not in source:
+    if "." not in source:
         return None
     try:
         found = by_import_path(source)
@@ -149,49 +228,11 @@ def _imported(source: Source | None) -> Callable[[Any, Any], Any] | None:
     return found if callable(found) else None
 
 
-def _prediction_like(output: Any) -> Tensor | None:
-    """Return the scores in a module's output: a tensor with at least one dimension, or one under a familiar key."""
-    if isinstance(output, Tensor):
-        return output.detach() if output.dim() else None
-    if isinstance(output, Mapping):
-        return next((_prediction_like(output[key]) for key in _PREDICTION_KEYS if key in output), None)
-    logits = getattr(output, "logits", None)
-    return logits.detach() if isinstance(logits, Tensor) else None
-
-
-def _whole(captured: list[Tensor], size: int) -> Tensor:
-    """Return the last output, or the last few joined where a batch of ``size`` went through in pieces."""
-    for first in range(len(captured) - 1, -1, -1):
-        rows = sum(part.shape[0] for part in captured[first:])
-        if rows >= size:
-            break
+def _joined(captured: list[Tensor], targets: Any) -> Tensor:
+    """Return the last output, or the last few joined where a batch went through in pieces."""
+    size = len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
+    rows, first = 0, len(captured)
+    while first and rows < size:
+        first -= 1
+        rows += captured[first].shape[0]
     return torch.cat(captured[first:]) if first < len(captured) - 1 and rows == size else captured[-1]
-
-
-def batch_size(batch: Any) -> int:
-    """Return the length of the first tensor in a batch, 1 if there is none.
-
-    Example:
-        >>> batch_size(({"x": torch.zeros(5, 2)}, torch.zeros(3)))
-        5
-    """
-    return next((len(tensor) for tensor in _tensors(batch) if tensor.dim()), 1)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nest of mappings, sequences and dataclasses in order."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        batch = list(batch.values())
-    elif dataclasses.is_dataclass(batch):
-        batch = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
-    if isinstance(batch, (list, tuple)):
-        for part in batch:
-            yield from _tensors(part)
-
-
-def _tensor(what: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"The {what} must be a tensor, got {type(value).__name__}.")
-    return value.detach()

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_plugins.statistics.labelled_batch import IGNORED, class_numbers
+from lightning_plugins.statistics.labels import IGNORED, read_batch
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +43,8 @@ class ConfusionMatrix:
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Count a batch; a label of -100 is left out. Does not wait for the device."""
-        predicted, labels = class_numbers(predictions, targets)
+        batch = read_batch(predictions.detach(), targets)
+        predicted, labels = batch.classes.long(), batch.labels.long()
         beyond = self.num_classes
         rows, columns = (torch.where((n >= 0) & (n < beyond), n, beyond) for n in (labels, predicted))
         weights = (labels != IGNORED).long()

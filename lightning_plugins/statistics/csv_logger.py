@@ -10,17 +10,20 @@ from typing import Any, Literal
 
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_plugins.core.validation import a_list, a_path, one_of, real_number, shown
-from lightning_plugins.statistics.csv_file import CSVFile
-from lightning_plugins.statistics.csv_layout import LAYOUTS, SEPARATORS, batch_columns, epoch_cells, epoch_columns
+from lightning_plugins.statistics.csv_file import (
+    LAYOUTS,
+    SEPARATORS,
+    CSVFile,
+    batch_columns,
+    epoch_cells,
+    epoch_columns,
+)
 from lightning_plugins.statistics.fsspec_file import RemoteFile, is_remote
-from lightning_plugins.statistics.logged_values import LoggedMetricsRecorder
-from lightning_plugins.statistics.row_buffer import TRAIN, Row
-from lightning_plugins.statistics.row_source import StatisticsReader
-
-_VERSION = 1
+from lightning_plugins.statistics.row_writer import RowWriter
+from lightning_plugins.statistics.rows import TRAIN, StatisticsRow
 
 
-class CSVStatisticsLogger(StatisticsReader):
+class CSVStatisticsLogger(RowWriter):
     """A CSV file with a row per batch, training and validation, that a resume continues and nothing destroys.
 
     The columns are ``epoch,batch,phase,step,lr,<statistics>,time``: epoch and batch are whole numbers from 1,
@@ -76,25 +79,19 @@ class CSVStatisticsLogger(StatisticsReader):
         layout: Literal["numbers", "s4tf"] = "numbers",
         flush_seconds: float = 5.0,
     ) -> None:
-        super().__init__()
         self.path = a_path("path", path)
         if Path(self.path).suffix != ".csv":
             raise ValueError(f"`path` must end in '.csv', got {shown(self.path)}.")
         self.columns = _checked_columns(columns)
         self.every = one_of("every", every, ("batch", "epoch"))
         self.layout = one_of("layout", layout, tuple(LAYOUTS))
-        self.flush_seconds = real_number("flush_seconds", flush_seconds, at_least=0)
-        self._key = f"{type(self).__qualname__}{{path={self.path!r}}}"
+        self.flush_seconds: float = real_number("flush_seconds", flush_seconds, at_least=0)
+        super().__init__(path=self.path)
         self._file: CSVFile | None = None
         self._remote: RemoteFile | None = None
-        self._train: Row | None = None
-        self._validation: Row | None = None
+        self._train: StatisticsRow | None = None
+        self._validation: StatisticsRow | None = None
         self._pending: dict[str, str] = {}  # the row of an epoch that has not ended
-
-    @property
-    def state_key(self) -> str:
-        """Tells loggers apart by their file."""
-        return self._key
 
     # hooks, in the order in which they fire
 
@@ -114,6 +111,7 @@ class CSVStatisticsLogger(StatisticsReader):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the file, or go on with it."""
+        super().on_train_start(trainer, pl_module)
         if self._writes:
             self._tell_late_start(trainer, begun=self._file is not None)
             self._open()
@@ -121,15 +119,16 @@ class CSVStatisticsLogger(StatisticsReader):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row of an epoch that a resume found finished but for its end."""
+        super().on_train_epoch_start(trainer, pl_module)
         self._end_epoch()
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Sequence[StatisticsRow]) -> None:
         """Append rows of batches."""
         if self._file is not None and self.every == "batch":
             make = LAYOUTS[self.layout]
             self._file.add([make(row) for row in rows])
 
-    def phase_end(self, row: Row) -> None:
+    def phase_end(self, row: StatisticsRow) -> None:
         """Keep what the epoch's row needs."""
         if self.every == "epoch":
             self._train, self._validation = (row, self._validation) if row.phase == TRAIN else (self._train, row)
@@ -142,8 +141,7 @@ class CSVStatisticsLogger(StatisticsReader):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the epoch's row."""
-        if self._recorder is not None:
-            self._recorder.on_train_epoch_end(trainer, pl_module)  # it may come after this callback
+        super().on_train_epoch_end(trainer, pl_module)
         self._end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,15 +157,11 @@ class CSVStatisticsLogger(StatisticsReader):
 
     # state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Write what there is, and return the place in the file and the row of the epoch that is under way."""
-        if self._restored is not None:
-            return self._restored
-        if self._recorder is not None:
-            self._recorder.flush()
+    def place(self) -> dict[str, Any]:
+        """Return the place in the file and the row of the epoch that is under way."""
         self._upload()
         mark = {"rows": 0, "last": []} if self._file is None else self._file.mark()
-        return {"version": _VERSION, "pending": dict(self._pending), **mark}
+        return {"pending": dict(self._pending), **mark}
 
     # the file
 
@@ -200,9 +194,10 @@ class CSVStatisticsLogger(StatisticsReader):
             self._remote.upload()
 
     def _check_columns(self) -> None:
-        if self.columns is None or self._recorder is None or isinstance(self._recorder, LoggedMetricsRecorder):
+        if self.columns is None or self._records is not None or self._recording is None:
             return
-        known = (batch_columns if self.every == "batch" else epoch_columns)(self._recorder.names, self.layout)
+        names = self._recording.statistics.names
+        known = (batch_columns if self.every == "batch" else epoch_columns)(names, self.layout)
         for name in self.columns:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_plugins.core.validation import shortened
 from lightning_plugins.statistics.confusion import Report
-from lightning_plugins.statistics.row_buffer import TRAIN, VALIDATION
+from lightning_plugins.statistics.rows import TRAIN, VALIDATION
 
 _NOT_CURVES = {"epoch", "batch", "phase", "step", "lr", "time"}
 

@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.files import replace_file
-from lightning_plugins.core.lightning import Callback, LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
+from lightning_plugins.core.lightning import LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
 from lightning_plugins.core.step_outputs import StepSources
 from lightning_plugins.core.validation import a_list, a_path, real_number, shown, whole_number
 from lightning_plugins.statistics.confusion import ConfusionMatrix, Report
@@ -67,6 +68,8 @@ class ClassificationReport(Callback):
         torch, and absent classes of a full list of names are left out instead of refused.
     """
 
+    stage: ClassVar[Stage] = Stage.OUTPUT
+
     def __init__(
         self,
         num_classes: int,
@@ -85,14 +88,9 @@ class ClassificationReport(Callback):
         self.digits = whole_number("digits", digits)
         self.zero_division = _checked_zero_division(zero_division)
         self.paths = _checked_paths(path)
-        self._key = f"{type(self).__qualname__}{{labels={self.labels!r}, path={self.paths!r}}}"
+        super().__init__(labels=self.labels, path=self.paths)
         self._sources = StepSources(predictions, targets, type(self).__name__)
         self._matrix = ConfusionMatrix(self.num_classes)
-
-    @property
-    def state_key(self) -> str:
-        """Tells reports apart by their classes and files."""
-        return self._key
 
     # by hand
 
@@ -127,6 +125,7 @@ class ClassificationReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start to listen for predictions."""
+        super().setup(trainer, pl_module, stage)
         if stage != "predict":
             self._sources.listen(pl_module)
 
@@ -153,7 +152,7 @@ class ClassificationReport(Callback):
         if trainer.sanity_checking or any(callback.batch_cancelled for callback in cancelling_callbacks(trainer)):
             self._sources.forget()
             return
-        self.update(self._sources.predictions(outputs, batch), self._sources.targets(outputs, batch))
+        self.update(*self._sources.find(outputs, batch))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and save the report."""
@@ -171,11 +170,7 @@ class ClassificationReport(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hook off the module."""
-        self._sources.close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hook off the module."""
         self._sources.close()
 

@@ -1,15 +1,13 @@
-"""Running statistics of a phase: sums on the device, values when somebody reads them.
+"""Running statistics of a phase: sums on the device, values when they are read.
 
-A *phase* is one pass over the training or the validation data. Every statistic is a formula over a few *terms*, each
-a sum over the phase's batches that stays on the device in float64; all counts lie in one tensor, so that a batch adds
-to them in one operation. Adding never changes such a tensor in place, so the sums of every batch can be kept for the
-price of a reference and turned into numbers together, in one transfer. Nothing here knows a Trainer.
+A *phase* is one pass over the training or the validation data. Every statistic is a formula over a few sums over the
+phase's batches, which stay on the device in float64; all counts lie in one vector, so that a batch adds to them in one
+operation. Adding never changes such a vector in place, so the sums of every batch can be kept for the price of a
+reference and turned into numbers together, in one transfer. Nothing here knows a Trainer.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
-from lightning_plugins.core.validation import a_list, shown
-from lightning_plugins.statistics.labelled_batch import LabelledBatch
+from lightning_plugins.core.files import first_line
+from lightning_plugins.core.metric_state import load_plain_state, plain_state
+from lightning_plugins.statistics.label_evidence import decided
+from lightning_plugins.statistics.labels import Columns, LabelCounter, widest
 
-Columns = Mapping[str, Tensor]
-"""Term -> its sums, one element per row; also ``batches``, the number of batches that had a loss."""
+Reduce = Callable[[Tensor], Tensor]
+"""Adds a tensor up over all ranks; every rank must call it at the same moment."""
+
+
+NOTHING = torch.zeros((), dtype=torch.float64)
+"""The sum of no losses."""
+
+COUNTED_ONCE = ("scores of classes", "class numbers")
+"""The readings of labels that have one meaning."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +39,17 @@ class Statistic:
 
     Args:
         name: The column's name.
-        terms: The sums that the formula needs.
+        counts: What of :class:`LabelCounter` the formula needs; nothing for those of the loss.
         formula: Sums -> values; the same code serves one row on the device and many rows on the host.
         s4tf_name: What Swift for TensorFlow called it.
+        aliases: Other names under which users look for it.
     """
 
     name: str
-    terms: tuple[str, ...]
+    counts: tuple[str, ...]
     formula: Callable[[Columns], Tensor]
     s4tf_name: str
+    aliases: tuple[str, ...] = ()
 
 
 def _mean_loss(sums: Columns) -> Tensor:
@@ -48,20 +57,20 @@ def _mean_loss(sums: Columns) -> Tensor:
 
 
 def _accuracy(sums: Columns) -> Tensor:
-    return sums["correct"] / sums["labels"]
+    return sums["right"] / sums["labels"]
 
 
 def _top5_accuracy(sums: Columns) -> Tensor:
-    return sums["correct_of_5"] / sums["labels"]
+    return sums["right_of_5"] / sums["labels"]
 
 
 def _matthews(sums: Columns) -> Tensor:
-    both, predicted, actual, count = (sums[term] for term in ("both", "predicted", "actual", "labels"))
-    neither = count - predicted - actual + both
-    numerator = both * neither - (predicted - both) * (actual - both)
-    # a product of roots, not the root of a product: four counts of 1e8 would not fit in exact arithmetic otherwise
-    denominator = predicted.sqrt() * actual.sqrt() * (count - predicted).sqrt() * (count - actual).sqrt()
-    return torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator)
+    count, true, predicted = sums["labels"], sums["by_label"], sums["by_prediction"]
+    covariance = sums["right"] * count - (true * predicted).sum(-1)
+    spread = [(part * (count.unsqueeze(-1) - part)).sum(-1) for part in (true, predicted)]
+    # a product of roots, not the root of a product: 1e16 squared would not be told from its neighbors
+    denominator = spread[0].sqrt() * spread[1].sqrt()
+    return torch.where(denominator == 0, torch.zeros_like(denominator), covariance / denominator)
 
 
 def _perplexity(sums: Columns) -> Tensor:
@@ -72,23 +81,21 @@ LOSS = Statistic("loss", (), _mean_loss, "loss")
 BY_NAME = {
     statistic.name: statistic
     for statistic in (
-        Statistic("accuracy", ("correct", "labels"), _accuracy, "accuracy"),
-        Statistic("top5_accuracy", ("correct_of_5", "labels"), _top5_accuracy, "top5Accuracy"),
-        Statistic("matthews_correlation_coefficient", ("both", "predicted", "actual", "labels"), _matthews, "mcc"),
-        Statistic("perplexity", (), _perplexity, "perplexity"),
+        Statistic("accuracy", ("labels", "right"), _accuracy, "accuracy", ("acc", "top1", "top1_accuracy")),
+        Statistic(
+            "top5_accuracy", ("labels", "right_of_5"), _top5_accuracy, "top5Accuracy", ("top5", "acc5", "top5_acc")
+        ),
+        Statistic(
+            "matthews_correlation_coefficient",
+            ("labels", "right", "by_label", "by_prediction"),
+            _matthews,
+            "mcc",
+            ("mcc", "matthews", "matthews_corrcoef", "matthews_correlation", "phi"),
+        ),
+        Statistic("perplexity", (), _perplexity, "perplexity", ("ppl",)),
     )
 }
 S4TF_NAMES = {statistic.name: statistic.s4tf_name for statistic in (LOSS, *BY_NAME.values())}
-
-_MASKS: dict[str, Callable[[LabelledBatch], Tensor]] = {
-    "labels": LabelledBatch.counted,
-    "correct": LabelledBatch.right,
-    "correct_of_5": lambda batch: batch.right_of(5),
-    "both": lambda batch: batch.predicted() & batch.actual(),
-    "predicted": LabelledBatch.predicted,
-    "actual": LabelledBatch.actual,
-}
-"""Term -> which labels it counts."""
 
 
 @dataclass(frozen=True)
@@ -106,106 +113,44 @@ class StatisticSet:
     metrics: Mapping[str, Metric]
 
     @cached_property
-    def terms(self) -> tuple[str, ...]:
-        """The sums that all statistics together need, each once, besides that of the loss."""
-        return tuple(dict.fromkeys(term for statistic in self.statistics for term in statistic.terms))
+    def counts(self) -> frozenset[str]:
+        """The counts of labels that all statistics together need."""
+        return frozenset(name for statistic in self.statistics for name in statistic.counts)
+
+    @cached_property
+    def of_labels(self) -> frozenset[str]:
+        """The names of those that are there without a loss."""
+        return frozenset(statistic.name for statistic in self.statistics if statistic.counts)
 
     @cached_property
     def needs_predictions(self) -> bool:
         """Whether anything but the loss is needed."""
-        return bool(self.terms or self.metrics)
-
-    def values(self, sums: Columns) -> dict[str, Tensor]:
-        """Return name -> value of the formulas, on the device of the sums."""
-        return {statistic.name: statistic.formula(sums) for statistic in self.statistics}
-
-
-def statistic_set(metrics: Any) -> StatisticSet:
-    """Return the statistics that the user asked for.
-
-    Args:
-        metrics: Names, torchmetrics objects, or a mapping from names to torchmetrics objects.
-
-    Raises:
-        TypeError: If an entry is neither a name nor a torchmetrics object.
-        ValueError: If a name is unknown or comes twice.
-
-    Example:
-        >>> statistic_set(["accuracy", "perplexity"]).names
-        ('loss', 'accuracy', 'perplexity')
-        >>> statistic_set(["acuracy"])
-        Traceback (most recent call last):
-        ...
-        ValueError: `metrics` must name one of 'accuracy', 'top5_accuracy', 'matthews_correlation_coefficient',
-        'perplexity' or be torchmetrics objects, got 'acuracy'; did you mean 'accuracy'?
-    """
-    if isinstance(metrics, (str, Metric, MetricCollection)):
-        metrics = [metrics]
-    if not isinstance(metrics, Mapping):
-        metrics = a_list("metrics", metrics, "a list of names or torchmetrics objects, or a mapping from names to them")
-    entries = metrics.items() if isinstance(metrics, Mapping) else _named(metrics)
-    names, statistics, objects = ["loss"], [LOSS], {}
-    for name, entry in entries:
-        if name in names:
-            raise ValueError(f"`metrics` must have distinct names, got {shown(name)} twice.")
-        names.append(name)
-        if isinstance(entry, Statistic):
-            statistics.append(entry)
-        elif isinstance(entry, Metric):
-            objects[name] = entry
-        else:
-            raise TypeError(f"`metrics` must hold names or torchmetrics objects, got {shown(entry)}.")
-    return StatisticSet(tuple(names), tuple(statistics), objects)
-
-
-def _named(entries: Iterable[Any]) -> Iterable[tuple[str, Any]]:
-    for entry in entries:
-        if isinstance(entry, str):
-            yield entry, _by_name(entry)
-        elif isinstance(entry, MetricCollection):
-            yield from ((snake_case(name), metric) for name, metric in entry.items())
-        else:
-            yield snake_case(type(entry).__name__), entry
-
-
-def _by_name(name: str) -> Statistic:
-    if name in BY_NAME:
-        return BY_NAME[name]
-    if name == "loss":
-        raise ValueError("`metrics` must not name 'loss': it always comes first.")
-    nearest = difflib.get_close_matches(name, BY_NAME, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    raise ValueError(
-        f"`metrics` must name one of {', '.join(map(repr, BY_NAME))} or be torchmetrics objects, "
-        f"got {shown(name)}{hint}"
-    )
-
-
-def snake_case(name: str) -> str:
-    """Return a class name as a column name.
-
-    Example:
-        >>> snake_case("BinaryF1Score"), snake_case("MulticlassAUROC")
-        ('binary_f1_score', 'multiclass_auroc')
-    """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+        return bool(self.counts or self.metrics)
 
 
 @dataclass(slots=True)
-class Snapshot:
-    """The sums of a phase after one batch.
+class PhaseState:
+    """The sums of a phase after one batch; nothing here changes any more.
 
     Args:
         batches: Batches with a loss so far.
-        loss: The loss's sum, a 0-dimensional tensor that nobody changes any more.
-        counts: One element per term, likewise; ``None`` without terms.
-        extras: Name -> number that is not a formula over the sums: a torchmetrics object's value, what a module logged.
+        loss: The sum of their losses, without a dimension.
+        newest: The last batch's loss, likewise; ``None`` if it had none.
+        weight: What ``loss`` is the sum over instead of ``batches``, where it is one that the module logged.
+        counts: The counts of labels, one vector; ``None`` without any.
+        reading: How the batches were read; see :class:`LabelCounter`.
+        layout: Name and number of elements of each count.
+        others: Name -> number that is no formula over the sums: a torchmetrics object's value, what the module logged.
     """
 
     batches: int
     loss: Tensor
+    newest: Tensor | None
+    weight: Tensor | None
     counts: Tensor | None
-    extras: dict[str, Tensor]
+    reading: str
+    layout: tuple[tuple[str, int], ...]
+    others: dict[str, Tensor]
 
 
 class PhaseSums:
@@ -213,12 +158,21 @@ class PhaseSums:
 
     Args:
         statistics: What is computed from them.
+        task: What the targets are.
+        ignore_index: The target that does not count.
+        tell_once: Says a line to the user, if it has not been said.
     """
 
-    def __init__(self, statistics: StatisticSet) -> None:
+    def __init__(
+        self,
+        statistics: StatisticSet,
+        task: str = "auto",
+        ignore_index: int | None = -100,
+        tell_once: Callable[[str], object] = str,
+    ) -> None:
         self.statistics = statistics
-        self._terms = statistics.terms
-        self._masks = [_MASKS[term] for term in self._terms]
+        self.labels = LabelCounter(statistics.counts, task, ignore_index)
+        self._tell_once = tell_once
         self._metrics: dict[str, Metric] | None = None
         self.reset()
 
@@ -226,124 +180,137 @@ class PhaseSums:
         """Begin a phase."""
         self.batches = 0
         self._loss: Tensor | None = None
+        self._newest: Tensor | None = None
+        self._weight: Tensor | None = None
         self._counts: Tensor | None = None
-        if self._metrics is not None:
-            for metric in self._metrics.values():
-                metric.reset()
+        self.labels.begin()
+        for metric in (self._metrics or {}).values():
+            metric.reset()
 
     def update(self, loss: Tensor | None, predictions: Tensor | None, targets: Tensor | None) -> None:
         """Add a batch.
 
         Args:
             loss: The batch's mean loss, or ``None`` when the step returns none.
-            predictions: Logits or class numbers; only looked at when a statistic needs them.
-            targets: Class numbers.
+            predictions: Only looked at when a statistic needs them; see :func:`~.labels.read_batch`.
+            targets: Likewise.
         """
-        if self._masks and predictions is not None and targets is not None:
-            batch = LabelledBatch(predictions, targets)
-            masks = torch.stack([mask(batch) for mask in self._masks])
-            counts = masks.sum(1, dtype=_widest(masks.device))
-            self._counts = counts if self._counts is None else self._counts + counts
-        self.batches += loss is not None
-        term = torch.zeros(()) if loss is None else loss.detach()
+        if predictions is not None and targets is not None:
+            if self.statistics.counts:
+                counts = self.labels.count(predictions, targets)
+                self._counts = counts if self._counts is None else self._counts + counts
+            if self.statistics.metrics:
+                for name, metric in self._metric_objects(predictions.device).items():
+                    self._update_metric(name, metric, predictions, targets)
+        if loss is None:
+            self._newest = None
+            return
+        self.batches += 1
         # a copy: an optimizer or the user may go on writing into the loss
-        self._loss = _wide(term).reshape(()).clone() if self._loss is None else self._loss + term
-        if self.statistics.metrics:
-            for name, metric in self._metric_objects(predictions).items():
-                self._update_metric(name, metric, predictions, targets)
+        self._newest = loss.detach().reshape(()).to(widest(loss.device), copy=True)
+        self._loss = self._newest if self._loss is None else self._loss + self._newest
 
-    def snapshot(self, *, with_metrics: bool = True) -> Snapshot:
+    def take_logged_loss(self, total: Tensor, weight: Tensor) -> None:
+        """Take the sums of a loss that the module has logged in this phase, in place of losses that it returned."""
+        self._loss, self._weight = (part.detach().to(widest(part.device), copy=True) for part in (total, weight))
+
+    def state_now(self, *, with_metrics: bool = True) -> PhaseState:
         """Return the sums as they are now, with the torchmetrics objects' values if wanted."""
-        objects = self._metrics if self._metrics and with_metrics else {}
-        loss = torch.zeros(()) if self._loss is None else self._loss
-        return Snapshot(self.batches, loss, self._counts, {name: _scalar(name, m) for name, m in objects.items()})
+        others = {}
+        if self._metrics and with_metrics:
+            for name, metric in self._metrics.items():
+                value = self._computed(name, metric)
+                if value is not None:
+                    others[name] = value
+        loss = NOTHING if self._loss is None else self._loss
+        labels = self.labels
+        return PhaseState(
+            self.batches, loss, self._newest, self._weight, self._counts, labels.reading, labels.layout, others
+        )
 
-    def running_values(self) -> dict[str, Tensor]:
+    def values_now(self) -> dict[str, Tensor]:
         """Return name -> value so far as tensors on the device, without the torchmetrics objects."""
-        counts = () if self._counts is None else self._counts.unbind()
-        sums: dict[str, Any] = dict(zip(self._terms, counts, strict=True))
-        sums |= {"loss": self._loss, "batches": self.batches}
+        if self._counts is None:
+            sums: dict[str, Any] = {}
+        elif self.labels.reading in COUNTED_ONCE and not self.labels.layout[-1][1] > 1:
+            sums = dict(zip([name for name, _ in self.labels.layout], self._counts.unbind(), strict=True))
+        else:
+            sums = decided(named(self._counts, self.labels.layout), self.labels.reading, self.labels.task)
         if self.batches:
-            return self.statistics.values(sums)
-        return {s.name: s.formula(sums) for s in self.statistics.statistics if s.terms}
+            sums["loss"], sums["batches"] = self._loss, self.batches
+        return {s.name: s.formula(sums) for s in self.statistics.statistics if self.batches or s.counts}
 
-    def state(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+    def state(self, reduce: Reduce | None = None) -> dict[str, Any]:
         """Return plain numbers and tensors; see :meth:`load`.
 
         Args:
             reduce: Adds a tensor up over all ranks; one of them then loads the state of all.
         """
-        metrics = {name: _metric_state(metric) for name, metric in (self._metrics or {}).items()}
-        if self._loss is None:
+        metrics = {name: plain_state(metric) for name, metric in (self._metrics or {}).items()}
+        if self._loss is None and self._counts is None:
             return {"batches": 0, "sums": [], "metrics": metrics}
-        counts = self._loss.new_empty(0) if self._counts is None else self._counts
-        loss = self._loss.to(counts)
-        joined = torch.cat([torch.stack([loss, torch.full_like(loss, self.batches)]), counts])
+        counts = NOTHING.new_empty(0) if self._counts is None else self._counts
+        loss = NOTHING if self._loss is None else self._loss
+        counts = counts.to(loss) if self._counts is None else counts
+        joined = torch.cat([torch.stack([loss.to(counts), counts.new_tensor(self.batches)]), counts])
         total, batches, *rest = (joined if reduce is None else reduce(joined)).tolist()
-        return {"batches": int(batches), "sums": [total, *rest], "metrics": metrics}
+        return {
+            "batches": int(batches),
+            "sums": [total, *rest],
+            "reading": self.labels.reading,
+            "layout": [[name, size] for name, size in self.labels.layout],
+            "metrics": metrics,
+        }
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from :meth:`state`."""
         self.reset()
         self.batches = state["batches"]
         if state["sums"]:
-            loss, *counts = (_wide(torch.tensor(total, dtype=torch.float64), device) for total in state["sums"])
-            self._loss, self._counts = loss, torch.stack(counts) if counts else None
-        for name, metric in self._metric_objects(torch.zeros((), device=device)).items():
+            sums = torch.tensor(state["sums"], dtype=torch.float64).to(device, widest(device))
+            self._loss = sums[0] if self.batches else None
+            self._counts = sums[1:] if len(sums) > 1 else None
+            self.labels.reading = state["reading"]
+            self.labels.layout = tuple((name, size) for name, size in state["layout"])
+        for name, metric in self._metric_objects(device).items():
             if name in state["metrics"]:
-                _load_metric_state(metric, state["metrics"][name], device)
+                load_plain_state(metric, state["metrics"][name], device)
 
-    def _metric_objects(self, like: Tensor | None) -> dict[str, Metric]:
-        if self._metrics is None and like is not None:
-            self._metrics = {name: metric.clone().to(like.device) for name, metric in self.statistics.metrics.items()}
+    def _metric_objects(self, device: torch.device) -> dict[str, Metric]:
+        if self._metrics is None:
+            self._metrics = {name: metric.clone().to(device) for name, metric in self.statistics.metrics.items()}
             for metric in self._metrics.values():
                 metric.reset()
-        return self._metrics or {}
+        return self._metrics
 
     @staticmethod
-    def _update_metric(name: str, metric: Metric, predictions: Tensor | None, targets: Tensor | None) -> None:
+    def _update_metric(name: str, metric: Metric, predictions: Tensor, targets: Tensor) -> None:
         try:
             metric.update(predictions, targets)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"The torchmetrics object {name!r} in `metrics` refused a batch: {error}") from error
 
-
-def _wide(value: Tensor, device: torch.device | None = None) -> Tensor:
-    """Return ``value`` in the widest type its device adds in: float64, on Apple's GPUs float32."""
-    device = value.device if device is None else device
-    return value.to(device, _widest(device))
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _scalar(name: str, metric: Metric) -> Tensor:
-    value = metric.compute()
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise TypeError(f"`metrics` must compute one number each, got {shape} from {name!r}.")
-    return value.detach().reshape(())
+    def _computed(self, name: str, metric: Metric) -> Tensor | None:
+        """Return the metric's number, or ``None`` where it needs more batches than there were."""
+        try:
+            value = metric.compute()
+        except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
+            if metric._is_synced:
+                metric.unsync()
+            self._tell_once(
+                f"StatisticsRecorder: {name!r} cannot be computed yet and stays blank until it can: {first_line(error)}"
+            )
+            return None
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"`metrics` must compute one number each, got a {kind} from {name!r}.")
+        return value.detach().reshape(())
 
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    """Return the metric's states, joined over all ranks when there are several."""
-    with metric.sync_context():
-        states = metric.metric_state
-        return {
-            "updates": metric.update_count,
-            "states": {
-                name: [part.cpu().clone() for part in value] if isinstance(value, list) else value.cpu().clone()
-                for name, value in states.items()
-            },
-        }
-
-
-def _load_metric_state(metric: Metric, state: Mapping[str, Any], device: torch.device) -> None:
-    for name, value in state["states"].items():
-        listed = isinstance(metric.metric_state[name], list)
-        parts = value if isinstance(value, list) else [value]
-        parts = [part.to(device) for part in parts]
-        setattr(metric, name, parts if listed else parts[0])
-    metric._update_count = state["updates"]
-    metric._computed = None
+def named(counts: Tensor, layout: Iterable[tuple[str, int]]) -> dict[str, Tensor]:
+    """Return name -> counts, of one vector or of a table with a row for each."""
+    found, place = {}, 0
+    for name, size in layout:
+        found[name] = counts[..., place] if size == 1 else counts[..., place : place + size]
+        place += size
+    return found

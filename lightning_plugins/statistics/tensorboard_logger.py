@@ -12,14 +12,13 @@ from lightning_plugins.core.lightning import LightningModule, MisconfigurationEx
 from lightning_plugins.core.validation import a_path, one_of, shown
 from lightning_plugins.statistics.event_file import EventFile, Scalars, hyperparameter_summaries
 from lightning_plugins.statistics.fsspec_file import is_remote
-from lightning_plugins.statistics.row_buffer import TRAIN, VALIDATION, Row
-from lightning_plugins.statistics.row_source import StatisticsReader
+from lightning_plugins.statistics.row_writer import RowWriter
+from lightning_plugins.statistics.rows import TRAIN, VALIDATION, StatisticsRow
 
-_VERSION = 1
 _STAMP = re.compile(r"[\w-]{0,200}")  # one name below the root, whatever a file says; empty in a file of before the fit
 
 
-class TensorBoardStatisticsLogger(StatisticsReader):
+class TensorBoardStatisticsLogger(RowWriter):
     """Event files for TensorBoard, with training and validation as two lines on one chart.
 
     A run of the Trainer is two runs of TensorBoard, ``<root>/<time stamp>/train`` and ``.../validation``, with the
@@ -66,21 +65,16 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         *,
         axis: Literal["step", "epoch", "samples", "time"] = "step",
     ) -> None:
-        super().__init__()
         self.root = a_path("root", root)
         if is_remote(self.root):
             raise ValueError(f"`root` must be a local directory, got {shown(self.root)}.")
         self.axis = one_of("axis", axis, ("step", "epoch", "samples", "time"))
-        self._key = f"{type(self).__qualname__}{{root={self.root!r}, axis={self.axis!r}}}"
+        self.needs_samples = self.axis == "samples"
+        super().__init__(root=self.root, axis=self.axis)
         self._stamp = ""
         self._files: dict[str, EventFile] = {}
         self._last = {TRAIN: -1, VALIDATION: -1}  # places on the x axis
         self._last_step = 0
-
-    @property
-    def state_key(self) -> str:
-        """Tells loggers apart by their directory."""
-        return self._key
 
     @property
     def run_directory(self) -> Path | None:
@@ -101,6 +95,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint was cut, or name the run's hyper-parameters."""
+        super().on_train_start(trainer, pl_module)
         self._tell_late_start(trainer, begun=bool(self._files))
         resumed, self._restored = self._restored, None
         if resumed is not None:
@@ -113,15 +108,15 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         for phase in (TRAIN, VALIDATION):
             self._files[phase] = EventFile(folder / phase, purge_from=self._last[phase] + 1 if resumed else None)
         hyperparameters = dict(getattr(pl_module, "hparams", {}))
-        if hyperparameters and resumed is None and self._recorder is not None:
-            tags = [f"epoch_{name}" for name in self._recorder.names]
+        if hyperparameters and resumed is None and self._recording is not None:
+            tags = [f"epoch_{name}" for name in self._recording.statistics.names]
             above = EventFile(folder)
             above.add_summary(*hyperparameter_summaries(hyperparameters, tags, self._stamp))
             above.close()
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Sequence[StatisticsRow]) -> None:
         """Write the batches that made an optimizer step."""
-        if self.axis == "epoch" or self._recorder is None or self._recorder.every == "epoch":
+        if self.axis == "epoch" or self._recording is None or self._recording.every == "epoch":
             return
         events: list[Scalars] = []
         for row in rows:
@@ -134,7 +129,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         if events and self._files:
             self._files[TRAIN].add(events)
 
-    def phase_end(self, row: Row) -> None:
+    def phase_end(self, row: StatisticsRow) -> None:
         """Write the phase's final values."""
         scalars = {f"epoch_{name}": value for name, value in _shared_names(row).items()}
         if self.axis == "epoch" and row.lr is not None:
@@ -150,25 +145,21 @@ class TensorBoardStatisticsLogger(StatisticsReader):
 
     # state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Write what there is, and return the run's name and its last places on the x axis."""
-        if self._restored is not None:
-            return self._restored
-        if self._recorder is not None:
-            self._recorder.flush()
-        return {"version": _VERSION, "stamp": self._stamp, "last": dict(self._last), "last_step": self._last_step}
+    def place(self) -> dict[str, Any]:
+        """Return the run's name and its last places on the x axis."""
+        return {"stamp": self._stamp, "last": dict(self._last), "last_step": self._last_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Keep the place until the fit begins, if it lies in the directory of the runs."""
-        stamp = state_dict["stamp"]
+        stamp = state["stamp"]
         if not isinstance(stamp, str) or _STAMP.fullmatch(stamp) is None:
             raise MisconfigurationException(
                 "The checkpoint's `stamp` of TensorBoardStatisticsLogger must be the name of a run, "
                 f"got {shown(stamp)}."
             )
-        super().load_state_dict(state_dict)
+        super().set_state(state)
 
-    def _place(self, row: Row) -> int:
+    def _place(self, row: StatisticsRow) -> int:
         """Return the row's place on the x axis, and remember that the phase got there."""
         counts = {"step": row.step, "epoch": row.epoch, "samples": row.samples, "time": row.seconds}
         place = int(counts[self.axis])
@@ -176,7 +167,7 @@ class TensorBoardStatisticsLogger(StatisticsReader):
         return place
 
 
-def _shared_names(row: Row) -> dict[str, float]:
+def _shared_names(row: StatisticsRow) -> dict[str, float]:
     """Return the row's values without the prefixes by which modules tell phases apart; the recorder's own win."""
     values = row.values or {}
     shared = {name.removeprefix("train_").removeprefix("val_"): value for name, value in values.items()}

@@ -13,8 +13,7 @@ from hypothesis import given, settings, strategies as st
 from lightning_plugins.core import append_only_file as files
 from lightning_plugins.core.files import replace_file
 from lightning_plugins.core.validation import LightningPluginsWarning
-from lightning_plugins.statistics.csv_file import CSVFile
-from lightning_plugins.statistics.csv_layout import shortest_float32
+from lightning_plugins.statistics.csv_file import CSVFile, shortest_float32
 from tests.support.statistics_runs import read
 
 

@@ -292,7 +292,7 @@ def test_an_exception_loses_no_row_and_undoes_everything():
         trainer.fit(Dying(), *loaders())
     assert [row["batch"] for row in read("log.csv")] == ["1", "2", "3", "1", "2", "1"]
     assert trainer.callbacks == [logger]
-    assert logger._recorder is None
+    assert logger._recording is None
 
 
 def test_a_keyboard_interrupt_loses_no_row():

@@ -21,7 +21,7 @@ from lightning_plugins import (
     StatisticsRecorder,
     TensorBoardStatisticsLogger,
 )
-from lightning_plugins.statistics import row_buffer as rows
+from lightning_plugins.statistics import rows
 from tests.support.statistics_ranks import run_ranks
 from tests.support.statistics_runs import Classifier, fit, loaders, read, without_time
 

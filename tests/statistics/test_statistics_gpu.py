@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lightning_plugins import ClassificationReport
-from lightning_plugins.statistics.row_buffer import Row, evaluate
-from lightning_plugins.statistics.running import PhaseSums, statistic_set
+from lightning_plugins.statistics.metric_names import statistic_set
+from lightning_plugins.statistics.rows import StatisticsRow, evaluate
+from lightning_plugins.statistics.running import PhaseSums
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,8 +27,8 @@ def test_a_batch_is_counted_without_a_synchronisation(classes):
     try:
         for _ in range(3):
             sums.update(loss, logits, targets)
-            sums.snapshot()
-            sums.running_values()
+            sums.state_now()
+            sums.values_now()
             report.update(logits, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -41,7 +42,10 @@ def test_a_phase_without_a_loss_and_one_with_are_read_together():
     logits, targets = torch.randn(8, 3, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
     train.update(torch.tensor(1.0, device="cuda"), logits, targets)
     validation.update(None, logits, targets)
-    rows = [Row(p, 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, s.snapshot()) for p, s in (("train", train), ("v", validation))]
+    rows = [
+        StatisticsRow(p, 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, s.state_now())
+        for p, s in (("train", train), ("v", validation))
+    ]
     evaluate(statistics, rows)
     assert list(rows[0].values) == ["loss", "accuracy"]
     assert list(rows[1].values) == ["accuracy"]

@@ -1,7 +1,6 @@
 """The recorder in a real Trainer: every value recomputed by NumPy from what the module saw."""
 
 import copy
-import dataclasses
 import math
 import pickle
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_plugins import ClassificationReport, CSVStatisticsLogger, StatisticsRecorder
 from lightning_plugins.core.lightning import MisconfigurationException
-from lightning_plugins.core.step_outputs import batch_size
+from lightning_plugins.statistics.recording import Recording as RunRecording
 from tests.support.statistics_runs import (
     Classifier,
     Recording,
@@ -264,18 +263,18 @@ def test_tqdm_shows_running_statistics_and_reads_the_device_only_when_it_redraws
     bar = _Bar(refresh_rate=3)
     bar.shown = []
     reads = _count_reads(monkeypatch)
-    recorder = StatisticsRecorder(["accuracy"])
+    recorder = StatisticsRecorder(["accuracy"], progress_bar=["loss", "accuracy"])
     fit([recorder, bar], data=(DataLoader(dataset(90), batch_size=10), None), max_epochs=1, enable_progress_bar=True)
-    assert {"train_loss", "train_accuracy"} <= bar.shown[0].keys()
-    assert all(isinstance(metrics["train_loss"], float) for metrics in bar.shown)
+    assert {"loss", "accuracy"} <= bar.shown[0].keys()
+    assert all(isinstance(metrics["loss"], float) for metrics in bar.shown)
     assert sum(reads.values()) <= 4  # batches 3, 6 and 9; the last one also ends the phase
-    assert "train_accuracy=" in capsys.readouterr().out
+    assert "accuracy=" in capsys.readouterr().out
 
 
 def test_rich_shows_running_statistics(capsys):
-    recorder = StatisticsRecorder(["accuracy"])
+    recorder = StatisticsRecorder(["accuracy"], progress_bar=["accuracy"])
     fit([recorder, RichProgressBar()], max_epochs=1, enable_progress_bar=True)
-    assert "train_accuracy" in capsys.readouterr().out
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_rich_reads_the_device_only_as_often_as_it_redraws(monkeypatch):
@@ -285,9 +284,9 @@ def test_rich_reads_the_device_only_as_often_as_it_redraws(monkeypatch):
     class Spy(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             at_batch.append(sum(reads.values()))
-            monkeypatch.setattr(StatisticsRecorder, "_elapsed", lambda self: 0.1 * (batch_idx + 1))
+            monkeypatch.setattr(RunRecording, "_elapsed", lambda self: 0.1 * (batch_idx + 1))
 
-    monkeypatch.setattr(StatisticsRecorder, "_elapsed", lambda self: 0.0)
+    monkeypatch.setattr(RunRecording, "_elapsed", lambda self: 0.0)
     bar = RichProgressBar(refresh_rate=1)  # once per second, which ten of these batches take
     every_batch = hasattr(bar, "_should_update")  # what the rate means in Lightning 2.6.0
     data = DataLoader(dataset(200), batch_size=10), None
@@ -403,7 +402,7 @@ def test_nothing_is_remembered_that_nobody_will_ask_for():
 
     class Spy(pl.Callback):
         def on_validation_batch_start(self, trainer, *args):
-            kept.append(len(recorder._sources._captured) + len(report._sources._captured))
+            kept.append(len(recorder.recording.sources._captured) + len(report._sources._captured))
 
     trainer, model = fit([recorder, report, Spy()])
     assert set(kept) == {0}
@@ -565,7 +564,7 @@ def test_of_several_ranks_one_takes_the_state_of_all_and_the_others_none():
     taken = []
     for chief in (True, False):
         recorder = StatisticsRecorder(["accuracy"])
-        recorder._restore(state, torch.device("cpu"), chief=chief)
+        recorder.recording.restore(state, torch.device("cpu"), chief=chief)
         taken.append(recorder.state_dict())
     assert taken[0]["train"] == state["train"]
     assert taken[1]["train"] == {"batches": 0, "sums": [], "metrics": {}}
@@ -594,28 +593,3 @@ def test_manual_optimisation_that_returns_nothing_still_has_its_metrics():
     for row, (phase, _, values) in zip(reader.rows, expected, strict=True):
         assert row.values["accuracy"] == pytest.approx(values["accuracy"])
         assert ("loss" in row.values) == (phase == "validation")
-
-
-@dataclasses.dataclass(slots=True)
-class _Fields:  # a batch as darts makes it
-    extra: torch.Tensor | None
-    rows: torch.Tensor
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.zeros(5, 2),
-        (torch.zeros(5), torch.zeros(3)),
-        ({"name": "x", "rows": torch.zeros(5, 2)}, torch.zeros(3)),
-        _Fields(None, torch.zeros(5, 2)),
-        [torch.tensor(0.5), _Fields(None, torch.zeros(5))],
-    ],
-    ids=["tensor", "pair", "mapping", "dataclass", "nested"],
-)
-def test_the_samples_of_a_batch_are_the_rows_of_its_first_tensor(batch):
-    assert batch_size(batch) == 5
-
-
-def test_a_batch_without_rows_is_one_sample():
-    assert batch_size({"scale": torch.tensor(2.0), "name": "x"}) == batch_size(None) == 1

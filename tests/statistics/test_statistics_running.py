@@ -9,14 +9,15 @@ import torchmetrics
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import accuracy_score, matthews_corrcoef, top_k_accuracy_score
 
-from lightning_plugins.statistics.labelled_batch import LabelledBatch
-from lightning_plugins.statistics.row_buffer import Ledger, Row, evaluate
-from lightning_plugins.statistics.running import PhaseSums, statistic_set
+from lightning_plugins.statistics.labels import read_batch
+from lightning_plugins.statistics.metric_names import statistic_set
+from lightning_plugins.statistics.rows import RowBuffer, StatisticsRow, evaluate
+from lightning_plugins.statistics.running import PhaseSums
 from tests.support.statistics_runs import Recording
 
 
 def value_of(sums, name):
-    row = Row("train", 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, sums.snapshot())
+    row = StatisticsRow("train", 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, sums.state_now())
     evaluate(sums.statistics, [row])
     return row.values[name]
 
@@ -107,8 +108,8 @@ def test_a_loss_that_is_not_finite_shows(loss):
 
 def test_ties_count_as_correct_in_top5_and_the_first_class_wins_in_accuracy():
     level = torch.zeros(2, 7)
-    batch = LabelledBatch(level, torch.tensor([0, 6]))
-    assert batch.right().sum() == 1  # argmax is class 0
+    batch = read_batch(level, torch.tensor([0, 6]))
+    assert batch.right.sum() == 1  # argmax is class 0
     assert batch.right_of(5).sum() == 2  # no score is strictly above the label's
 
 
@@ -119,20 +120,20 @@ def test_a_row_with_a_score_that_is_not_finite_is_wrong_in_top5(dtype):
     scores[1, 3] = math.inf
     scores[2, 3] = -math.inf
     scores[3, 3] = torch.finfo(dtype).max
-    assert LabelledBatch(scores, torch.tensor([0, 3, 0, 3, 3])).right_of(5).tolist() == [False] * 3 + [True] * 2
+    assert read_batch(scores, torch.tensor([0, 3, 0, 3, 3])).right_of(5).tolist() == [False] * 3 + [True] * 2
 
 
 def test_whole_numbers_serve_as_scores():
-    assert LabelledBatch(torch.arange(7)[None], torch.tensor([1])).right_of(5).tolist() == [False]
-    assert LabelledBatch(torch.arange(7)[None], torch.tensor([2])).right_of(5).tolist() == [True]
+    assert read_batch(torch.arange(7)[None], torch.tensor([1])).right_of(5).tolist() == [False]
+    assert read_batch(torch.arange(7)[None], torch.tensor([2])).right_of(5).tolist() == [True]
 
 
 def test_five_or_fewer_classes_make_top5_always_correct():
-    assert LabelledBatch(torch.randn(4, 5), torch.tensor([0, 1, 2, 3])).right_of(5).sum() == 4
+    assert read_batch(torch.randn(4, 5), torch.tensor([0, 1, 2, 3])).right_of(5).sum() == 4
 
 
 def test_a_label_beyond_the_scores_is_wrong_in_top5_and_crashes_nothing():
-    assert LabelledBatch(torch.zeros(2, 7), torch.tensor([7, -1])).right_of(5).sum() == 0
+    assert read_batch(torch.zeros(2, 7), torch.tensor([7, -1])).right_of(5).sum() == 0
 
 
 def test_labels_of_minus_100_are_not_counted():
@@ -140,10 +141,13 @@ def test_labels_of_minus_100_are_not_counted():
     targets = torch.tensor([0, -100, 0])
     sums = run(["accuracy", "matthews_correlation_coefficient"], [(0.0, logits, targets)])
     assert value_of(sums, "accuracy") == 0.5
-    batch = LabelledBatch(logits, targets)
-    assert batch.counted().tolist() == [True, False, True]
-    assert batch.predicted().tolist() == [False, False, True]  # the middle one is predicted to be 1, but ignored
-    assert batch.actual().tolist() == [False, False, False]
+    batch = read_batch(logits, targets)
+    assert batch.counted.tolist() == [True, False, True]
+    # the middle one is predicted to be 1, but ignored
+    counts = dict(
+        zip(("labels", "right"), run(["accuracy"], [(0.0, logits, targets)]).state()["sums"][1:], strict=True)
+    )
+    assert counts == {"labels": 2.0, "right": 1.0}
 
 
 def test_no_label_that_counts_gives_nan():
@@ -159,13 +163,13 @@ def test_no_label_that_counts_gives_nan():
     ],
 )
 def test_scores_of_several_dimensions_are_flattened(predictions, targets):
-    batch = LabelledBatch(predictions, targets)
+    batch = read_batch(predictions, targets)
     if predictions.shape == targets.shape:
         classes = predictions
     else:
         classes = predictions.argmax(-1 if predictions.shape[:-1] == targets.shape else 1)
-    assert batch.right().sum() == (classes == targets).sum()
-    assert batch.counted().sum() == targets.numel()
+    assert batch.right.sum() == (classes == targets).sum()
+    assert batch.counted.sum() == targets.numel()
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1)])
@@ -173,23 +177,30 @@ def test_one_logit_is_class_1_from_zero_on(shape):
     # as in S4TF, where the sigmoid of the logit must be at least one half
     logits = torch.tensor([-1.0, -0.1, 0.0, 0.1, 2.0, -3.0]).reshape(shape)
     targets = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
-    assert LabelledBatch(logits, targets).right().sum() == 4
+    assert value_of(run(["accuracy"], [(0.0, logits, targets)]), "accuracy") == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize(("predictions", "targets"), [((4, 3), (5,)), ((4, 3, 2), (4,)), ((4,), (4, 2))])
 def test_shapes_that_do_not_belong_together_are_named(predictions, targets):
     with pytest.raises(ValueError, match=r"Predictions of shape \(4.* do not belong to targets of shape"):
-        LabelledBatch(torch.zeros(predictions), torch.zeros(targets, dtype=torch.long))
+        read_batch(torch.zeros(predictions), torch.zeros(targets, dtype=torch.long))
 
 
 def test_top5_of_class_numbers_is_refused():
     with pytest.raises(ValueError, match="`top5_accuracy` needs a score for every class"):
-        LabelledBatch(torch.tensor([1]), torch.tensor([1])).right_of(5)
+        read_batch(torch.tensor([1]), torch.tensor([1])).right_of(5)
 
 
-def test_matthews_correlation_of_three_classes_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"for two classes, but the predictions have 3.*MatthewsCorrCoef"):
-        LabelledBatch(torch.zeros(1, 3), torch.tensor([1])).predicted()
+@pytest.mark.parametrize("classes", [3, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_matthews_correlation_of_many_classes_equals_scikit_learn(classes, seed):
+    batches = random_batches(seed, classes, sizes=(40, 3, 7))
+    scores, labels = joined(batches)
+    name = "matthews_correlation_coefficient"
+    expected = matthews_corrcoef(labels, scores.argmax(1))
+    assert value_of(run([name], batches), name) == pytest.approx(expected, abs=1e-14)
+    numbers = [(loss, predictions.argmax(1), targets) for loss, predictions, targets in batches]
+    assert value_of(run([name], numbers), name) == pytest.approx(expected, abs=1e-14)
 
 
 def test_unknown_names_get_the_nearest_one_offered():
@@ -229,7 +240,7 @@ def test_a_torchmetrics_object_runs_and_the_users_own_is_left_alone():
 
 def test_a_torchmetrics_object_that_computes_no_number_is_refused():
     with pytest.raises(TypeError, match=r"one number each, got a tensor of shape \(9, 9\) from 'multiclass_confusion"):
-        run([torchmetrics.classification.MulticlassConfusionMatrix(9)], random_batches(0, 9)).snapshot()
+        run([torchmetrics.classification.MulticlassConfusionMatrix(9)], random_batches(0, 9)).state_now()
 
 
 def test_a_torchmetrics_object_that_refuses_a_batch_is_named():
@@ -296,13 +307,13 @@ class TwoRanks:
 
 
 def test_a_ledger_of_several_ranks_hands_out_by_number_and_doubles_up_to_what_the_patience_allows():
-    ledger, add_up = Ledger(statistic_set(["accuracy"])), TwoRanks()
+    ledger, add_up = RowBuffer(statistic_set(["accuracy"])), TwoRanks()
     ledger.reduce = add_up
     ledger.readers.append(reader := Recording(flush_seconds=1000))
     sums = PhaseSums(ledger.statistics)
     for number in range(1, 61):
         sums.update(torch.tensor(float(number)), torch.tensor([1, 0]), torch.tensor([1, 1]))
-        ledger.add(Row("train", 1, 1, number, 60, number, 2 * number, 0.1, 0.0, 0.0, sums.snapshot()))
+        ledger.add(StatisticsRow("train", 1, 1, number, 60, number, 2 * number, 0.1, 0.0, 0.0, sums.state_now()))
     ledger.flush()
     # twice the proposal of rank 0, for the stand-in adds everything up twice: 1, 4, 16 rows, then the rest
     assert (reader.writes, add_up.calls) == (4, 4)
@@ -312,12 +323,12 @@ def test_a_ledger_of_several_ranks_hands_out_by_number_and_doubles_up_to_what_th
 
 
 def test_a_ledger_alone_after_an_exception_asks_nobody():
-    ledger, add_up = Ledger(statistic_set([])), TwoRanks()
+    ledger, add_up = RowBuffer(statistic_set([])), TwoRanks()
     ledger.reduce = add_up
     ledger.readers.append(reader := Recording())
     sums = PhaseSums(ledger.statistics)
     sums.update(torch.tensor(3.0), None, None)
-    ledger.add(Row("train", 1, 1, 1, 1, 1, 1, torch.tensor(0.5), 0.0, 0.0, sums.snapshot()))
+    ledger.add(StatisticsRow("train", 1, 1, 1, 1, 1, 1, torch.tensor(0.5), 0.0, 0.0, sums.state_now()))
     ledger.flush(together=False)
     assert add_up.calls == 0
     assert (reader.rows[0].values, reader.rows[0].lr) == ({"loss": 3.0}, 0.5)

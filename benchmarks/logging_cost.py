@@ -14,11 +14,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.harness import interleaved, quiet, report, table
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
-from lightning_plugins.statistics.csv_file import CSVFile
-from lightning_plugins.statistics.csv_layout import number_cells
+from lightning_plugins.statistics.csv_file import CSVFile, number_cells
 from lightning_plugins.statistics.event_file import EventFile
-from lightning_plugins.statistics.row_buffer import Row
-from lightning_plugins.statistics.running import Snapshot
+from lightning_plugins.statistics.rows import StatisticsRow
+from lightning_plugins.statistics.running import PhaseState
 
 NAMES = ("loss", "accuracy", "top5_accuracy", "perplexity", "f1")
 STEPS, ROWS, EVENTS = 1000, 10_000, 1000
@@ -108,10 +107,10 @@ def added(seconds, steps):
 
 
 def rows(count):
-    """Return evaluated rows, as a ledger hands them out."""
-    snapshot = Snapshot(1, torch.zeros(()), None, {})
+    """Return evaluated rows, as a buffer hands them out."""
+    sums = PhaseState(1, torch.zeros(()), None, None, None, "", (), {})
     return [
-        Row("train", 1, 1, i + 1, count, i + 1, i, 0.1, i / 1e3, 1e9 + i / 1e3, snapshot,
+        StatisticsRow("train", 1, 1, i + 1, count, i + 1, i, 0.1, i / 1e3, 1e9 + i / 1e3, sums,
             {name: 1.0 / (i + 2 + k) for k, name in enumerate(NAMES)})
         for i in range(count)
     ]  # fmt: skip
@@ -249,7 +248,7 @@ def main(*, quick=False):
         table("A CSV row by the length of its file", length, base="1,000 rows"),
     ]  # fmt: skip
     data = {"step": step, "row": row, "scalar": scalar, "length": length}
-    report("statistics", tables, data, keep=not quick)
+    report("logging_cost", tables, data, keep=not quick)
 
 
 if __name__ == "__main__":
