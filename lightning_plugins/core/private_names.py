@@ -175,23 +175,14 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
     ),
     *_of(
         "statistics",
+        ("trainer", "_results", "what the module logs, batch by batch"),
+        (
+            "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection",
+            "_get_cache _forked_name",
+            "the value of a logged name, of a batch or a phase, and the name that loggers get",
+        ),
         ("lightning.pytorch.callbacks.TQDMProgressBar()", "_should_update", "the bar is updated as often as it shows"),
     ),
-    # statistics
-    ForeignName("trainer", "_results", ("statistics",), "what the module logs, batch by batch"),
-    *(
-        ForeignName(
-            "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection",
-            name,
-            ("statistics",),
-            reason,
-        )
-        for name, reason in (
-            ("_get_cache", "the value of one logged name, of the batch or of the phase"),
-            ("_forked_name", "the name under which loggers get it"),
-        )
-    ),
-    ForeignName("lightning.pytorch.callbacks.TQDMProgressBar", "_should_update", ("statistics",), "when it redraws"),
 )
 
 

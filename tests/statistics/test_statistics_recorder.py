@@ -373,7 +373,7 @@ def test_predictions_come_from_a_key_a_function_or_a_submodule():
         {"predictions": "layer"},
         {"predictions": lambda outputs, batch: outputs["scores"]},
         {"predictions": lambda outputs, batch: outputs["scores"].argmax(1), "targets": "truth"},
-        {"predictions": "tests.support.yaml_rows.scores", "targets": "tests.support.yaml_rows.truth"},
+        {"predictions": "tests.support.cases.scores", "targets": "tests.support.cases.truth"},
         {"predictions": "scores", "targets": lambda outputs, batch: batch[1]},
     ):
         recorder = StatisticsRecorder(["accuracy"], **options)
