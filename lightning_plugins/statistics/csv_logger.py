@@ -26,24 +26,28 @@ from lightning_plugins.statistics.rows import TRAIN, StatisticsRow
 class CSVStatisticsLogger(RowWriter):
     """A CSV file with a row per batch, training and validation, that a resume continues and nothing destroys.
 
-    The columns are ``epoch,batch,phase,step,lr,<statistics>,time``: epoch and batch are whole numbers from 1,
-    ``phase`` is ``train`` or ``validation``, ``step`` counts optimizer steps, ``lr`` is the rate that the batch was
-    trained with, ``time`` is seconds since the run began. Statistics are those of the :class:`StatisticsRecorder` in
-    the same Trainer; without one, ``loss`` and whatever the module logs.
-
-    When: rows are written every ``flush_seconds``, at phase ends, when a checkpoint is cut and on exceptions, always
-    whole rows in one append. A statistic that appears later becomes a column on the right; that rewrites the file
-    once, atomically. A full disk costs a warning; the rows wait.
+    The columns are ``epoch,batch,phase,step,lr,<statistics>,loss_step,time``: epoch and batch are whole numbers from
+    1, ``phase`` is ``train`` or ``validation``, ``step`` counts optimizer steps, ``lr`` is the rate that the batch was
+    trained with, ``loss_step`` the batch's own loss, ``time`` is seconds since the run began. Statistics are those of
+    the :class:`StatisticsRecorder` in the same Trainer, and ``loss`` without one; with either, whatever the module
+    logs has columns of its own.
 
     A fresh fit moves an existing file aside (``log.1.csv``). A resumed run moves the rows after its checkpoint to
     ``log.replaced.1.csv`` and goes on, so that in the end the file is that of an uninterrupted run, but for ``time``.
     A second fit of the same callback goes on; validate, test and ``fast_dev_run`` write nothing.
 
-    Checkpoint: the number of rows and the last row's epoch, batch and phase.
-
-    Distributed: rank 0 writes; every row is the sum over all ranks.
-
-    Cost: about a microsecond per cell when rows are written; nothing in the other batches.
+    When:
+        Rows are written every ``flush_seconds``, at phase ends, when a checkpoint is cut and on exceptions, always
+        whole rows in one append. A statistic that appears later becomes a column on the right; that rewrites the file
+        once, atomically. A full disk costs a warning; the rows wait.
+    Checkpoint:
+        The number of rows and the last row's epoch, batch and phase; without a recorder also the sums of the loss.
+    Distributed:
+        Rank 0 writes; every row is the sum over all ranks.
+    Cost:
+        About a microsecond per cell when rows are written; nothing in the other batches.
+    Does not compose with:
+        Another one on the same path, which is refused at setup.
 
     Args:
         path: Where, with the suffix ``.csv``; its directory is made. A path that fsspec knows (``s3://...``,

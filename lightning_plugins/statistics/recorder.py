@@ -23,41 +23,52 @@ class StatisticsRecorder(RecordingCallback):
     """Running loss and metrics of every phase, exact and without waiting for the device.
 
     ``loss`` is the mean of the batches' losses since the phase began (training since the epoch began, validation
-    since it started), as the module computed them, not divided by ``accumulate_grad_batches``. The metrics run over
-    the same stretch: ``accuracy`` and ``top5_accuracy`` are shares of labels, ``matthews_correlation_coefficient`` is
-    for two classes, ``perplexity`` is exp(loss). Batches of the sanity check and batches without a result (the step
-    returned ``None``) do not count. The card has the definitions, ties and degenerate cases.
+    since it started), as the module computed them, not divided by ``accumulate_grad_batches``; ``loss_step`` in every
+    row is the batch's own. The metrics run over the same stretch: ``accuracy`` and ``top5_accuracy`` are shares of
+    labels, ``matthews_correlation_coefficient`` is for any number of classes, ``perplexity`` is exp(loss). Batches of
+    the sanity check and batches without a result (the step returned ``None``) do not count. The card has the
+    definitions, ties and degenerate cases, and how predictions and targets are read.
 
-    When: sums grow in ``on_train_batch_end`` and ``on_validation_batch_end`` and begin anew in
-    ``on_train_epoch_start`` and ``on_validation_start``.
+    ``trainer.callback_metrics`` has ``train_<name>`` after every training batch and ``val_<name>`` from
+    ``on_validation_epoch_end`` on (``test_<name>`` after a test), for ModelCheckpoint and EarlyStopping; with several
+    validation loaders also ``val_<name>/dataloader_idx_<number>`` for each. What the module itself logs under such a
+    name stays the module's. :class:`CSVStatisticsLogger` and :class:`TensorBoardStatisticsLogger` in the same Trainer
+    write the rows.
 
-    Published: ``trainer.callback_metrics`` has ``train_<name>`` after every training batch and ``val_<name>`` from
-    ``on_validation_epoch_end`` on (``test_<name>`` after a test), for ModelCheckpoint and EarlyStopping; what the
-    module itself logs under such a name stays the module's. The progress bar shows them when it redraws.
-    :class:`CSVStatisticsLogger` and :class:`TensorBoardStatisticsLogger` in the same Trainer write them.
-
-    Checkpoint: the sums, so that a run resumed in mid-epoch goes on counting; the run's samples and seconds.
-
-    Distributed: sums are added up over the ranks (not means of means) at phase ends, checkpoints and when rows are
-    written. Until a phase ends its running values are published on one process only.
-
-    Cost: a few small kernels per batch, no synchronisation; one transfer of a few numbers when somebody reads them.
+    When:
+        Sums grow in ``on_train_batch_end`` and ``on_validation_batch_end`` and begin anew in ``on_train_epoch_start``
+        and ``on_validation_start``.
+    Checkpoint:
+        The sums, so that a run resumed in mid-epoch goes on counting; the run's samples and seconds.
+    Distributed:
+        Sums are added up over the ranks (not means of means) at phase ends, checkpoints and when rows are written.
+        Until a phase ends its running values are published on one process only.
+    Cost:
+        A few small kernels per batch, no synchronization; one transfer of a few numbers when values are read.
+    Does not compose with:
+        A second recorder in the same Trainer, which is refused: give all metrics to one.
 
     Args:
         metrics: Names (``accuracy``, ``top5_accuracy``, ``matthews_correlation_coefficient``, ``perplexity``) and
             torchmetrics objects in any order, or a mapping from names to torchmetrics objects. An object's column is
             its class name in snake case; it is cloned, and computes once per batch with ``every="batch"``.
-        predictions: Where predictions come from: a key of what the step returns, the name of a submodule whose last
-            output is meant, or ``f(outputs, batch)`` or its import path. By default ``outputs["logits"]`` or
-            ``outputs["preds"]``, else what the module's ``forward`` returned last.
-        targets: A key of what the step returns, or ``f(outputs, batch)`` or its import path. By default
-            ``outputs["target"]``, else ``batch[1]``.
+        predictions: Where predictions come from: a key of what the step returns or of the batch, the name of a
+            submodule whose last output is meant, or ``f(outputs, batch)`` or its import path. By default
+            ``outputs["logits"]`` or ``outputs["preds"]``, else what the module's ``forward`` returned last.
+        targets: A key of what the step returns or of the batch, or ``f(outputs, batch)`` or its import path. By
+            default ``outputs["target"]``, else ``batch[1]``, else the batch's ``target``, ``targets``, ``label`` or
+            ``labels``.
+        task: What the targets are. ``"auto"`` decides by types, shapes and what a phase has shown, and refuses where
+            two readings remain. ``"multiclass"``: class numbers, or rows whose largest entry is the class.
+            ``"binary"``: 0 and 1. ``"multilabel"``: rows of 0 and 1.
+        ignore_index: The target that does not count; NaN never does. ``None``: all others count.
+        progress_bar: The names that the progress bar shows, as they are in training and with ``val_`` of validation.
         every: ``"batch"``: a row after each batch. ``"epoch"``: one at the end of each phase, and nothing before.
         log: Whether the Trainer's own loggers get the statistics too, every ``log_every_n_steps`` and at phase ends.
 
     Raises:
         TypeError: If ``metrics``, ``predictions`` or ``targets`` hold something else.
-        ValueError: If a metric's name is unknown or comes twice.
+        ValueError: If a metric's name is unknown or comes twice, or another argument is not one of its choices.
 
     Example:
         >>> StatisticsRecorder(["accuracy", "perplexity"]).names

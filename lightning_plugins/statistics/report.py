@@ -26,15 +26,18 @@ class ClassificationReport(Callback):
     After every validation (not the sanity check's) and every test the report is printed, above the progress bar, and
     saved. Text and dict are identical to ``sklearn.metrics.classification_report``, which need not be installed.
 
-    When: counts in ``on_validation_batch_end`` and ``on_test_batch_end``; reports in ``on_validation_epoch_end`` and
-    ``on_test_epoch_end``. By hand: :meth:`update`, :meth:`compute`, :meth:`reset`.
-
-    Checkpoint: nothing.
-
-    Distributed: the counts of all ranks are added up; rank 0 prints and saves. A sampler that repeats samples to give
-    every rank the same number is counted as it samples.
-
-    Cost: one whole number per pair of classes; a few small kernels per batch, no synchronisation.
+    When:
+        Counts in ``on_validation_batch_end`` and ``on_test_batch_end``; reports in ``on_validation_epoch_end`` and
+        ``on_test_epoch_end``. By hand: :meth:`update`, :meth:`compute`, :meth:`reset`.
+    Checkpoint:
+        Nothing.
+    Distributed:
+        The counts of all ranks are added up; rank 0 prints and saves. A sampler that repeats samples to give every
+        rank the same number is counted as it samples.
+    Cost:
+        One whole number per pair of classes; a few small kernels per batch, no synchronization.
+    Does not compose with:
+        Another one with the same labels and paths in one Trainer, which Lightning refuses.
 
     Args:
         num_classes: Number of classes; labels and predictions are 0 to ``num_classes - 1``. A label of -100 is left

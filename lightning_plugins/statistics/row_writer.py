@@ -91,14 +91,13 @@ class RowWriter(RecordingCallback):
         if self._recording is not None:
             self._recording.rows.flush()
         state = self.place()
-        return state if self._own is None else {**state, "recording": self._own.state()}
+        return state if self._own is None else {**state, **self._own.state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Keep the place until the fit begins."""
-        self._restored = dict(state)
-        sums = self._restored.pop("recording", None)
-        if sums is not None:
-            self.recording.load(sums)
+        self._restored = state
+        if "train" in state:
+            self.recording.load({name: state[name] for name in ("train", "samples", "seconds")})
 
     @abstractmethod
     def place(self) -> dict[str, Any]:

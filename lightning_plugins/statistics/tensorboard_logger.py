@@ -27,15 +27,18 @@ class TensorBoardStatisticsLogger(RowWriter):
     without one, ``loss`` and whatever the module logs, less the prefixes ``train_`` and ``val_``. The module's
     ``hparams``, if it saved any, are on the HPARAMS page beside both phases' values (in ``<root>/<time stamp>``).
 
-    When: every five seconds, at phase ends, when a checkpoint is cut and on exceptions.
-
-    Checkpoint: the time stamp and the last place on the x axis. A resumed run goes on in the same directories, in a
-    new file that voids what came after the checkpoint. A second fit of the same callback goes on; validate, test and
-    ``fast_dev_run`` write nothing.
-
-    Distributed: rank 0 writes; every value is the sum over all ranks. The time stamp is rank 0's.
-
-    Cost: one record per step, about two microseconds per scalar and twelve bytes.
+    When:
+        Events are written every five seconds, at phase ends, when a checkpoint is cut and on exceptions.
+    Checkpoint:
+        The time stamp and the last place on the x axis; without a recorder also the sums of the loss. A resumed run
+        goes on in the same directories, in a new file that voids what came after the checkpoint. A second fit of the
+        same callback goes on; validate, test and ``fast_dev_run`` write nothing.
+    Distributed:
+        Rank 0 writes; every value is the sum over all ranks. The time stamp is rank 0's.
+    Cost:
+        One record per step, about two microseconds per scalar and twelve bytes.
+    Does not compose with:
+        A root that is not a local directory, which is refused.
 
     Args:
         root: Directory of all runs, the one for ``tensorboard --logdir``.
