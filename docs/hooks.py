@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning_plugins
 from lightning_plugins.core.imports import declared_names
@@ -50,6 +50,20 @@ def techniques() -> list[str]:
     return sorted({module.split(".")[1] for module in declared_names("lightning_plugins").values()})
 
 
+def navigation(given: list[Any]) -> list[Any]:
+    """Return a navigation with the techniques that it does not name at the end of its two lists of them."""
+    pages = {"Techniques": "lightning_plugins/{}/README.md", "API reference": "api/{}.md"}
+
+    def whole(title: str, entries: Any) -> Any:
+        if title not in pages:
+            return entries
+        listed = [path for entry in entries for path in entry.values()]
+        found = {technique.capitalize(): pages[title].format(technique) for technique in techniques()}
+        return [*entries, *({name: path} for name, path in found.items() if path not in listed)]
+
+    return [{title: whole(title, entries) for title, entries in part.items()} for part in given]
+
+
 def api_pages() -> dict[str, str]:
     """Return path -> Markdown of the reference: one page for each technique, with every name that it exports."""
     return {f"api/{technique}.md": _api_page(technique) for technique in techniques()}
@@ -82,7 +96,8 @@ def _matching(patterns: tuple[str, ...]) -> list[str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Show the version of the package that the pages are of."""
+    """Show the version of the package that the pages are of, and every technique."""
+    config.nav = navigation(config.nav or [])
     config.copyright = f"lightning_plugins {lightning_plugins.__version__}, Apache-2.0"
     return config
 

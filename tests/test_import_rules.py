@@ -52,9 +52,9 @@ PLANTED = {
     "core imports a technique": ("core/files.py", "from lightning_plugins.ema import decay", LAYERS),
     "core imports the command line": ("core/files.py", "from lightning_plugins.cli import commands", LAYERS),
     "a technique imports the command line": ("ema/decay.py", "from lightning_plugins.cli import commands", LAYERS),
-    "a new technique imports another": ("clipping/callback.py", "from lightning_plugins.ema import decay", LAYERS),
-    "another imports a new technique": ("ema/callback.py", "import lightning_plugins.clipping.callback", LAYERS),
-    "a new technique's pure module imports the door": ("clipping/percentile.py", DOOR, PROTECTED),
+    "a new technique imports another": ("mixing/callback.py", "from lightning_plugins.ema import decay", LAYERS),
+    "another imports a new technique": ("ema/callback.py", "import lightning_plugins.mixing.callback", LAYERS),
+    "a new technique's pure module imports the door": ("mixing/ratio.py", DOOR, PROTECTED),
 }
 
 
@@ -81,10 +81,10 @@ def tree(tmp_path_factory):
     shutil.copy(ROOT / "pyproject.toml", path)
     ignored = shutil.ignore_patterns("__pycache__", "*.md", "*.png")
     shutil.copytree(ROOT / "lightning_plugins", path / "lightning_plugins", ignore=ignored)
-    new = path / "lightning_plugins" / "clipping"
+    new = path / "lightning_plugins" / "mixing"
     new.mkdir()
     (new / "__init__.py").write_text("")
-    (new / "percentile.py").write_text("import torch\n")
+    (new / "ratio.py").write_text("import torch\n")
     (new / "callback.py").write_text(f"from lightning_plugins.core.callback import Callback\n{DOOR}\n")
     return path
 

@@ -256,9 +256,20 @@ def test_a_mistake_is_refused_by_name_before_anything_runs(tmp_path, capsys, ite
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+def logging_module(namespace):
+    """Return a class of modules that log what the configuration's plateau follows."""
+
+    class Logging(type(make_module(namespace))):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("val_loss", loss.detach())
+            return loss
+
+    return Logging
+
+
 def test_a_yaml_configures_the_schedule(tmp_path, namespace):
-    module = make_module(namespace)
-    cli = make_cli(namespace, tmp_path, CONFIG, module=type(module))
+    cli = make_cli(namespace, tmp_path, CONFIG, module=logging_module(namespace))
     cli.trainer.fit(cli.model, loader(10))
     [callback] = ours(cli)
     assert rates(cli.model) == pytest.approx([0.5 * callback.resolved(step) for step in range(20)])
@@ -272,7 +283,7 @@ def test_the_printed_configuration_gives_the_same_run(tmp_path, namespace, capsy
     assert item["init_args"]["schedule"]["class_path"] == "lightning_plugins.Join"
     runs = []
     for config in (CONFIG, text):
-        cli = make_cli(namespace, tmp_path, config)
+        cli = make_cli(namespace, tmp_path, config, module=logging_module(namespace))
         cli.trainer.fit(cli.model, loader(10))
         runs.append(rates(cli.model))
     assert runs[0] == runs[1]
