@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_plugins.checkpoints.averaged_file import ema_of, write_average
 from lightning_plugins.checkpoints.distributed import on_rank_zero, write_together
-from lightning_plugins.checkpoints.formats.sharded import is_sharded as is_sharded_directory
+from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.isolated_validation import load_weights, refreshed_statistics
 from lightning_plugins.checkpoints.run_files import RunFiles
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
@@ -54,7 +54,7 @@ class AverageOfRun:
             self.ema = ema_of(made)
             return made
 
-        if trainer.world_size > 1 and is_sharded_directory(self.paths[-1]):
+        if trainer.world_size > 1 and is_sharded_checkpoint(self.paths[-1]):
             write_together(mean, path, trainer.strategy.root_device, overwrite=True)
         else:
             on_rank_zero(

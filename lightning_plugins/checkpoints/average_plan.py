@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_plugins.checkpoints.average import average_checkpoints, checked_weights
-from lightning_plugins.checkpoints.formats.sharded import is_sharded
+from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.record import Record, read_record
 from lightning_plugins.checkpoints.selection import Limits, Selection, choose
 from lightning_plugins.core.module_state import shorten
@@ -106,7 +106,7 @@ def plan_average(
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist.")
-    directories = [path for path in given if path.is_dir() and not is_sharded(path)]
+    directories = [path for path in given if path.is_dir() and not is_sharded_checkpoint(path)]
     files = [path for path in given if path not in directories]
     chosen_by_user = not directories and last is None and best is None and steps is None
     selection = (

@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from lightning_plugins.checkpoints.formats.base import CheckpointError, ema_note, second_sets
-from lightning_plugins.checkpoints.formats.safetensors import SafetensorsWriter
-from lightning_plugins.checkpoints.formats.torch_writer import Slot, TorchArchive, bytes_of
+from lightning_plugins.checkpoints.formats.torch_writer import Slot, TorchArchive
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.files import replacing
 from lightning_plugins.core.progress import Advance
+from lightning_plugins.core.safetensors_file import SafetensorsWriter, bytes_of
 
 # What a checkpoint holds to train on from it, which a mean is not for.
 _DROPPED = (
@@ -108,7 +108,10 @@ def _write_safetensors(
     metadata = {key: str(value) for key, value in numbers.items() if value is not None}
     metadata |= {"format": "pt", checkpoint_keys.MEAN: json.dumps(manifest)}
     digest = WeightsDigest()
-    writer = SafetensorsWriter(file, mean.specs, metadata, late=("weights_digest", len(digest.text())))
+    try:
+        writer = SafetensorsWriter(file, mean.specs, metadata, late=("weights_digest", len(digest.text())))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     for name, tensor in tensors:
         content = bytes_of(tensor)
         digest.add(name, tensor, content)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_plugins.checkpoints.formats.base import CheckpointError, as_count, ema_note, unreadable
-from lightning_plugins.checkpoints.formats.safe_unpickler import Archive, StoredTensor, UnreadableError
-from lightning_plugins.checkpoints.formats.safetensors import parse_metadata, read_header
+from lightning_plugins.checkpoints.formats.safetensors import checked_header, parse_metadata
 from lightning_plugins.checkpoints.run_identity import Lineage, lineage_of
 from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.files import open_regular
+from lightning_plugins.core.stand_ins import StoredTensor, UnreadableError
+from lightning_plugins.core.torch_file import Archive
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_record(path: str | Path) -> Record:
         meta = path / "meta.pt"
         return _torch_record(path, meta) if meta.is_file() else Record(path)
     if path.suffix == ".safetensors":
-        metadata = parse_metadata(read_header(path)[0].get("__metadata__", {}))
+        metadata = parse_metadata(checked_header(path).metadata)
         manifest = metadata.get(checkpoint_keys.MEAN)
         return Record(path, as_count(metadata.get("global_step")), as_count(metadata.get("epoch")), manifest=manifest)
     return _torch_record(path, path)
@@ -71,14 +73,14 @@ def read_manifest(path: str | Path) -> Mapping[str, Any] | None:
 
 
 def _torch_record(path: Path, file_path: Path) -> Record:
-    with file_path.open("rb") as file:
+    with open_regular(file_path) as file:
         if file.read(4) != b"PK\x03\x04":
             # older than torch 1.6, or no checkpoint: opening it will tell
             return Record(path)
         file.seek(0)
         try:
             archive = Archive(file)
-            content = archive.content if isinstance(archive.content, dict) else {}
+            content = archive.found.content if isinstance(archive.found.content, dict) else {}
             kept = _kept_files(archive, path, content.get("callbacks"))
         except UnreadableError as error:
             raise CheckpointError(unreadable(file_path, error)) from error

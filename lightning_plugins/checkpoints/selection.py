@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_plugins.checkpoints.formats.base import CheckpointError
-from lightning_plugins.checkpoints.formats.sharded import is_sharded
+from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.record import Record, looked_up, read_record
 from lightning_plugins.checkpoints.run_identity import newest_run
 from lightning_plugins.core.module_state import shorten
@@ -134,7 +134,7 @@ def found_in(dirpath: Path) -> list[Path]:
 def _may_be_checkpoint(path: Path) -> bool:
     if path.name.startswith("."):
         return False
-    return is_sharded(path) if path.is_dir() else path.suffix in SUFFIXES
+    return is_sharded_checkpoint(path) if path.is_dir() else path.suffix in SUFFIXES
 
 
 def _found_below(dirpath: Path) -> list[Record]:
@@ -143,7 +143,7 @@ def _found_below(dirpath: Path) -> list[Record]:
     for folder, folders, names in os.walk(dirpath):
         here = Path(folder)
         inside = [name for name in folders if not name.startswith(".")]
-        folders[:] = [] if is_sharded(here) else inside
+        folders[:] = [] if is_sharded_checkpoint(here) else inside
         if here == dirpath:
             continue
         for path in sorted(here / name for name in [*names, *inside] if _may_be_checkpoint(here / name)):

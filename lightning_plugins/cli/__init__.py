@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from lightning_plugins._version import __version__
 from lightning_plugins.cli import average, extract, inspect, plot, schedule, synthesize
-from lightning_plugins.cli.commands import BAD_INPUT, Parser, printable
+from lightning_plugins.cli.commands import BAD_INPUT, Parser
+from lightning_plugins.core.validation import printable
 
 _COMMANDS = (average, extract, synthesize, schedule, plot, inspect)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count

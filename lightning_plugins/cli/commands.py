@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lightning_plugins.core.validation import printable
+
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
 else:
@@ -23,15 +25,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments."""
         self.exit(BAD_INPUT, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
-
-
-def printable(text: str) -> str:
-    """Return ``text`` on one line, with what a terminal would act upon, or could not show, written out."""
-    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in " ".join(text.split()))
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode()
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

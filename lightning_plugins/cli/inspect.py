@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from lightning_plugins import ema
-from lightning_plugins.cli.commands import Commands, add_trust, printable
+from lightning_plugins.cli.commands import Commands, add_trust
+from lightning_plugins.core.validation import printable
 
 
 def add_parser(commands: Commands) -> None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
 import secrets
 import stat
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,6 +103,22 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists; pass overwrite=True (--overwrite on the command line) to replace it.")
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; a pipe, which would wait for a writer, or a device is refused.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(f"{path} is a device or a pipe, not a file.")
+
+
 def is_special(path: Path) -> bool:
     """Return whether a path leads to something that is neither a file nor a directory, such as a pipe."""
     return path.exists() and not path.is_file() and not path.is_dir()
@@ -179,7 +193,7 @@ def move_aside(path: Path) -> Path | None:
 
 
 def write_state_dict(state_dict: Mapping[str, Tensor], output: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a plain state dict: ``.safetensors`` by safetensors, any other suffix by ``torch.save``.
+    """Write a plain state dict: ``.safetensors`` as such, any other suffix by ``torch.save``.
 
     Args:
         state_dict: Name -> tensor. Names that share one tensor, as tied weights do, share it in the file too;
@@ -193,51 +207,20 @@ def write_state_dict(state_dict: Mapping[str, Tensor], output: str | Path, *, ov
     Raises:
         FileNotFoundError: If its directory does not exist.
         FileExistsError: If it exists and may not be replaced.
-        ImportError: If safetensors is asked for and not installed.
+        ValueError: If ``.safetensors`` cannot hold a tensor's type or name.
     """
     path = Path(output)
     with replacing(path, overwrite=overwrite) as file:
         if path.suffix == ".safetensors":
-            # optional
-            from safetensors.torch import save  # noqa: PLC0415
-
-            file.write(save({name: tensor.contiguous().clone() for name, tensor in state_dict.items()}))
-        else:
             # a command that only lists files needs no torch
+            from lightning_plugins.core.safetensors_file import write_tensors  # noqa: PLC0415
+
+            write_tensors(file, state_dict, {"format": "pt"})
+        else:
             import torch  # noqa: PLC0415
 
             torch.save(dict(state_dict), file)
     return path
-
-
-def read_plain(path: Path, *, trust: bool = False) -> Any:
-    """Return what ``torch.save`` wrote, its tensors mapped from the file; nothing that the file names is run.
-
-    Args:
-        path: The file.
-        trust: Load whatever the file names all the same, which runs code that it chooses.
-
-    Raises:
-        OSError: If the file cannot be opened.
-        pickle.UnpicklingError: If it holds more than tensors and plain values, or its pickle is damaged.
-        ValueError: If it is damaged. Either message is the reason alone, on one line.
-    """
-    import torch  # noqa: PLC0415  # what only lists files needs no torch
-
-    path.open("rb").close()  # what cannot be opened is no damaged file
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on how the file was written
-            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(first_line(str(error).split("WeightsUnpickler error:")[-1])) from error
-    except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(first_line(error)) from error
-
-
-def first_line(error: object) -> str:
-    """Return the beginning of what an error says, on one line; its type's name if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def _sync_directory(path: Path) -> None:

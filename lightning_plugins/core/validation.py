@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 import sys
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
-_LONGEST = 500  # characters of a value in a message; what is longer nobody reads
+_LONGEST = 500  # characters of a value in a message
+_LARGEST = 10_000  # values in a container whose `repr` is still asked for; shared ones count each time they are shown
 
 
 class LightningPluginsWarning(UserWarning):
@@ -17,10 +21,10 @@ class LightningPluginsWarning(UserWarning):
 
 
 def shown(value: Any) -> str:
-    """Return how a message shows what a user gave: its ``repr``, shortened, and something else where that fails.
+    """Return how a message shows a value: its ``repr`` on one line, shortened, and something else where that fails.
 
-    A ``repr`` is the value's own code, Python's refuses numbers of many digits and very deep lists, and a message must
-    come out all the same.
+    A ``repr`` is the value's own code, Python's refuses numbers of many digits and very deep lists, and never ends for
+    a few lists that hold one another. A message must come out all the same.
 
     Example:
         >>> shown("5%"), shown(10**9000)
@@ -28,11 +32,32 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, int) and value.bit_length() > 1024:
         return f"a whole number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes, bytearray)) and len(value) > _LARGEST:
+        return f"{printable(repr(value[:_LONGEST]))}... ({len(value)} characters)"
+    if _is_large(value):
+        return f"a {type(value).__name__} that is too large to show"
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001  # it may raise anything
         return f"a {type(value).__name__} that cannot be shown"
-    return shortened(text)
+    return printable(shortened(text))
+
+
+def _is_large(value: Any) -> bool:
+    """Return whether a ``repr`` would show too many values; each is counted as often as it would be shown."""
+    left, count = [value], 0
+    while left and count <= _LARGEST:
+        inner = left.pop()
+        count += 1
+        if isinstance(inner, (str, bytes, bytearray)):
+            count += len(inner) // _LONGEST
+        elif isinstance(inner, (dict, list, tuple, set, frozenset, deque)):
+            count += len(inner)
+            if count <= _LARGEST:
+                left.extend((*inner.keys(), *inner.values()) if isinstance(inner, dict) else inner)
+        elif is_dataclass(inner) and not isinstance(inner, type):
+            left.extend(getattr(inner, "__dict__", {}).values())
+    return count > _LARGEST
 
 
 def shortened(text: str) -> str:
@@ -40,7 +65,40 @@ def shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
-def whole_number(name: str, value: Any, *, at_least: int = 0, unit: str = "") -> int:
+def printable(text: str) -> str:
+    r"""Return a text on one line, with what a terminal would act upon, or could not show, written out.
+
+    Example:
+        >>> printable("two\nlines"), printable("\x1b[31mred")
+        ('two lines', '\\x1b[31mred')
+    """
+    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
+
+
+def plain_text(name: str, value: Any, *, longest: int = 1000) -> str:
+    r"""Return ``value``, or raise when it is not a text of one line without control characters.
+
+    What a checkpoint's state holds is checked with it before it is written to a file, a terminal or a path.
+
+    Raises:
+        TypeError: If ``value`` is not a text.
+        ValueError: If it is longer than ``longest``, or holds what cannot be printed.
+
+    Example:
+        >>> plain_text("stamp", "2026-01-01\n1,1,train")
+        Traceback (most recent call last):
+        ...
+        ValueError: `stamp` must be one line of at most 1000 printable characters, got '2026-01-01\n1,1,train'.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a text, got {shown(value)}.")
+    if len(value) > longest or not value.isprintable():
+        raise ValueError(f"`{name}` must be one line of at most {longest} printable characters, got {shown(value)}.")
+    return value
+
+
+def whole_number(name: str, value: Any, *, at_least: int = 0, at_most: int = sys.maxsize, unit: str = "") -> int:
     """Return ``value`` as an ``int``, or raise when it is not a whole number of at least ``at_least``.
 
     The largest that is taken is ``sys.maxsize``: nothing counts further, and floats still hold its quotients.
@@ -49,11 +107,12 @@ def whole_number(name: str, value: Any, *, at_least: int = 0, unit: str = "") ->
         name: The argument's name, for the message.
         value: What the user gave: an ``int`` or anything with ``__index__`` (NumPy's integers), not a ``bool``.
         at_least: Smallest legal value.
+        at_most: Largest legal value.
         unit: What is counted (``"steps"``), for the message.
 
     Raises:
         TypeError: If ``value`` is not a whole number.
-        ValueError: If it is below ``at_least``.
+        ValueError: If it is below ``at_least`` or above ``at_most``.
 
     Example:
         >>> whole_number("warmup", -3, unit="steps")
@@ -68,8 +127,8 @@ def whole_number(name: str, value: Any, *, at_least: int = 0, unit: str = "") ->
         raise TypeError(f"`{name}` must be a whole number{what}, got {shown(value)}.") from error
     if number < at_least:
         raise ValueError(f"`{name}` must be at least {at_least}{' ' + unit if unit else ''}, got {shown(number)}.")
-    if number > sys.maxsize:
-        raise ValueError(f"`{name}` must be at most {sys.maxsize}{' ' + unit if unit else ''}, got {shown(number)}.")
+    if number > at_most:
+        raise ValueError(f"`{name}` must be at most {at_most}{' ' + unit if unit else ''}, got {shown(number)}.")
     return number
 
 

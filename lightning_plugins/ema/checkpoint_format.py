@@ -12,7 +12,6 @@ The file's ``state_dict`` is one complete set, so that ``load_from_checkpoint`` 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_plugins.core.files import read_plain
+from lightning_plugins.core import torch_file
 from lightning_plugins.core.module_state import clean_name, fill
+from lightning_plugins.core.stand_ins import UnreadableError
 from lightning_plugins.core.validation import a_path, one_of, shown
 
 RECORD_KEY = "lightning_plugins_ema"
@@ -156,13 +156,13 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
     try:
-        loaded: dict[str, Any] = read_plain(path, trust=trust)
-    except pickle.UnpicklingError as error:
+        loaded: dict[str, Any] = torch_file.load(path, trust=trust)
+    except torch_file.NeedsTrustError as error:
         raise ValueError(
             f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({error}). If you trust "
-            "whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
+            "its author, pass trust=True (--trust on the command line), which runs that code."
         ) from error
-    except ValueError as error:
+    except UnreadableError as error:
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {path} cannot be read: {error}") from error
     has_state = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping)
     if not has_state:

@@ -1,16 +1,15 @@
 """Files with the power averages of one step: complete or absent, cheap to write and to read in part.
 
 A directory holds one file per snapshot, ``step=0000001000.pt`` or ``.safetensors``, and ``frozen.pt`` with the weights
-that were not trained when the run began. Every file is written under another name, flushed, and renamed.
+that were not trained when the run began. Every file is written completely or not at all.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.files import first_line, read_plain
+from lightning_plugins.core import torch_file
+from lightning_plugins.core.files import replacing
+from lightning_plugins.core.mapped_files import MappedFiles
+from lightning_plugins.core.safetensors_file import read_header, write_tensors
+from lightning_plugins.core.stand_ins import UnreadableError
 from lightning_plugins.core.validation import a_list, real_number, shown, whole_number
 
 FORMATS = ("torch", "safetensors")
@@ -26,6 +29,7 @@ VERSION = 1
 _SUFFIXES = {"torch": ".pt", "safetensors": ".safetensors"}
 _NAME = re.compile(r"step=(\d+)\.(pt|safetensors)")
 _FROZEN = "frozen.pt"
+_MOST_AVERAGES = 100  # of one snapshot
 
 
 @dataclass
@@ -99,31 +103,32 @@ def write_snapshot(
     path = dirpath / f"step={step:010d}{_SUFFIXES[file_format]}"
     header = {"version": VERSION, "step": step, "sigma_rels": list(sigma_rels), "tied": loaded.tied}
     averages = [{name: tensor.to(dtype) for name, tensor in average.items()} for average in loaded.averages]
-    if file_format == "torch":
-        _write(path, lambda part: torch.save({**header, "averages": averages, "rest": loaded.rest}, part))
-    else:
-        from safetensors.torch import save_file  # noqa: PLC0415  # an optional dependency
-
-        flat = {f"{index}/{name}": t for index, average in enumerate(averages) for name, t in average.items()}
-        flat.update({f"rest/{name}": tensor for name, tensor in loaded.rest.items()})
-        flat = {name: tensor.contiguous() for name, tensor in flat.items()}
-        _write(path, lambda part: save_file(flat, part, metadata={"posthoc_ema": json.dumps(header)}))
+    dirpath.mkdir(parents=True, exist_ok=True)
+    with replacing(path, overwrite=True) as file:
+        if file_format == "torch":
+            torch.save({**header, "averages": averages, "rest": loaded.rest}, file)
+        else:
+            flat = {f"{index}/{name}": t for index, average in enumerate(averages) for name, t in average.items()}
+            flat.update({f"rest/{name}": tensor for name, tensor in loaded.rest.items()})
+            write_tensors(file, flat, {"posthoc_ema": json.dumps(header)})
     return path
 
 
 def write_frozen(dirpath: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the weights that are not trained."""
-    _write(dirpath / _FROZEN, lambda part: torch.save(dict(tensors), part))
+    dirpath.mkdir(parents=True, exist_ok=True)
+    with replacing(dirpath / _FROZEN, overwrite=True) as file:
+        torch.save(dict(tensors), file)
 
 
 def read_frozen(dirpath: str | Path) -> dict[str, Tensor]:
     """Return the weights that were not trained, mapped rather than read."""
     path = Path(dirpath) / _FROZEN
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        tensors = read_plain(path)
-    except (pickle.UnpicklingError, ValueError) as error:
+        tensors = torch_file.load(path, trust=False)
+    except UnreadableError as error:
         raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} is damaged: {error}") from error
     if not _are_tensors(tensors):
         raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} holds no tensors by name.")
@@ -151,18 +156,6 @@ def set_aside(dirpath: Path, after: int) -> Path | None:
     return target
 
 
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        save(part)
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _read(path: Path) -> tuple[dict[str, Any], Loaded]:
     try:
         header, loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
@@ -171,7 +164,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Loaded]:
     except OSError:
         raise
     except Exception as error:  # damaged bytes can raise anything
-        why = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
+        text = torch_file.reason(error)
+        why = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
         raise ValueError(f"`dirpath` must hold snapshots of PostHocEMA, but {path} is none: {why}") from error
     if header["version"] != VERSION:
         raise ValueError(
@@ -186,7 +180,9 @@ def _check(path: Path, header: Mapping[str, Any], loaded: Loaded) -> None:
     if match is None or whole_number("step", header["step"], at_least=1) != int(match[1]):
         raise ValueError(f"its name and its content differ, which is of step {shown(header['step'])}")
     sigmas = [real_number("sigma_rels", sigma) for sigma in a_list("sigma_rels", header["sigma_rels"])]
-    if not sigmas or len(sigmas) != len(loaded.averages):
+    if not 0 < len(sigmas) <= _MOST_AVERAGES:
+        raise ValueError(f"it has {len(sigmas)} values of `sigma_rels`, which must be 1 to {_MOST_AVERAGES}")
+    if len(sigmas) != len(loaded.averages):
         raise ValueError(f"it has {len(loaded.averages)} averages for {len(sigmas)} values of `sigma_rels`")
     names = loaded.averages[0].keys()
     if not all(_are_tensors(average) and average.keys() == names for average in loaded.averages):
@@ -202,18 +198,16 @@ def _are_tensors(value: Any) -> bool:
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Any], Loaded]:
-    header = read_plain(path)
+    header = torch_file.load(path, trust=False)
     return header, Loaded(header["averages"], header["rest"], header["tied"])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Loaded]:
-    from safetensors import safe_open  # noqa: PLC0415
-
-    with safe_open(path, framework="pt") as opened:
-        header = json.loads(opened.metadata()["posthoc_ema"])
-        averages: list[dict[str, Tensor]] = [{} for _ in header["sigma_rels"]]
-        rest: dict[str, Tensor] = {}
-        for key in opened.keys():  # noqa: SIM118  # not a mapping
-            where, name = key.split("/", 1)
-            (rest if where == "rest" else averages[int(where)])[name] = opened.get_tensor(key)
+    found, files = read_header(path), MappedFiles()
+    header = json.loads(found.metadata["posthoc_ema"])
+    averages: list[dict[str, Tensor]] = [{} for _ in header["sigma_rels"]]
+    rest: dict[str, Tensor] = {}
+    for key, tensor in found.tensors.items():
+        where, name = key.split("/", 1)
+        (rest if where == "rest" else averages[int(where)])[name] = files.tensor(path, found.starts[key], tensor)
     return header, Loaded(averages, rest, header["tied"])

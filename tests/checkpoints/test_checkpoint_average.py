@@ -496,9 +496,9 @@ def test_damaged_safetensors_headers_are_refused(tmp_path):
     for text in texts:
         file = tmp_path / "x.safetensors"
         file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
-        with pytest.raises(CheckpointError, match="its safetensors header is damaged"):
+        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read as a checkpoint: "):
             average_checkpoints([good, file])
     text = '{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}'
     file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"1234")
-    with pytest.raises(CheckpointError, match=r"`a` in .* has the dtype 'F4', which is not known"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors .*: `a` has the dtype 'F4', which is not known"):
         average_checkpoints([good, file])

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 # Every written part is announced and then waited upon, so that the parent kills in the middle of the file.
 SLOW_WRITER = """
 import sys, time
-from lightning_plugins.checkpoints.formats import safetensors as safetensors_file, torch_writer as writing
+from lightning_plugins.checkpoints.formats import torch_writer as writing
+from lightning_plugins.core import safetensors_file
 from lightning_plugins import average_checkpoints
 
 def slowed(method):

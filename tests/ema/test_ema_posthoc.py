@@ -171,8 +171,8 @@ def test_beside_an_ema_both_see_raw_weights(tmp_path):
 
 
 def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
-    def half(contents, path):
-        path.write_bytes(b"half")
+    def half(contents, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     loaded = Loaded([{"w": torch.ones(2)}], {})

@@ -119,11 +119,8 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, name):
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(16))
     torch.save({"w": torch.ones(4)}, good)
     with bounded():
-        if name == "metadata that are numbers":
-            assert average_checkpoints([path, good])["w"].tolist() == [0.5] * 4
-        else:
-            with pytest.raises(CheckpointError, match=r"lies\.safetensors"):
-                average_checkpoints([path, good])
+        with pytest.raises(CheckpointError, match=r"lies\.safetensors"):
+            average_checkpoints([path, good])
         outcome(lambda: select_checkpoints(tmp_path), tmp_path, name)
         outcome(lambda: extract_weights(path), tmp_path, name)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
 from lightning_plugins.checkpoints.formats.safetensors import SafetensorsFile
-from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory, is_sharded
+from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory, is_sharded_checkpoint
 from lightning_plugins.checkpoints.formats.torch_reader import TorchFile
 
 
-def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, trust: bool) -> Checkpoint:
     """Open a checkpoint of any format; tensors are not read yet.
 
     Args:
@@ -32,7 +32,7 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.is_dir():
-        if not is_sharded(path):
+        if not is_sharded_checkpoint(path):
             raise CheckpointError(f"{path} is a directory without a sharded checkpoint (no .metadata in it).")
         return ShardedDirectory(path, trust=trust)
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path, trust=trust)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.files import first_line
+from lightning_plugins.core.torch_file import reason
+from lightning_plugins.core.validation import printable
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 """Where a state dict lies inside a checkpoint: Lightning's name, then those of Fabric and of plain training loops."""
@@ -23,7 +24,10 @@ EMA_RECORD = "lightning_plugins_ema"
 
 
 class CheckpointError(ValueError):
-    """Checkpoints that cannot be read or averaged; the message is one readable line."""
+    """Checkpoints that cannot be read or averaged; the message is one printable line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def as_count(value: Any) -> int | None:
 
 def unreadable(path: Path, error: Exception | str) -> str:
     """Return one line that says why ``path`` cannot be read."""
-    return f"{path} cannot be read as a checkpoint: {first_line(error)}"
+    return f"{path} cannot be read as a checkpoint: {reason(error)}"
 
 
 def ema_note(header: Mapping[str, Any], names: Container[str]) -> str | None:

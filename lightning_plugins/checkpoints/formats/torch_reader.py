@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,10 @@ from lightning_plugins.checkpoints.formats.base import (
     TensorSpec,
     unreadable,
 )
+from lightning_plugins.core import torch_file
 from lightning_plugins.core.module_state import is_opaque
+from lightning_plugins.core.stand_ins import UnreadableError
+from lightning_plugins.core.validation import shortened, shown
 
 
 class TorchFile(Checkpoint):
@@ -30,16 +30,18 @@ class TorchFile(Checkpoint):
         trust: Load whatever the pickle names, which runs code that the file chooses.
     """
 
-    def __init__(self, path: Path, *, trust: bool = False) -> None:
+    def __init__(self, path: Path, *, trust: bool) -> None:
         super().__init__(path)
         state, self.header = split_state_dict(load_pickled(path, trust=trust), path)
         self.layout = getattr(state, "_metadata", None)
         self._tensors = {n: value for n, value in state.items() if isinstance(value, Tensor) and not is_opaque(value)}
         self.extras = {name: value for name, value in state.items() if name not in self._tensors}
-        self._flat: tuple[str, Tensor] = ("", torch.empty(0))
+        self._flat: tuple[str | None, Tensor] = (None, torch.empty(0))
         for name, tensor in self._tensors.items():
-            if tensor.is_quantized:
-                raise CheckpointError(f"`{name}` in {path} is quantized; only dense tensors can be averaged.")
+            if not isinstance(name, str):
+                raise CheckpointError(f"{path} holds a tensor whose name is {shown(name)}, not a text.")
+            if kind := _unusual_kind(tensor):
+                raise CheckpointError(f"`{shortened(name)}` in {path} is {kind}; only dense tensors can be averaged.")
             alias = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
             self.specs[name] = TensorSpec(tensor.dtype, tuple(tensor.shape), alias)
 
@@ -50,45 +52,30 @@ class TorchFile(Checkpoint):
         return self._flat[1][start:stop]
 
 
+def _unusual_kind(tensor: Tensor) -> str | None:
+    """Return what a tensor is that has no elements to average, ``None`` for an ordinary one."""
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.device.type == "cpu" else f"on the device {tensor.device}, without its elements"
+
+
 def load_pickled(path: Path, *, trust: bool) -> Any:
     """Return what ``torch.save`` wrote to ``path``, its tensors mapped into memory.
 
     Raises:
         CheckpointError: If the file is damaged, or needs more than tensors and plain values and is not trusted.
     """
-    with path.open("rb") as file:
-        start = file.read(300)
-    is_archive = start.startswith(b"PK\x03\x04")  # files of torch < 1.6 are not, and cannot be mapped
-    if start[257:262] == b"ustar":
-        raise CheckpointError(f"{path} is a tar archive of a torch before 0.2; load and save it with torch first.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on how the file was written
-            return torch.load(path, map_location="cpu", mmap=is_archive, weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        names = _named_classes(path, error)
-        if names:
-            raise CheckpointError(
-                f"{path} needs more than tensors and plain values to load: it names {', '.join(names)}. If you trust "
-                f"whoever wrote it, pass trust=True (--trust on the command line), which runs that code."
-            ) from error
-        raise CheckpointError(unreadable(path, _reason(error))) from error
-    except Exception as error:  # damaged bytes, or, when trusted, whatever the file's own code raises
+        return torch_file.load(path, trust=trust)
+    except torch_file.NeedsTrustError as error:
+        raise CheckpointError(
+            f"{path} needs more than tensors and plain values to load: {error}. If you trust its author, pass "
+            "trust=True (--trust on the command line), which runs that code."
+        ) from error
+    except UnreadableError as error:
         raise CheckpointError(unreadable(path, error)) from error
-
-
-def _named_classes(path: Path, error: Exception) -> list[str]:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # noqa: BLE001  # only archives of torch >= 1.6 can be asked; the error's own text names one
-        names = []
-    return sorted(names) or re.findall(r"GLOBAL (\S+)", str(error))[:1]
-
-
-def _reason(error: Exception) -> str:
-    """Return what the loader itself says, without the advice around it."""
-    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return found[1] if found else str(error)
 
 
 def split_state_dict(content: Any, path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -105,7 +92,7 @@ def split_state_dict(content: Any, path: Path) -> tuple[Mapping[str, Any], dict[
             return inner, {name: value for name, value in content.items() if name != key}
     if any(isinstance(value, Tensor) for value in content.values()):
         return content, {}
-    keys = ", ".join(f"`{key}`" for key in list(content)[:10])
+    keys = ", ".join(f"`{shortened(str(key))}`" for key in list(content)[:10])
     raise CheckpointError(
         f"{path} holds no weights: expected `state_dict` or tensors by name, found {keys or 'nothing'}."
     )

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lightning_plugins.core.safetensors_file import bytes_of
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -120,9 +122,3 @@ def _reduced(slot: Slot) -> tuple[Any, ...]:
     stride = torch.empty(shape, device="meta").stride()
     storage = _Storage(("storage", kind, slot.key, "cpu", numel))
     return function, (storage, 0, tuple(shape), stride, *arguments[4:])
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
