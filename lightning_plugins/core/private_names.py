@@ -101,7 +101,6 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ("torch.nn.BatchNorm1d()", "momentum training", "statistics as a plain mean over batches"),
         ("torch.nn.Module", "_metadata", "the versions of layers in a state dict"),
         ("torch.TypedStorage", "_pickle_storage_type", "the name of a storage's type in a file"),
-        ("pickle", "_Unpickler", "the one in Python can be held to what a checkpoint may contain"),
         ("zipfile.ZipFile", "fp", "a file that failed gets no directory at its end"),
         ("zipfile.ZipInfo", "extra", "tensors begin at multiples of 64 bytes"),
     ),

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_plugins.core.validation import printable
+
+_LONGEST = 300  # characters of a reason
 _DIMENSIONS = 64  # of a tensor, as in NumPy
 _KEY_LENGTH = 64  # elements of a tuple that is a key
 
@@ -41,7 +44,10 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 class UnreadableError(ValueError):
-    """The bytes are not what they should be; the message is the reason alone, on one line."""
+    """The bytes are not what they should be; the message is the reason alone, on one short line."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(printable(why)[:_LONGEST])
 
 
 class Name(NamedTuple):

@@ -48,7 +48,7 @@ class NeedsTrustError(UnreadableError):
 
     def __init__(self, names: list[str]) -> None:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        super().__init__(f"it names {', '.join(printable(shortened(name)) for name in names[:10])}{more}")
+        super().__init__(f"it names {', '.join(shortened(name) for name in names[:10])}{more}")
 
 
 def load(path: Path, *, trust: bool) -> Any:
@@ -150,7 +150,7 @@ class Archive:
         names = {info.orig_filename: info for info in infos}
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-                name = printable(shortened(info.orig_filename))
+                name = info.orig_filename[-40:]
                 raise UnreadableError(f"{name} is compressed or encrypted, which torch never does")
         if len(names) < len(infos) or not all(name.isascii() and name.isprintable() for name in names):
             raise UnreadableError("it holds one name twice, or odd names")
@@ -164,7 +164,7 @@ class Archive:
     def _entry(self, name: str) -> zipfile.ZipInfo:
         found = self._entries.get(f"{self._folder}/{name}")
         if found is None:
-            raise UnreadableError(f"it is not whole: {printable(shortened(name))} is missing")
+            raise UnreadableError(f"it is not whole: {name[:40]} is missing")
         return found
 
     def position(self, tensor: StoredTensor) -> int:

@@ -15,7 +15,7 @@ from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory, is_s
 from lightning_plugins.checkpoints.formats.torch_reader import TorchFile
 
 
-def open_checkpoint(path: str | Path, *, trust: bool) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     """Open a checkpoint of any format; tensors are not read yet.
 
     Args:

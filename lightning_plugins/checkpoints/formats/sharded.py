@@ -245,7 +245,10 @@ def _places(storage_data: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int
         if place.get("transform_descriptors"):
             raise UnreadableError("its files are transformed by an extension; load and save it with torch first")
         begin, length = _numbers((place["offset"], place["length"]))
-        yield (_text(key["fqn"]), _numbers(key["offset"] or ())), _Place(_text(place["relative_path"]), begin, length)
+        yield (
+            (_text(key["fqn"]), _numbers(key.get("offset") or ())),
+            _Place(_text(place["relative_path"]), begin, length),
+        )
 
 
 def _text(value: Any) -> str:
