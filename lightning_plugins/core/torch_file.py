@@ -22,7 +22,7 @@ import torch
 from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.safe_unpickler import Unpickled, unpickle
 from lightning_plugins.core.stand_ins import StandIn, StoredTensor, UnreadableError
-from lightning_plugins.core.validation import printable, shortened
+from lightning_plugins.core.validation import first_line, shortened
 
 _ENTRIES = 1_000_000  # files in an archive
 _SHARED = 64  # names that may share one tensor's bytes, on average
@@ -88,14 +88,11 @@ def _load(source: Any, **options: Any) -> Any:
 
 
 def reason(error: object) -> str:
-    """Return the beginning of what an error says, on one line; its type's name if it says nothing.
-
-    What torch advises, which is to load the file unsafely, is left out.
-    """
-    lines = [line for line in str(error).strip().splitlines() if "weights_only" not in line]
+    """Return the first line of what an error says; torch's advice, which is to load the file unsafely, is left out."""
     found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    text = found[1] if found else next(iter(lines), type(error).__name__)
-    return printable(text)[:300]
+    if found or "weights_only" not in str(error):
+        return first_line(found[1] if found else error)
+    return f"torch cannot load it ({type(error).__name__})"
 
 
 def _is_archive(file: IO[bytes]) -> bool:

@@ -76,6 +76,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
 
 
+def first_line(error: object) -> str:
+    """Return the beginning of what an error says, on one printable line; its type's name if it says nothing."""
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))[:_LONGEST]
+
+
 def plain_text(name: str, value: Any, *, longest: int = 1000) -> str:
     r"""Return ``value``, or raise when it is not a text of one line without control characters.
 
