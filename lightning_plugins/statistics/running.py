@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_plugins.core.metric_state import load_plain_state, plain_state
+from lightning_plugins.core.validation import first_line
 from lightning_plugins.statistics.label_evidence import decided
 from lightning_plugins.statistics.labels import Columns, LabelCounter, widest
 
