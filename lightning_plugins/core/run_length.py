@@ -296,13 +296,17 @@ def source_of_length(trainer: Any) -> str:
 
 
 def _batches_over(trainer: Any) -> int:
-    """Return how many batches of the current epoch are over, when training starts.
+    """Return how many batches of the current epoch are over, when training starts: where Lightning's loop begins.
 
-    Between two epochs the counter of batches still shows the last one's.
+    Between two epochs its counter still shows the last one's.
     """
-    progress = trainer.fit_loop.epoch_progress.current
-    begun = progress.ready > progress.processed
-    return int(trainer.fit_loop.epoch_loop.batch_progress.current.processed) if begun else 0
+    loop, batches = trainer.fit_loop.epoch_loop, trainer.num_training_batches
+    if not loop.restarting:
+        return 0
+    over = int(loop.batch_progress.current.completed)
+    if loop.restarted_on_train_batch_end:
+        return 0 if over + 1 >= batches else over + 1
+    return int(batches) if loop.batch_progress.is_last_batch and not math.isinf(batches) else over
 
 
 def _accumulation(trainer: Any) -> tuple[AccumulationPlan, str]:
