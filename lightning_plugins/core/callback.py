@@ -12,8 +12,6 @@ from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.private_names import check_names
 from lightning_plugins.core.validation import check_state_version
 
-_NO_PROFILE = contextlib.nullcontext()
-
 
 class Stage(IntEnum):
     """The place of a callback among ours, from first to last within every hook."""
@@ -44,11 +42,14 @@ class Callback(CallbackOfBoth):
     :meth:`release`. Every end of a run comes there: the normal one, an exception and Ctrl-C.
 
     Attributes:
+        state_key: Where a checkpoint keeps the state: the class and the arguments that tell two instances apart.
         stage: Its place in the order; equal ones keep the user's order.
         state_version: The version of what :meth:`get_state` returns, at least 1.
         patches: What it has replaced in foreign objects.
     """
 
+    # a plain attribute where Lightning has a property: it is read at every hook
+    state_key: str = ""
     stage: ClassVar[Stage]
     state_version: ClassVar[int] = 1
 
@@ -60,14 +61,10 @@ class Callback(CallbackOfBoth):
         """
         super().__init__()
         told = ", ".join(f"{name}={value!r}" for name, value in identity.items())
-        self._state_key = f"{type(self).__qualname__}({told})"  # kept: Lightning asks for it at every hook
+        # not by assignment, which a subclass with a property of its own would refuse
+        vars(self)["state_key"] = f"{type(self).__qualname__}({told})"
         self.patches = Patches()
         self._remaining_end: Callable[[], None] | None = None
-
-    @property
-    def state_key(self) -> str:
-        """Where a checkpoint keeps the state: the class and the arguments that tell two instances apart."""
-        return self._state_key
 
     # -- hooks, in the order in which they fire
 
@@ -80,7 +77,7 @@ class Callback(CallbackOfBoth):
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         if type(profiler).__name__ == "PassThroughProfiler" and "profile" not in vars(profiler):
             # it does nothing, but by a generator: a microsecond and more for every hook of every callback
-            self.patches.replace(profiler, "profile", lambda _: _NO_PROFILE)
+            self.patches.replace(profiler, "profile", contextlib.nullcontext)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything: Lightning calls no ``teardown`` after an exception or Ctrl-C."""
