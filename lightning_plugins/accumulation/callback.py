@@ -41,6 +41,26 @@ class GradientAccumulation(Callback):
     The loss that ``training_step`` returns must be a mean over what ``count`` counts. Logged losses and
     ``outputs["loss"]`` stay what Lightning makes of them (the latter divided by the number of batches).
 
+    When:
+        Each batch's loss is weighted in ``on_before_backward``; the gradient is complete in
+        ``on_before_optimizer_step``, before any other callback here, clipping and the optimizer see it.
+
+    Checkpoint:
+        The number that weights are relative to; with ``carry=True`` also the place, the count and the gradients of an
+        open window.
+
+    Distributed:
+        A window's counts are added over all ranks, so that every sample of the step has the same weight on all. DDP,
+        FSDP1 and FSDP2 (data-parallel only), without ``carry`` under FSDP. One reduction of one number a step.
+
+    Cost:
+        A count of each batch and one scaling of the gradients a step, without a wait for the device. Memory: two
+        numbers.
+
+    Does not compose with:
+        Manual optimization, LBFGS, ``Trainer(accumulate_grad_batches=...)`` or another callback that sets it. Losses
+        over pairs of samples and batch normalization see one batch at a time.
+
     Args:
         batches: Batches of one optimizer step. Exactly one of the first three arguments is given.
         effective_batch_size: Samples of one optimizer step: a multiple of the loader's batch size times the ranks.

@@ -38,8 +38,25 @@ class MicroBatching(Callback):
     again: gradients, random numbers, buffers, metrics and logs of the failed attempt are undone. The size found is
     kept for the following batches, logged, and saved in checkpoints.
 
-    Dropout draws other random numbers per piece than for the whole batch, from the same distribution. Batch
-    normalization (warned of) and losses over pairs inside a batch see only their piece.
+    When:
+        In the place of Lightning's closure of a batch: hooks of a batch and of a step fire once, those of a backward
+        once per piece.
+
+    Checkpoint:
+        The size that ``"auto"`` has found.
+
+    Distributed:
+        One device and DDP, where ranks may run different numbers of pieces; only the last piece's backward
+        synchronizes. With ``"auto"`` the ranks agree on the size.
+
+    Cost:
+        What the device loses by smaller batches, without a wait for it. Memory: the activations of one piece; with
+        ``"auto"`` a copy of the buffers and, from a window's second batch on, of the gradients.
+
+    Does not compose with:
+        Manual optimization, several optimizers, DDP's ``static_graph``, synchronized batch normalization. Dropout
+        draws other random numbers per piece than for the whole batch, from the same distribution. Batch normalization
+        (warned of) and losses over pairs inside a batch see only their piece.
 
     Args:
         size: Samples that fit at once, or ``"auto"``.

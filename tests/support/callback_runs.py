@@ -109,13 +109,20 @@ def fit(folder, callbacks, *, namespace=unified, epochs=4, die_in_epoch=None, **
         "weights": {name: tensor.clone() for name, tensor in module.state_dict().items()},
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        **{type(callback).__name__: _comparable(callback.state_dict()) for callback in callbacks},
+        **{type(callback).__name__: _comparable(callback.state_dict(), folder) for callback in callbacks},
     }
 
 
-def _comparable(state):
-    """Return a state without what the clock and the folder decide."""
-    return {name: value for name, value in state.items() if name not in {"directory", "seconds", "stamp"}}
+def _comparable(value, folder):
+    """Return a state without what the clock and the folder decide, also by the digests of files."""
+    if isinstance(value, dict):
+        kept = {
+            name: part for name, part in value.items() if name not in {"directory", "files", "fits", "seconds", "stamp"}
+        }
+        return {_comparable(name, folder): _comparable(part, folder) for name, part in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [_comparable(part, folder) for part in value]
+    return value.replace(str(folder), "") if isinstance(value, str) else value
 
 
 def same(left, right):
