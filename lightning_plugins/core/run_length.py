@@ -63,9 +63,9 @@ def count_steps(
         plan: The accumulation over the run.
         batches_per_epoch: Batches in every epoch.
         epochs: Number of epochs, those before ``epoch`` included.
-        epoch: Where the run stands: the epoch it is in, from 0,
-        batch: the batches that it has finished in that epoch,
-        step: and the steps that it has taken, whatever the accumulation was until then.
+        epoch: The epoch that the run is in, from 0.
+        batch: Batches of that epoch that are over.
+        step: Steps taken so far; the accumulation until then does not matter.
 
     Example:
         >>> count_steps(AccumulationPlan(((0, 3),)), batches_per_epoch=10, epochs=2)
@@ -246,7 +246,7 @@ class RunLength:
 def run_length(trainer: Any) -> RunLength:
     """Return how many optimizer steps the fit has when it ends, those already taken included.
 
-    Right whatever the order of callbacks: every callback is asked for its plan, whether it has acted yet or not.
+    The order of callbacks does not matter: each is asked for its plan, whether it has acted yet or not.
 
     Args:
         trainer: The Trainer, in ``on_train_start`` or later: only then are the training data and the position of a

@@ -1,7 +1,7 @@
 """Counts the steps of one optimizer: those that were attempted and those that changed the weights.
 
 Lightning's ``global_step`` counts attempts: also the steps that a gradient scaler skipped, those without any gradient
-(``training_step`` returned ``None``) and, in manual optimisation, those of every optimizer together. What follows the
+(``training_step`` returned ``None``) and, in manual optimization, those of every optimizer together. What follows the
 weights must count *applied* steps. A step is applied when the optimizer's post-step hook fired, some parameter had a
 gradient, and the scaler found no infinity: other optimizers are simply not called then, but a fused one is, and skips
 inside.
@@ -9,7 +9,6 @@ inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +21,9 @@ class StepClock:
 
     Args:
         optimizer: The optimizer to listen to. :meth:`close` takes the hooks off again.
-        counts_applied: Whether :attr:`applied` is wanted; without it a step costs less.
-        before: Called before each step.
-        after: Called after each step, when both counters have moved.
 
     Attributes:
-        attempted: Steps announced with :meth:`attempt`, and those that came unannounced. A step that a scaler skipped
-            calls no hook, so whoever wants it counted announces it.
+        attempted: Steps that the optimizer was called for. A step that a scaler skipped calls no hook.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -41,21 +36,11 @@ class StepClock:
         (2, 1)
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        counts_applied: bool = True,
-        before: Callable[[], None] | None = None,
-        after: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.attempted = 0
-        self._counts_applied = counts_applied
-        self._before, self._after = before, after
         self._called_with_gradient = 0
-        self._skipped_inside: Tensor | None = None  # stays on the device until somebody asks
-        self._announced = False
-        self._running = False
+        self._skipped_inside: Tensor | None = None  # stays on the device until it is asked for
+        self._running = True  # a step may be under way
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -69,17 +54,11 @@ class StepClock:
             self._skipped_inside = None
         return self._called_with_gradient
 
-    def attempt(self) -> None:
-        """Count a step that is about to be tried; the hook then does not count it again."""
-        self.attempted += 1
-        self._announced = True
-
     def restore(self, attempted: int, applied: int) -> None:
         """Set both counters, as after a resume."""
         self.attempted = attempted
         self._called_with_gradient = applied
         self._skipped_inside = None
-        self._announced = False
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
@@ -88,19 +67,14 @@ class StepClock:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._running = True
-        if self._before is not None:
-            self._before()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._running:
             return  # an optimizer whose `step` calls its parent's fires every hook twice for one step
         self._running = False
-        self.attempted += not self._announced
-        self._announced = False
-        if self._counts_applied and has_gradient(optimizer):
+        self.attempted += 1
+        if has_gradient(optimizer):
             self._count_applied(optimizer)
-        if self._after is not None:
-            self._after()
 
     def _count_applied(self, optimizer: Optimizer) -> None:
         self._called_with_gradient += 1

@@ -41,9 +41,9 @@ _NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which 
 class LearningRateScheduler(Callback):
     """Sets the learning rate of every optimizer step: max(base * schedule(t) * plateau, min_lr).
 
-    The run's length is found when training starts, whatever sets it, and is logged with its source. When it changes (a
-    loader of another length, other accumulation, an epoch that was left), the schedule goes on from the value where it
-    stands and ends with the run. A longer horizon (more epochs on resume) is followed from the next step on.
+    The run's length is found when training starts and logged with its source. When it changes (a loader of another
+    length, other accumulation, an epoch that was left), the schedule goes on from the value where it stands and ends
+    with the run. A longer horizon (more epochs on resume) is followed from the next step on.
 
     A rate that was written elsewhere (by a finetuning callback, a search, your code) is that group's rate at this step,
     and its base rate from there on is rate / schedule(t). timm's ``lr_scale`` of a group multiplies its rate.
@@ -190,10 +190,10 @@ class LearningRateScheduler(Callback):
         if trainer.accumulate_grad_batches != self._accumulation:
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
         for scheduler in self._schedulers:
-            if self._announces and scheduler.optimizer is optimizer:
+            if not self._announces:
+                scheduler.expected = True
+            elif scheduler.optimizer is optimizer:
                 scheduler.expect()
-            else:
-                scheduler.expected = not self._announces
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -340,11 +340,9 @@ class LearningRateScheduler(Callback):
         now, end = run_ahead(trainer, batch_idx), run_end(trainer)
         before = self._course or Course(now, now)
         course = before.goes_on(now, end, self.schedule)
-        if self.resolved is not None and course is before:
-            return
-        if self.resolved is not None and now.total_steps(end) is None:
-            return  # the length is not known any more: what was planned is the best that there is
         total, source = now.total_steps(end), source_of_length(trainer)
+        if self.resolved is not None and (course is before or total is None):
+            return  # a length that is not known any more leaves what was planned
         resolved = _resolve(self.schedule, course.curve if course.curve == course.latest else now, end, source)
         followed = course.follow(self.schedule, end)
         if resolved != self.resolved:

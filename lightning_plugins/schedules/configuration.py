@@ -66,7 +66,7 @@ def _build(data: Mapping[str, Any], *, trust: bool) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(arguments) - set(fields))
     if unknown:
-        raise ValueError(f"`{path}` must have arguments out of {', '.join(fields)}, got also {', '.join(unknown)}.")
+        raise ValueError(f"`{path}` has no argument `{unknown[0]}`; choose from {', '.join(fields)}.")
     for name, value in arguments.items():
         if "curve" in fields[name].metadata and not trust and value not in NAMED_CURVES:
             raise ValueError(

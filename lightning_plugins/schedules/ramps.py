@@ -22,7 +22,7 @@ from lightning_plugins.schedules.schedule import Schedule
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same factor for ever.
+    """The same factor at every step.
 
     Args:
         value: The factor, at least 0.

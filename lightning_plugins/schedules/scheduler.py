@@ -109,7 +109,8 @@ class ScheduleLR(LRScheduler):
         self._origin = 0  # position at which the clock read 0
         self._attempted = self._attempted_before = 0
         self._warned = False
-        self._running = self._every_step = False
+        self._running = True  # a step may be under way
+        self._every_step = False
         self.expected = False  # whether a step was announced, see `follow`
         self.held = False  # by a callback: then `step` does nothing, and another scheduler's state is left alone
         self.restored: bool | None = None  # whether a state was loaded; False: it was another scheduler's

@@ -32,17 +32,6 @@ def test_a_step_without_a_gradient_is_not_applied():
     assert (clock.attempted, clock.applied) == (2, 1)
 
 
-def test_an_announced_step_counts_once_whether_it_comes_or_is_skipped():
-    optimizer = torch.optim.SGD([weight_with_gradient()], lr=0.1)
-    clock = StepClock(optimizer)
-    clock.attempt()
-    optimizer.step()
-    clock.attempt()  # skipped by a scaler: no hook fires
-    clock.attempt()
-    optimizer.step()
-    assert (clock.attempted, clock.applied) == (3, 2)
-
-
 def test_a_fused_optimizer_that_skips_inside_did_not_apply():
     # GradScaler sets `found_inf` on a fused optimizer for the call of `step`, which then skips on the device.
     optimizer = torch.optim.SGD([weight_with_gradient()], lr=0.1, fused=True)

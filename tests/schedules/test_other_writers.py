@@ -316,3 +316,17 @@ def test_a_search_before_the_first_step_gives_the_base_rate_in_any_order(tmp_pat
     found = search.optimal_lr.suggestion()
     assert found is not None
     assert callback.lrs == pytest.approx([found * schedule(step) for step in range(120)])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, RecordingSGD])
+@pytest.mark.parametrize("clock", ["attempted", "applied"])
+def test_the_first_step_of_a_new_optimizer_counts_once_whatever_its_class(tmp_path, kind, clock):
+    module, callback = make_module(), LearningRateScheduler(Linear(12, 1, 0), clock=clock, record=True)
+
+    def configure_optimizers():
+        module.optimizer = kind(module.layer.parameters(), lr=0.1)
+        return module.optimizer
+
+    module.configure_optimizers = configure_optimizers
+    fit(tmp_path, callback, callbacks=[Exchange(1, 1)], module=module, max_epochs=3)
+    assert callback.lrs == pytest.approx([0.1 * (1 - step / 12) for step in range(12)])

@@ -3,7 +3,6 @@
 import json
 import math
 import pickle
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -33,7 +32,6 @@ from lightning_plugins import (
     WarmupStableDecay,
 )
 from lightning_plugins.schedules import SCHEDULES, RunLengthUnknownError, ScheduleTooLongError
-from lightning_plugins.schedules.fields import duration
 
 
 def parabola(x):
@@ -77,7 +75,7 @@ def test_every_class_has_an_example():
     assert all(type(schedule).__name__ == name for name, schedule in EXAMPLES.items())
 
 
-# -- what all of them promise --------------------------------------------------------------------------------------
+# -- what all of them promise
 
 
 @every_schedule
@@ -122,7 +120,7 @@ def test_preview_is_the_schedule_step_by_step(schedule):
     assert schedule.preview(0) == []
 
 
-# -- closed forms, by NumPy ----------------------------------------------------------------------------------------
+# -- closed forms, by NumPy
 
 T = np.arange(60.0)
 X = np.minimum(T / 40, 1)
@@ -172,7 +170,7 @@ def test_rnmt_plus_does_not_overflow():
     assert RNMTPlus(4, 0, 60, 60).preview(17) == [4.0] * 16 + [0.0] + []  # 4 * 15 = 60 is still the plateau
 
 
-# -- zero-length parts ---------------------------------------------------------------------------------------------
+# -- zero-length parts
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,7 @@ def test_zero_length_parts(schedule, values):
     assert schedule.preview(len(values)) == values
 
 
-# -- segments ------------------------------------------------------------------------------------------------------
+# -- segments
 
 
 def test_half_open_segments_reach_their_end_with_the_next_segments_first_step():
@@ -242,7 +240,7 @@ def test_the_open_segment_may_stand_anywhere():
         assert max(schedule.preview(12)) == 1
 
 
-# -- durations -----------------------------------------------------------------------------------------------------
+# -- durations
 
 
 @pytest.mark.parametrize(
@@ -340,7 +338,7 @@ def test_open_parts_fill_their_stretch():
     assert WarmupCosine("10%").cycle("50%").resolve(200).schedule == WarmupCosine(10, total=100)
 
 
-# -- combinators ---------------------------------------------------------------------------------------------------
+# -- combinators
 
 steps = st.integers(0, 300)
 
@@ -383,60 +381,3 @@ def test_half_open_segments_are_continuous_at_joints(pieces):
     for (end, _), begin, length in zip(pieces, begins, [*(n for _, n in pieces[1:]), 1], strict=True):
         if length:  # a segment of no steps only sets where the next one begins
             assert schedule(int(begin)) == end
-
-
-# -- configuration -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sawtooth(Schedule):
-    """A schedule of a user's own."""
-
-    period: int = duration()
-
-    def _factor(self, step):
-        return float(step % self.period)
-
-
-def test_a_schedule_of_your_own():
-    saw = Sawtooth(3)
-    assert saw.preview(5) == [0, 1, 2, 0, 1]
-    assert (saw * 0.5).preview(3) == [0, 0.5, 1]
-    data = saw.to_dict()
-    with pytest.raises(ValueError, match="needs `trust=True`, because importing it runs its code"):
-        Schedule.from_dict(data)
-    assert type(Schedule.from_dict(data, trust=True)).__name__ == "Sawtooth"
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"class": "Shape", "curve": "os.getcwd", "steps": 1, "start": 0, "end": 1}, "names code, which would run"),
-        ({"class": "Segments", "segments": [{"shape": "os.getcwd", "end": 1}]}, "names code, which would run"),
-        ({"class": "os.getcwd"}, "a schedule of your own needs `trust=True`"),
-        (
-            {"class": "Linear", "steps": 1, "start": 0, "stop": 1},
-            "`Linear` must have arguments out of steps, start, end",
-        ),
-        ({"end": 1}, "must describe a schedule"),
-    ],
-)
-def test_a_configuration_runs_no_code(data, message):
-    with pytest.raises(ValueError, match=message):
-        Schedule.from_dict(data)
-
-
-@pytest.mark.parametrize("path", ["nowhere.at_all", "os.getcwd", "math"])
-def test_a_trusted_configuration_must_still_name_a_schedule(path):
-    with pytest.raises(ValueError, match=f"`class` must name a schedule, got '{path}'"):
-        Schedule.from_dict({"class": path}, trust=True)
-
-
-def test_a_lambda_has_no_import_path():
-    with pytest.raises(ValueError, match=r"`curve` has no import path.*define it as a function of a module"):
-        Shape(lambda x: x, 10, 0, 1).to_dict()
-
-
-def test_curves_by_import_path():
-    assert Shape("math.sin", 10, 0, 1).preview(11) == Shape(math.sin, 10, 0, 1).preview(11)
-    assert Schedule.from_dict(Shape("math.sin", 10, 0, 1).to_dict(), trust=True) == Shape("math.sin", 10, 0, 1)

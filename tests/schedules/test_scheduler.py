@@ -119,7 +119,7 @@ def test_the_minimum_is_absolute_and_lifts_the_warm_up():
     assert used(optimizer) == [0.4, 0.4, 0.5, 0.75, 1.0, 0.75, 0.5, 0.4, 0.4]
 
 
-# -- state ---------------------------------------------------------------------------------------------------------
+# -- state
 
 
 def resumed(saved_after, schedule, longer=None):
@@ -163,7 +163,7 @@ def test_close_takes_every_hook_off():
     assert not optimizer._optimizer_step_post_hooks
 
 
-# -- clocks --------------------------------------------------------------------------------------------------------
+# -- clocks
 
 
 def test_the_applied_clock_waits_for_steps_that_change_nothing():
@@ -205,7 +205,7 @@ def test_warns_once_when_it_is_stepped_per_epoch():
     scheduler.step()  # silent: warnings are errors here
 
 
-# -- ready-made forms ----------------------------------------------------------------------------------------------
+# -- ready-made forms
 
 
 def test_warmup_cosine_lr():

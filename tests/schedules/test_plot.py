@@ -13,7 +13,7 @@ from lightning_plugins.schedules import parse_schedule, plot_schedules, sketch
 PNG = b"\x89PNG\r\n"
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------
+# -- pictures
 
 
 def test_plot_writes_a_picture_and_makes_its_folder(tmp_path):
@@ -83,7 +83,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
         Linear(1, 0, 1).plot(10, tmp_path / "x.png")
 
 
-# -- sketches ------------------------------------------------------------------------------------------------------
+# -- sketches
 
 
 def test_sketch_of_a_line():
@@ -116,7 +116,7 @@ def test_bad_sketches(options, message):
         sketch(Linear(1, 0, 1), 10, **options)
 
 
-# -- expressions ---------------------------------------------------------------------------------------------------
+# -- expressions
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_expressions_that_are_refused(text, message):
         parse_schedule(text)
 
 
-# -- the command ---------------------------------------------------------------------------------------------------
+# -- the command
 
 
 def test_schedule_command_sketches(capsys):

@@ -1,0 +1,151 @@
+"""Steps that change nothing, steps that a gradient scaler skips, and steps that the module takes by hand."""
+
+import lightning.pytorch as unified
+import pytest
+import torch
+
+from lightning_plugins import LearningRateScheduler, Linear, WarmupLinear
+from lightning_plugins.core.lightning import MisconfigurationException
+from tests.schedules.test_callback import expected, fit
+from tests.support.training import RecordingSGD, loader, make_module, make_trainer, rates
+
+# -- steps that change nothing
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_gradients_is_an_attempt_but_is_not_applied(tmp_path):
+    schedule = WarmupLinear(4, total=10)
+    attempted, _ = fit(tmp_path, LearningRateScheduler(schedule), module=make_module(skip_batches=(1, 2)))
+    assert rates(attempted) == expected(schedule, 10)
+    applied, _ = fit(
+        tmp_path, LearningRateScheduler(schedule, clock="applied"), module=make_module(skip_batches=(1, 2))
+    )
+    positions = [0, 1, 1, 1, 2, 3, 4, 5, 6, 7]  # steps 1 and 2 changed nothing
+    assert rates(applied) == pytest.approx([0.1 * schedule(position) for position in positions])
+
+
+class _Overflowing(torch.autograd.Function):
+    """Identity whose gradient is infinite when told so: what makes a gradient scaler skip."""
+
+    @staticmethod
+    def forward(ctx, x, overflow):
+        ctx.overflow = overflow
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (float("inf") if ctx.overflow else 1.0), None
+
+
+def overflowing_module(batches):
+    module = make_module()
+
+    def training_step(batch, batch_idx):
+        return _Overflowing.apply(module.layer(batch).float().pow(2).mean(), batch_idx in batches)
+
+    module.training_step = training_step
+    return module
+
+
+def scaled_trainer(path, callback):
+    """A Trainer with a real GradScaler on the CPU, where Lightning offers none for the asking."""
+    precision = unified.plugins.MixedPrecision("bf16-mixed", "cpu")
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    return make_trainer(path, callbacks=[callback], plugins=[precision])
+
+
+@pytest.mark.parametrize("clock", ["attempted", "applied"])
+def test_steps_that_the_gradient_scaler_skips(tmp_path, clock):
+    schedule = Linear(8, 1, 0)
+    module = overflowing_module({2, 3})
+    trainer = scaled_trainer(tmp_path, LearningRateScheduler(schedule, clock=clock))
+    trainer.fit(module, loader(8))
+    assert trainer.global_step == 8
+    assert len(module.optimizer.used) == 6  # the scaler did not call the optimizer for two of them
+    positions = {"attempted": [0, 1, 4, 5, 6, 7], "applied": [0, 1, 2, 3, 4, 5]}[clock]
+    assert rates(module) == pytest.approx([0.1 * schedule(position) for position in positions])
+
+
+# -- manual optimization
+
+
+def gan(critic_steps=3, scheduler_step=False):
+    """Two optimizers in manual optimization; the second steps ``critic_steps`` times per batch."""
+    module = make_module()
+    module.automatic_optimization = False
+    module.other = torch.nn.Linear(4, 2)
+
+    def training_step(batch, batch_idx):
+        first, second = module.optimizers()
+        for optimizer, layer, times in ((first, module.layer, 1), (second, module.other, critic_steps)):
+            for _ in range(times):
+                optimizer.zero_grad()
+                module.manual_backward(layer(batch).pow(2).mean())
+                optimizer.step()
+        if scheduler_step:
+            for scheduler in module.lr_schedulers():
+                scheduler.step()
+
+    def configure_optimizers():
+        module.first, module.second = (
+            RecordingSGD(layer.parameters(), lr=0.1) for layer in (module.layer, module.other)
+        )
+        return module.first, module.second
+
+    module.training_step = training_step
+    module.configure_optimizers = configure_optimizers
+    return module
+
+
+@pytest.mark.parametrize("scheduler_step", [False, True])
+def test_several_optimizers_follow_their_own_steps(tmp_path, scheduler_step):
+    module, schedule = gan(scheduler_step=scheduler_step), WarmupLinear(4, total=20)
+    fit(tmp_path, LearningRateScheduler(schedule), module=module, batches=5)
+    assert [used[0] for used in module.first.used] == expected(schedule, 5)
+    assert [used[0] for used in module.second.used] == expected(schedule, 15)
+
+
+def test_one_of_several_optimizers(tmp_path):
+    module, schedule = gan(), WarmupLinear(4, total=20)
+    fit(tmp_path, LearningRateScheduler(schedule, optimizer=1), module=module, batches=5)
+    assert [used[0] for used in module.first.used] == [0.1] * 5
+    assert [used[0] for used in module.second.used] == expected(schedule, 15)
+    with pytest.raises(MisconfigurationException, match="`optimizer` must be the index of one of the module's 2"):
+        fit(tmp_path, LearningRateScheduler(schedule, optimizer=2), module=gan())
+
+
+def test_each_optimizer_its_own_callback(tmp_path):
+    module, one, two = gan(), WarmupLinear(4, total=20), Linear(20, 1, 0)
+    fit(
+        tmp_path,
+        LearningRateScheduler(one, optimizer=0),
+        callbacks=[LearningRateScheduler(two, optimizer=1)],
+        module=module,
+        batches=5,
+    )
+    assert [used[0] for used in module.first.used] == expected(one, 5)
+    assert [used[0] for used in module.second.used] == expected(two, 15)
+
+
+def test_manual_optimization_needs_lengths_in_steps(tmp_path):
+    with pytest.raises(MisconfigurationException, match="manual optimization: only the module knows its steps"):
+        fit(tmp_path, LearningRateScheduler(WarmupLinear(4)), module=gan())
+
+
+def test_manual_steps_that_the_scaler_skips_are_attempts(tmp_path):
+    module = make_module()
+    module.automatic_optimization = False
+
+    def training_step(batch, batch_idx):
+        optimizer = module.optimizers()
+        optimizer.zero_grad()
+        module.manual_backward(_Overflowing.apply(module.layer(batch).float().pow(2).mean(), batch_idx in (2, 3)))
+        optimizer.step()
+
+    module.training_step = training_step
+    schedule = Linear(8, 1, 0)
+    callback = LearningRateScheduler(schedule, record=True)
+    trainer = scaled_trainer(tmp_path, callback)
+    trainer.fit(module, loader(8))
+    assert rates(module) == pytest.approx([0.1 * schedule(position) for position in (0, 1, 4, 5, 6, 7)])
+    assert callback.lrs == pytest.approx([0.1 * schedule(position) for position in range(8)])
