@@ -50,3 +50,10 @@ def test_every_public_name_has_a_line_in_the_changelog():
     text = (ROOT / "CHANGELOG.md").read_text()
     named = [name for name, module in PUBLIC.items() if not module.endswith((".schedules", ".events"))]
     assert [name for name in named if f"`{name}`" not in text and name != "DecayRule"] == []
+
+
+@pytest.mark.parametrize("technique", sorted(set(TECHNIQUES) - {"microbatching"}))  # which has nothing to repeat
+def test_where_a_resume_cannot_be_exact_stands_on_one_page(technique):
+    card = (PACKAGE / technique / "README.md").read_text()
+    assert "(../../docs/resuming.md)" in card or "resum" not in card
+    assert "shuffle=True" not in card.partition("## Checkpoint")[2]
