@@ -1,13 +1,14 @@
-"""A module's tensors by name.
+"""A module's tensors under the names that its ``state_dict`` gives them, matched by identity.
 
-Names are those of the uncompiled module: ``torch.compile`` puts ``_orig_mod.`` into them, which is taken out, so that a
-file written by a compiled module fits a plain one and the other way round. A tensor that has several names (tied
-weights) is one tensor with aliases.
+Where a tensor lies in a module does not say what it is called in a file: activation checkpointing and other wrappers
+rename their entries while the state dict is made. So the state dict is asked, and each tensor is found in it by
+identity. ``torch.compile`` puts ``_orig_mod.`` into names, which is taken out, so that a file written by a compiled
+module fits a plain one and the other way round. A tensor that has several names (tied weights) is one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +16,52 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.core.sharding import is_sharded, local, reshard, scatter
-from lightning_plugins.core.validation import shown
+from lightning_plugins.core.validation import shortened, shown
 
 
 @dataclass(frozen=True)
-class Slot:
-    """The place in a module that a tensor is read from, so that a tensor that is replaced there is found again."""
+class TensorPlace:
+    """The place in a module that a tensor is read from.
+
+    Args:
+        owner: The module that has it.
+        key: Its name there.
+        is_buffer: Whether it is a buffer; else a parameter.
+    """
 
     owner: nn.Module
     key: str
     is_buffer: bool
 
     @property
-    def tensor(self) -> Tensor:
-        """The tensor that lies there now."""
-        table = self.owner._buffers if self.is_buffer else self.owner._parameters
-        tensor = table[self.key]
-        if tensor is None:
-            raise RuntimeError(f"The module's tensor {self.key!r} was removed while it was averaged.")
-        return tensor
+    def table(self) -> Mapping[str, Tensor | None]:
+        """The owner's table that has it."""
+        return self.owner._buffers if self.is_buffer else self.owner._parameters
+
+
+@dataclass(frozen=True)
+class NamedTensor:
+    """A tensor of a module.
+
+    Args:
+        tensor: The tensor that lay there when it was looked up.
+        names: Its clean names in the state dict; several when it is tied, none when the state dict lacks it.
+        places: Where it lies.
+    """
+
+    tensor: Tensor
+    names: tuple[str, ...]
+    places: tuple[TensorPlace, ...]
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer."""
+        return self.places[0].is_buffer
+
+    @property
+    def described(self) -> str:
+        """Its name for a message: where it lies, if the state dict lacks it."""
+        return self.names[0] if self.names else f"{type(self.places[0].owner).__name__}.{self.places[0].key}"
 
 
 def clean_name(name: str) -> str:
@@ -44,6 +72,12 @@ def clean_name(name: str) -> str:
         'encoder.0.weight'
     """
     return name.replace("_orig_mod.", "")
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module behind ``torch.compile(module)``, any other as it is."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def device_name(device: Any) -> str | None:
@@ -58,42 +92,101 @@ def device_name(device: Any) -> str | None:
         raise ValueError(f"`device` must be the name of a device such as 'cpu', got {shown(device)}.") from error
 
 
-def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Yield every parameter and persistent buffer of ``module`` with its clean name, tied ones under each name."""
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        path = f"{prefix}." if prefix else ""
-        for key, parameter in owner._parameters.items():
-            if parameter is not None:
-                yield clean_name(path + key), Slot(owner, key, is_buffer=False)
-        for key, buffer in owner._buffers.items():
-            if buffer is not None and key not in owner._non_persistent_buffers_set:
-                yield clean_name(path + key), Slot(owner, key, is_buffer=True)
+def named_tensors(module: nn.Module) -> list[NamedTensor]:
+    """Return every parameter and persistent buffer of ``module`` once, in the module's order.
 
-
-def averaged_slots(module: nn.Module, *, buffers: bool = False, also: Collection[str] = ()) -> dict[str, Slot]:
-    """Return the slots that an average follows: trainable parameters and, on request, floating-point buffers.
-
-    Args:
-        module: The module. FSDP2 groups that a forward left gathered are sharded again first.
-        buffers: Whether floating-point buffers are averaged too; integer ones never are.
-        also: Parameters to include although they are frozen: an average in a file may hold them.
-
-    Raises:
-        ValueError: If a trainable parameter is lazy and has no shape yet.
+    FSDP2 groups that a forward left gathered are sharded again first.
     """
     reshard(module)
-    chosen = {}
-    for name, slot in named_slots(module):
-        tensor = slot.tensor
-        wanted = buffers if slot.is_buffer else tensor.requires_grad or name in also
+    tensors: dict[int, Tensor] = {}
+    places: dict[int, list[TensorPlace]] = {}
+    for owner in module.modules():
+        skipped = owner._non_persistent_buffers_set
+        for table, is_buffer in ((owner._parameters, False), (owner._buffers, True)):
+            for key, tensor in table.items():
+                if tensor is not None and not (is_buffer and key in skipped):
+                    tensors[id(tensor)] = tensor
+                    places.setdefault(id(tensor), []).append(TensorPlace(owner, key, is_buffer))
+    names = _state_names(module, tensors)
+    return [NamedTensor(tensor, tuple(names.get(key, ())), tuple(places[key])) for key, tensor in tensors.items()]
+
+
+def _state_names(module: nn.Module, tensors: Mapping[int, Tensor]) -> dict[int, list[str]]:
+    """Return id of a tensor -> its clean names in the module's state dict."""
+    try:
+        state = module.state_dict(keep_vars=True)
+    except TypeError:
+        # a method of the user's own that takes no arguments
+        state = module.state_dict()
+    entries = {clean_name(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    if any(id(value) not in tensors for value in entries.values()):
+        # detached tensors are other objects over the same memory
+        entries.update(_by_memory(entries, tensors))
+    names: dict[int, list[str]] = {}
+    for name, tensor in entries.items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _by_memory(entries: Mapping[str, Tensor], tensors: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Return name -> the module's tensor over whose memory, and no other's, an entry of a state dict lies."""
+    lying: dict[Any, list[Tensor]] = {}
+    for tensor in tensors.values():
+        if not nn.parameter.is_lazy(tensor) and tensor.numel():
+            lying.setdefault(_memory(tensor), []).append(tensor)
+    strange = {name: value for name, value in entries.items() if id(value) not in tensors and value.numel()}
+    found = {name: lying.get(_memory(value), []) for name, value in strange.items()}
+    return {name: same[0] for name, same in found.items() if len(same) == 1}
+
+
+def _memory(tensor: Tensor) -> Any:
+    part = local(tensor)
+    try:
+        return part.data_ptr(), part.shape, part.stride(), part.dtype
+    except (RuntimeError, NotImplementedError):  # some tensor subclasses have no memory of their own
+        return id(tensor)
+
+
+def averaged_tensors(
+    module: nn.Module,
+    *,
+    buffers: bool = False,
+    also: Callable[[NamedTensor], bool] = lambda _: False,
+) -> list[NamedTensor]:
+    """Return the tensors that an average follows: trainable parameters and, on request, floating-point buffers.
+
+    Args:
+        module: The module.
+        buffers: Whether floating-point buffers are averaged too; integer ones never are.
+        also: Which frozen parameters are averaged all the same.
+
+    Raises:
+        ValueError: If one of them is lazy and has no shape yet, is of a kind that cannot be averaged, such as a
+            quantized or a sparse one, or has no place in the module's state dict.
+    """
+    chosen = []
+    for found in named_tensors(module):
+        tensor = found.tensor
+        wanted = buffers if found.is_buffer else tensor.requires_grad or also(found)
         if not wanted or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         if nn.parameter.is_lazy(tensor):
             raise ValueError(
-                f"`{name}` must have a shape before it can be averaged, but it is a lazy parameter: run one batch "
-                "through the module in its `setup` or `configure_model`."
+                f"`{found.described}` must have a shape before it can be averaged, but it is a lazy parameter: run one "
+                "batch through the module in its `setup` or `configure_model`."
             )
-        chosen[name] = slot
+        if is_opaque(tensor):
+            raise ValueError(
+                f"`{found.described}` must be a dense tensor to be averaged, got {type(tensor).__name__} of layout "
+                f"{str(tensor.layout).removeprefix('torch.')}. Freeze it (requires_grad=False)."
+            )
+        if not found.names:
+            raise ValueError(
+                f"`{found.described}` must have a place in the module's state_dict to be averaged, but no entry is "
+                "this tensor: a hook or a `state_dict` of your own leaves it out or replaces it. Keep it there, or "
+                "freeze it (requires_grad=False)."
+            )
+        chosen.append(found)
     return chosen
 
 
@@ -123,26 +216,29 @@ def shadow_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def fill(state: MutableMapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Replace those entries of a state dict that ``tensors`` has under their clean name; others stay."""
-    for key in state:
-        name = clean_name(key)
-        if name in tensors:
-            state[key] = tensors[name]
+    """Replace the entries of a state dict that ``tensors`` has under their clean names; others stay.
+
+    Raises:
+        ValueError: If a tensor has no place in the state dict; nothing is replaced then.
+    """
+    places = {clean_name(key): key for key in state}
+    lost = [shortened(name) for name in tensors if name not in places]
+    if lost:
+        raise ValueError(f"`state_dict` must have a place for every averaged tensor, but lacks {shorten(lost)}.")
+    for name, tensor in tensors.items():
+        state[places[name]] = tensor
 
 
-def misfits(module: nn.Module, tensors: Mapping[str, Tensor], *, required: Collection[str] = ()) -> list[str]:
+def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """Return what is wrong with loading ``tensors`` into ``module``, a line per kind of fault; empty when it fits.
 
     Args:
         module: The module.
         tensors: Clean name -> full tensor.
-        required: Names that must be there.
     """
-    reshard(module)
-    shapes = {name: slot.tensor.shape for name, slot in named_slots(module)}
+    shapes = {name: found.tensor.shape for found in named_tensors(module) for name in found.names}
     faults = {
-        "missing": [name for name in required if name not in tensors],
-        "unexpected": [name for name in tensors if name not in shapes],
+        "unexpected": [shortened(name) for name in tensors if name not in shapes],
         "misshapen": [
             f"{name} {tuple(tensor.shape)} for {tuple(shapes[name])}"
             for name, tensor in tensors.items()
@@ -165,9 +261,9 @@ def shorten(names: Collection[str], most: int = 5) -> str:
 
 def load_named(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write full tensors into the module's tensors of those clean names, each rank its share."""
-    reshard(module)
     with torch.no_grad():
-        for name, slot in named_slots(module):
-            if name in tensors:
-                target = local(slot.tensor)
-                target.copy_(scatter(tensors[name].to(target.device), slot.tensor))
+        for found in named_tensors(module):
+            source = next((tensors[name] for name in found.names if name in tensors), None)
+            if source is not None:
+                target = local(found.tensor)
+                target.copy_(scatter(source.to(target.device), found.tensor))

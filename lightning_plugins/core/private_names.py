@@ -53,6 +53,8 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
             "tensors by their owner, with no copy",
         ),
         ("torch.Tensor", "grad", "gradients are kept, put back and dropped"),
+        ("lightning.pytorch.utilities.compile", "_orig_mod", "the module that was compiled, under its own names"),
+        ("torch.optim.Optimizer", "step", "the steps of an optimizer that fires no hooks"),
         ("torchmetrics.MeanMetric()", "_update_count", "how many updates a copied metric holds"),
         ("torchmetrics.MeanMetric()", "_computed", "the value that was computed from its states"),
         ("torchmetrics.MeanMetric()", "_forward_cache", "the value of the last batch"),
@@ -112,7 +114,12 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         "ema",
         ("torch", "_foreach_copy_ _foreach_lerp_", "one kernel updates all tensors"),
         ("torch.Tensor", "_version", "whether a tensor was written to since"),
-        ("lightning.pytorch.Callback", "_generate_state_key", "the key of the saved state"),
+        (
+            "trainer.strategy",
+            "lightning_module_state_dict save_checkpoint load_model_state_dict",
+            "what files hold, and weights that are loaded in mid-fit; no callback is asked for either",
+        ),
+        ("trainer.strategy", "teardown", "after it no file of the run is written any more"),
         (
             "lightning.pytorch.strategies.ModelParallelStrategy",
             "_save_distributed_checkpoint",

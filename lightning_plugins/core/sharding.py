@@ -69,6 +69,17 @@ def scatter(full: Tensor, like: Tensor) -> Tensor:
     return whole.redistribute(placements=cast(Any, like).placements).to_local().clone()
 
 
+def agreed(flag: int, like: Tensor) -> bool:
+    """Return whether ``flag`` is not 0 on any rank that shares ``like``, a sharded tensor; a collective."""
+    import torch.distributed  # noqa: PLC0415
+
+    if not torch.distributed.is_initialized():
+        return bool(flag)
+    found = torch.tensor(int(flag), device=local(like).device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    return bool(found.item())
+
+
 def sum_over_ranks(trainer: Any, value: Tensor) -> Tensor:
     """Return the sum of ``value`` over all ranks, ``value`` itself when there is one rank.
 

@@ -12,6 +12,7 @@ from lightning_plugins.core.imports import lazy_exports
 if TYPE_CHECKING:
     from lightning_plugins.ema.callback import EMA as EMA
     from lightning_plugins.ema.checkpoint_format import extract_weights as extract_weights
+    from lightning_plugins.ema.checkpoint_summary import describe_checkpoint as describe_checkpoint
     from lightning_plugins.ema.decay import (
         ConstantDecay as ConstantDecay,
         DebiasedDecay as DebiasedDecay,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         PowerDecay as PowerDecay,
         WarmupDecay as WarmupDecay,
     )
-    from lightning_plugins.ema.describe import describe_checkpoint as describe_checkpoint
     from lightning_plugins.ema.posthoc import synthesize_ema as synthesize_ema
     from lightning_plugins.ema.posthoc_callback import PostHocEMA as PostHocEMA
     from lightning_plugins.ema.shadow import Shadow as Shadow

@@ -4,90 +4,173 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
-    RemainingEnd,
     Trainer,
     rank_zero_info,
+    rank_zero_warn,
     torch_optimizers,
 )
-from lightning_plugins.core.step_clock import StepClock
-from lightning_plugins.ema.shadow import showing
-from lightning_plugins.ema.timing import Pace
+from lightning_plugins.core.loaders import samples_per_step
+from lightning_plugins.core.patching import Patches
+from lightning_plugins.core.step_clock import RunClock
+from lightning_plugins.core.strategies import check_strategy
+from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.ema.decay import DecayRule, UpdateCounter
+from lightning_plugins.ema.shadow import Shadow, showing
 
-# Strategies that keep the parameters where an average in place cannot follow them.
-_REFUSED = ("DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy", "XLAFSDPStrategy")
 
-
-class WeightFollower(Callback):
+class AveragingCallback(Callback):
     """Base of the callbacks that average weights as they are trained.
 
     It ticks on the applied steps of the first optimizer, and acts at the end of the batch, when every parameter is
     current; with one optimizer also when a file is written inside the batch.
 
     Args:
-        start_step: Applied steps after which the average begins.
+        rules: The decay of each average.
+        start_step: Applied steps after which the averages begin.
         every: Applied steps between two updates.
+        **identity: Names and values that tell two instances apart.
     """
 
-    def __init__(self, start_step: int, every: int) -> None:
-        super().__init__()
-        self._pace = Pace(start_step, every)
-        self._clock: StepClock | None = None
-        self._trainer: Trainer | None = None  # while the clock runs
-        self._end = RemainingEnd()
+    stage = Stage.WEIGHTS
+    technique: ClassVar[str]
+    """Its name in the table of supported strategies."""
+
+    def __init__(self, rules: list[DecayRule], start_step: int, every: int, **identity: Any) -> None:
+        super().__init__(**identity)
+        self._key_of_0_1 = f"{type(self).__qualname__}{identity!r}"
+        self._rules = rules
+        self._counts_samples = any(rule.needs_samples_per_step for rule in rules)
+        self._shadows: list[Shadow] = []
+        self._counter = UpdateCounter(start_step, every)
+        self._fitting = False  # from a fit's setup until its training has ended
+        # while the clock runs
+        self._trainer: Trainer | None = None
+        self._clock: RunClock | None = None
         self._in_batch = False
         self._new_epoch = False
+        self._evaluating = False
+        self._file_patches = Patches()
+
+    # -- for subclasses
 
     @abstractmethod
     def _begin(self, pl_module: LightningModule) -> None:
-        """Begin to average: the weights are those that the average starts as."""
+        """Make the shadows: from a file, or of the weights as they are."""
 
     @abstractmethod
-    def _update(self, trainer: Trainer, n: int, steps: int) -> None:
-        """Blend the weights of applied step ``n`` in, ``steps`` after the last time."""
+    def _forget(self) -> None:
+        """Start anew."""
 
     @abstractmethod
-    def _adopt(self) -> None:
-        """Take in the weights that became trainable."""
+    def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
+        """Take everything over from a checkpoint; return whether it has an average of this one."""
+
+    @abstractmethod
+    def _place_restored(self, pl_module: LightningModule) -> None:
+        """Make the shadows of what a file gave, if that has not been done."""
+
+    def _updated(self, trainer: Trainer, n: int) -> None:
+        """Act after the update of step ``n``."""
+
+    def _end_evaluation(self) -> None:
+        """Put back what the module held before an evaluation."""
+
+    def _end_training(self, trainer: Trainer) -> None:
+        """Act after the last update; what the module holds then is noted."""
+
+    def _before_loading(self) -> None:
+        """Prepare the module for weights that are loaded in mid-fit."""
+
+    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
+        """Change a checkpoint, last thing before it is written."""
+
+    # -- hooks, in the order in which they fire
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work; a second fit of the same module goes on, of another one begins anew."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._refuse_strategy(trainer)
+            if self._shadows and not self._serves(pl_module):
+                self._forget()
+            self._fitting = True
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the averages out of the file that a fit resumes from."""
+        # weights that are loaded in mid-fit have come through the strategy
+        if not self._fitting or self._clock is not None:
+            return
+        self._forget()
+        try:
+            if self._restore(trainer, pl_module, checkpoint):
+                state = checkpoint.get("callbacks", {})
+                if self._key_of_0_1 in state and self.state_key not in state:
+                    self.load_state_dict(state[self._key_of_0_1])
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(str(error)) from error
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that a run that was killed while it ended does end."""
-        self._end.watch(trainer, lambda: self.on_train_end(trainer, pl_module))
+        """Place what a file gave, now that the module is on its device; watch the run's files and its end."""
+        self._place_restored(pl_module)
+        self.when_nothing_is_left(trainer, lambda: self.on_train_end(trainer, pl_module))
+        self._watch_files(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count: the checkpoint, if any, is restored by now."""
+        self.training_starts()
+        self._place_restored(pl_module)
         self._release_clock()
+        for shadow in self._shadows:
+            shadow.rebind()
         optimizers = torch_optimizers(trainer)
         if not optimizers:
             return
-        if self._pace.applied == 0 and trainer.global_step > 0:
-            self._pace.applied = trainer.global_step // (1 if pl_module.automatic_optimization else len(optimizers))
+        counter = self._counter
+        if counter.applied == 0 and trainer.global_step > 0:
+            counter.applied = trainer.global_step // (1 if pl_module.automatic_optimization else len(optimizers))
             rank_zero_info(
                 f"{self.state_key} joins at step {trainer.global_step}: no average was restored, so it begins with the "
                 "weights as they are."
             )
-        self._trainer, self._clock = trainer, StepClock(optimizers[0])
-        self._clock.restore(attempted=self._pace.applied, applied=self._pace.applied)
-        if self._pace.begins(self._pace.applied):
+        self._trainer = trainer
+        try:
+            self._clock = RunClock(trainer, counter.applied)
+        except TypeError as error:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` must see the steps of the optimizer, but {type(optimizers[0]).__name__} has "
+                "neither step hooks nor a `step` that can be wrapped."
+            ) from error
+        if counter.begins(counter.applied):
             self._begin(pl_module)
         self._new_epoch = True
+        self._report()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for weights that were unfrozen before the next batch."""
         self._new_epoch = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Make up for a batch whose end was never announced."""
-        self._in_batch = False
-        self._catch_up()
+        """Make up for a batch or an evaluation without an end; follow an optimizer or weights that were exchanged."""
+        if self._evaluating:
+            self._end_evaluation()
+        if self._clock is None:
+            return
+        if self._in_batch:
+            self._in_batch = False
+            self._catch_up()
+        self._clock.start_batch()
         if self._new_epoch:
             self._new_epoch = False
-            self._adopt()
+            for shadow in self._shadows:
+                shadow.follow()
+            self._report()
         self._in_batch = True
 
     def on_train_batch_end(
@@ -95,62 +178,171 @@ class WeightFollower(Callback):
     ) -> None:
         """Update the average if the weights were."""
         self._in_batch = False
-        self._catch_up()
+        if self._clock is not None:
+            self._clock.end_batch()
+            self._catch_up()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End with the last step, and note what the module holds."""
+        self._catch_up_all()
+        self._fitting = False
+        self._end_training(trainer)
+        for shadow in self._shadows:
+            shadow.remember()
+
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizer, and follow the module to where it was moved."""
+        if self._clock is not None:
+            # a file may still be written, and no step should be missing from it; the error that ends a run is the one
+            # to be reported
+            with contextlib.suppress(Exception):
+                self._catch_up()
+        self._release_clock()
+        if self._fitting:
+            self._fitting = False
+            with contextlib.suppress(Exception):
+                for shadow in self._shadows:
+                    shadow.remember()
+
+    # -- counting
 
     def _catch_up(self) -> None:
         """Bring the average up to the weights, if a step was applied since and no optimizer is still to step."""
         clock, trainer = self._clock, self._trainer
         if clock is None or trainer is None or (self._in_batch and len(trainer.optimizers) > 1):
             return
-        if showing(trainer.lightning_module) is not None:  # then there is nothing new, and nothing raw to be seen
+        module = trainer.lightning_module
+        if showing(module) is not None:
+            # then there is nothing new, and nothing raw to be seen
             return
-        applied = clock.applied
-        if self._pace.begins(applied):
-            self._begin(trainer.lightning_module)
-        due = self._pace.due(applied)
-        if due is not None:
-            self._pace.updated(due[0])  # first: a step must not be blended in twice, whatever fails
-            self._update(trainer, *due)
+        counter, applied = self._counter, clock.applied
+        if counter.origin is None and counter.begins(applied):
+            self._begin(module)
+        due = counter.due(applied)
+        if due is None:
+            return
+        # first: a step must not be blended in twice, whatever fails
+        counter.last, steps = due[0], due[1]
+        rules = [self._in_steps(rule, trainer) for rule in self._rules] if self._counts_samples else self._rules
+        for rule, shadow in zip(rules, self._shadows, strict=True):
+            # the unchecked form: these numbers are right
+            shadow.update(rule._over(due[0], steps))
+            if shadow.changes is not None or clock.news:
+                self._report()
+        self._updated(trainer, due[0])
 
-    def _last_catch_up(self) -> None:
-        """Catch up after an exception: a file may still be written, and no step should be missing from it."""
-        with contextlib.suppress(Exception):  # the one that ends the run is the one to be heard
-            self._catch_up()
-
-    def _all_catch_up(self) -> None:
+    def _catch_up_all(self) -> None:
         """Bring every average of the run up to the weights, before one of them is shown or all are saved."""
         for callback in self._trainer.callbacks if self._trainer else []:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightFollower):
+            if isinstance(callback, AveragingCallback):
                 callback._catch_up()
 
+    @staticmethod
+    def _in_steps(rule: DecayRule, trainer: Trainer) -> DecayRule:
+        samples = samples_per_step(trainer)
+        if samples is None:
+            raise MisconfigurationException(
+                "`HalfLife(samples=...)` must find the batch size of the training loader, which has none: "
+                "give the half-life as HalfLife(steps=...)."
+            )
+        return rule.for_samples_per_step(samples)
+
     def _release_clock(self) -> None:
-        """Take the hook off the optimizer; the count stays."""
+        """Take the hooks off the optimizer; the count stays."""
         if self._clock is not None:
-            self._pace.applied = self._clock.applied
+            self._counter.applied = self._clock.applied
             self._clock.close()
         self._trainer, self._clock = None, None
-        self._end.remove()
         self._in_batch = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters; nothing as long as nothing was counted."""
+    def _report(self) -> None:
+        """Log what the clock and the shadows noticed."""
+        while self._clock is not None and self._clock.news:
+            rank_zero_info(f"{self.state_key}: {self._clock.news.pop(0)}")
+        for shadow in self._shadows:
+            changes, shadow.changes = shadow.changes, None
+            for line in changes.news if changes else ():
+                rank_zero_info(f"{self.state_key}: {line}")
+            for line in changes.losses if changes else ():
+                rank_zero_warn(f"{self.state_key}: {line}", category=LightningPluginsWarning)
+
+    # -- files
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the counters; nothing before the first step, or when other weights were loaded after the fit."""
         if self._clock is not None:
-            self._pace.applied = self._clock.applied
-        return self._pace.state_dict() if self._pace.applied or self._pace.origin is not None else {}
+            self._counter.applied = self._clock.applied
+        if self._shadows and not self._serves(self._shadows[0].module):
+            return {}
+        return dict(self._counter.state())
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take the counters over."""
+        self._counter.load(state)
+
+    def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See every checkpoint that the run writes, and weights that are loaded in mid-fit.
+
+        Lightning asks no callback when it writes a weights-only file or loads weights through the strategy. The
+        strategy's methods are wrapped until it is torn down, which comes after every other exit of a run.
+        """
+        patches, strategy = self._file_patches, trainer.strategy
+        patches.undo()
+
+        def save(original: Callable[..., None], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            self._before_writing(checkpoint)
+            original(checkpoint, *args, **kwargs)
+
+        def load(original: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if self._clock is None:
+                return original(checkpoint, *args, **kwargs)
+            self._before_loading()
+            result = original(checkpoint, *args, **kwargs)
+            self._restore_in_mid_fit(trainer, pl_module, checkpoint)
+            return result
+
+        def tear_down(original: Callable[[], None]) -> None:
+            patches.undo()
+            original()
+
+        patches.wrap(strategy, "save_checkpoint", save)
+        patches.wrap(strategy, "load_model_state_dict", load)
+        patches.wrap(strategy, "teardown", tear_down)
+
+    def _restore_in_mid_fit(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint whose weights were loaded while the fit is running, as a resumed fit does."""
+        clock = self._clock
+        if clock is None:
+            return
+        found = self._restore(trainer, pl_module, checkpoint)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if found:
+            if state is not None:
+                self.load_state_dict(state)
+            self._place_restored(pl_module)
+        else:
+            applied = clock.applied
+            self._forget()
+            if self._counter.begins(applied):
+                self._begin(pl_module)
+            rank_zero_info(f"{self.state_key}: weights without an average were loaded; the average begins anew.")
+        self._report()
+        clock.restore(self._counter.applied)
+
+    # -- what the module holds
+
+    def _serves(self, pl_module: Any) -> bool:
+        """Return whether ``pl_module`` is the averaged module and still holds what it did when its fit ended."""
+        if not self._shadows or self._shadows[0].module is not pl_module:
+            return False
+        return self._fitting or self._shadows[0].untouched()
 
     def _refuse_strategy(self, trainer: Trainer) -> None:
         """Refuse the strategies that this cannot work under."""
-        strategy = trainer.strategy
-        kinds = {kind.__name__ for kind in type(strategy).__mro__}
-        if kinds & set(_REFUSED):
+        check_strategy(trainer, self.technique)
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
             raise MisconfigurationException(
-                f"`{type(self).__name__}` must be used with a single device, DDP or FSDP2, got "
-                f"{type(strategy).__name__}, which flattens or moves the weights. "
-                "ModelParallelStrategy(save_distributed_checkpoint=False) shards them in a way that it can follow."
-            )
-        if getattr(strategy, "_save_distributed_checkpoint", False):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` must write single-file checkpoints, got {type(strategy).__name__} with "
-                "`save_distributed_checkpoint=True`: a distributed checkpoint has no place for a second set of "
+                f"`{type(self).__name__}` must write single-file checkpoints, got {type(trainer.strategy).__name__} "
+                "with `save_distributed_checkpoint=True`: a distributed checkpoint has no place for a second set of "
                 "weights. Pass save_distributed_checkpoint=False."
             )

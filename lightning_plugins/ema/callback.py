@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins.core.loaders import samples_per_step
-from lightning_plugins.core.module_state import clean_name, device_name, fill, load_named
+from lightning_plugins.core.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_plugins.core.module_state import clean_name, device_name, fill, load_named, named_tensors, uncompiled
 from lightning_plugins.core.sharding import gather, local, reshard
-from lightning_plugins.core.validation import one_of, shown, whole_number
-from lightning_plugins.ema.averaging_callback import WeightFollower
-from lightning_plugins.ema.checkpoint_format import Contents, read_contents, record
-from lightning_plugins.ema.checkpoint_hooks import CheckpointSeam
+from lightning_plugins.core.validation import LightningPluginsWarning, one_of, shown, whole_number
+from lightning_plugins.ema.averaging_callback import AveragingCallback
+from lightning_plugins.ema.checkpoint_format import (
+    Contents,
+    fitting_average,
+    follow_pruning,
+    lightning_steps,
+    read_contents,
+    record,
+    replace_raw,
+)
 from lightning_plugins.ema.decay import DecayRule, as_decay_rule
-from lightning_plugins.ema.ownership import Roles, assign_roles
-from lightning_plugins.ema.restore import fitting_average, lightning_steps
+from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
 from lightning_plugins.ema.shadow import Shadow, Which, disown, showing
-from lightning_plugins.ema.swapping import Stage
+from lightning_plugins.ema.swapping import Swapper
 
 
-class EMA(WeightFollower):
+class EMA(AveragingCallback):
     """Keeps an exponential moving average of the weights and evaluates, saves and ends with it.
 
     shadow <- shadow - (1 - decay) * (shadow - weight), after every applied optimizer step, in float32 at least. A step
@@ -70,6 +81,8 @@ class EMA(WeightFollower):
         TensorFlow's. Differs from Lightning's ``EMAWeightAveraging``: see the card in ``ema/README.md``.
     """
 
+    technique = "EMA"
+
     def __init__(
         self,
         decay: float | DecayRule = 0.9999,
@@ -83,86 +96,58 @@ class EMA(WeightFollower):
         after_fit: Literal["average", "raw"] = "average",
         name: str = "ema",
     ) -> None:
-        every = whole_number("update_every_n_steps", update_every_n_steps, at_least=1, unit="steps")
-        super().__init__(whole_number("start_step", start_step, unit="steps"), every)
+        self.update_every_n_steps = whole_number("update_every_n_steps", update_every_n_steps, at_least=1, unit="steps")
+        self.start_step = whole_number("start_step", start_step, unit="steps")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`name` must be a word, got {shown(name)}.")
         self.decay = as_decay_rule(decay)
+        super().__init__([self.decay], self.start_step, self.update_every_n_steps, name=name)
         self.device = device_name(device)
         self.average_buffers = one_of("buffers", buffers, ("copy", "average")) == "average"
         self.evaluate = one_of("evaluate", evaluate, ("average", "raw"))
         self.checkpoint = one_of("checkpoint", checkpoint, ("average", "raw"))
         self.after_fit = one_of("after_fit", after_fit, ("average", "raw"))
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"`name` must be a word, got {shown(name)}.")
         self.name = name
-        self._key = self._generate_state_key(name=name)  # kept, because Lightning asks for it at every hook
-        self._shadow: Shadow | None = None
         self._restored: dict[str, Tensor] | None = None  # from a file, until the module is on its device
-        self._seam: CheckpointSeam | None = None
-        self._fitting = False
-        self._stage = Stage()
-
-    @property
-    def state_key(self) -> str:
-        """Where a checkpoint keeps the counters; one per name."""
-        return self._key
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = vars(self).copy()
-        if self._shadow is not None and not self._fitting:
-            state["_stage"] = self._stage.for_copy(self._shadow)
-        return state
+        self._swapper = Swapper()
+        self._buffers_at_end: dict[str, Tensor] = {}
+        self._writes_files = False  # whether the run's files are this one's to sort out
+        self._filled: Any = None  # the state dict of the file that is being made
 
     # -- hooks, in the order in which they fire
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; a second fit of the same module goes on from its raw weights."""
+        super().setup(trainer, pl_module, stage)
         _roles(trainer)
         if stage != "fit":
             return
-        self._refuse_strategy(trainer)
-        if self._shadow is not None and not self._serves(pl_module):
-            self._forget()
-        self._stage.kept, self._fitting = False, True
-        self._settle()
-        disown(pl_module)  # an EMA of an earlier fit may have left its average there: it is trained on
+        if self._swapper.blocks:
+            raise MisconfigurationException(
+                f"A fit must not begin inside a `with` block of `averaged` of EMA {self.name!r}: it would train the "
+                "average."
+            )
+        self._swapper.kept = False
+        self._show()
+        # an EMA of an earlier fit may have left its average there: it is trained on
+        disown(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Sort out the file's sets: the module has been given the one in ``state_dict``."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._fitting:
-            self._forget()
+            return
         try:
             contents = read_contents(checkpoint)
-            if contents is not None and self._fitting:
-                self._restore(trainer, pl_module, contents, checkpoint)
-            elif contents is not None:
-                self._choose(trainer, pl_module, contents, checkpoint)
-        except ValueError as error:
+            if contents is not None:
+                self._choose(trainer, pl_module, contents)
+        except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Take the counters over, if there is an average that they belong to."""
-        if self._fitting and (self._restored is not None or self._shadow is not None or state_dict["origin"] < 0):
-            self._pace.load_state_dict(state_dict)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place what a file gave, now that the module is on its device; watch the run's files."""
-        if self._restored is not None:
-            self._build(pl_module)
-        super().on_fit_start(trainer, pl_module)
-        if _roles(trainer).writer is self:
-            self._seam = CheckpointSeam(trainer.strategy, self._fill_state_dict, self._stamp)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on, to count and to average."""
-        if self._shadow is not None:
-            self._shadow.rebind()
-        super().on_train_start(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Put the raw weights back if an evaluation ended without saying so."""
-        self._stage.evaluating = None
-        self._settle()
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._fitting and (self._restored is not None or self._shadows or state.get("origin") == -1):
+            super().set_state(state)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the weights that are to be evaluated."""
@@ -190,37 +175,32 @@ class EMA(WeightFollower):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put both sets into a full file, each where it belongs, whichever the module holds at the moment."""
-        if self._shadow is None or self._shadow.module is not pl_module:
+        if not self._serves(pl_module):
             return
-        found, keep = record(checkpoint), trainer.is_global_zero
+        found, keep, shadow = record(checkpoint), trainer.is_global_zero, self._shadows[0]
         if _roles(trainer).writer is self:
-            if self._seam is None or not self._seam.active:  # after fit
+            if not self._file_patches:
+                # after the fit
                 self._fill_state_dict(checkpoint["state_dict"])
-            self._stamp(checkpoint)
-            found["raw"] = self._collect("raw", keep=keep) if self._owns_files else None
-        if not self._owns_files or (self._shadow.sharded and self._shadow.rounds):
-            found["averages"][self.name] = self._collect("average", keep=keep)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module with what ``after_fit`` says."""
-        self._all_catch_up()
-        self._stage.evaluating, self._stage.kept = None, _roles(trainer).keeper is self
-        self._settle()
+            self._label(checkpoint)
+            found["raw"] = shadow.collect("raw", keep=keep) if self._owns_files else None
+        if not self._owns_files or (shadow.sharded and shadow.rounds):
+            found["averages"][self.name] = shadow.collect("average", keep=keep)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the raw weights back, wherever it happened."""
-        self._last_catch_up()
-        self._stage.kept = self._stage.kept and not self._fitting
-        self._leave()
+        # a fit that has not been torn down has its clock
+        if self._clock is not None:
+            self._swapper.kept = False
+        super().on_exception(trainer, pl_module, exception)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizer and the strategy, and follow the module to where it was moved."""
-        self._leave()
-        if self._seam is not None:
-            self._seam.remove()
-            self._seam = None
-        if self._shadow is not None and self._shadow.module is pl_module:
-            self._shadow.rebind()
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the evaluation or the fit that was under way."""
+        self._evaluating, self._swapper.evaluating = False, None
+        self._show()
+        super().release(trainer, pl_module)
+        if self._shadows and self._shadows[0].module is pl_module:
+            self._shadows[0].rebind()
 
     # -- for users
 
@@ -228,15 +208,20 @@ class EMA(WeightFollower):
         """Return the averaged weights as a state dict of the module, in copies.
 
         Averages are in float32 also where the weights are not; buffers that are not averaged and frozen weights are
-        the module's. A collective under FSDP2, where every rank gets the full tensors.
+        the module's. Weights that were loaded into the module after the fit change nothing but frozen ones. A
+        collective under FSDP2, where every rank gets the full tensors.
 
         Raises:
-            RuntimeError: If nothing was averaged yet, or the module held the average and has been written to since.
+            RuntimeError: If nothing was averaged yet.
         """
         return self._whole_state("average")
 
     def raw_state_dict(self) -> dict[str, Tensor]:
-        """Return the trained weights likewise, whatever the module holds."""
+        """Return the trained weights likewise, whichever set the module holds.
+
+        Raises:
+            RuntimeError: If nothing was averaged yet, or the module held them and has been written to since.
+        """
         return self._whole_state("raw")
 
     @contextmanager
@@ -248,91 +233,95 @@ class EMA(WeightFollower):
         Raises:
             ValueError: If it is not the module that was averaged.
         """
-        if self._shadow is not None and self._shadow.module is not pl_module:
+        module: Any = uncompiled(pl_module)
+        if self._shadows and self._shadows[0].module is not module:
             raise ValueError(f"`pl_module` must be the module that EMA {self.name!r} averaged, got another one.")
-        self._all_catch_up()
-        serves = self._serves(pl_module)
-        self._stage.blocks += serves
+        self._catch_up_all()
+        shown = self._can_show(module)
+        self._swapper.blocks += shown
         try:
-            self._settle()
+            self._show()
             yield pl_module
         finally:
-            self._stage.blocks = max(self._stage.blocks - serves, 0)
-            self._settle()
+            self._swapper.blocks -= shown
+            self._show()
 
     # -- following the weights
 
     def _begin(self, pl_module: LightningModule) -> None:
-        self._build(pl_module)
-
-    def _update(self, trainer: Trainer, n: int, steps: int) -> None:
-        rule = self.decay
-        if rule.needs_samples_per_step:
-            samples = samples_per_step(trainer)
-            if samples is None:
-                raise MisconfigurationException(
-                    "`HalfLife(samples=...)` must find the batch size of the training loader, which has none: "
-                    "give the half-life as HalfLife(steps=...)."
-                )
-            rule = rule.for_samples_per_step(samples)
-        if self._shadow is not None:
-            self._shadow.update(rule(n, steps))
-
-    def _adopt(self) -> None:
-        if self._shadow is not None:
-            self._shadow.adopt()
-
-    def _build(self, pl_module: LightningModule) -> None:
-        self._shadow = Shadow(pl_module, buffers=self.average_buffers, device=self.device, start=self._restored)
+        self._shadows = [Shadow(pl_module, buffers=self.average_buffers, device=self.device, start=self._restored)]
         self._restored = None
+
+    def _place_restored(self, pl_module: LightningModule) -> None:
+        if self._restored is not None:
+            self._begin(pl_module)
 
     def _forget(self) -> None:
         """Start anew."""
-        self._shadow, self._restored, self._stage = None, None, Stage()
-        self._pace.reset()
+        self._shadows, self._restored, self._buffers_at_end = [], None, {}
+        self._swapper.forget()
+        self._counter.reset()
 
     # -- what the module holds
 
     @property
     def _active(self) -> bool:
-        return self._shadow is not None and self._pace.last > 0
+        return bool(self._shadows) and self._counter.last > 0
 
-    def _settle(self) -> None:
-        changed = self._stage.settle(self._shadow, ready=self._active)
-        if changed and self._shadow is not None and not self._fitting:
-            self._stage.remember(self._shadow)
+    def _show(self) -> None:
+        """Make the module hold what is wanted now."""
+        if self._shadows:
+            shadow, keep = self._shadows[0], not self._fitting
+            if self._swapper.apply(shadow, ready=self._active, keep_shadows=keep) and keep:
+                shadow.remember()
+            self._report()
 
-    def _serves(self, pl_module: nn.Module) -> bool:
-        """Return whether ``pl_module`` is the averaged module and nobody has changed its weights since."""
-        shadow = self._shadow
-        if shadow is None or shadow.module is not pl_module:
-            return False
-        if self._fitting or self._stage.untouched(shadow):
+    def _can_show(self, pl_module: nn.Module) -> bool:
+        """Return whether the average may be put into the module; say so if something else was written into it."""
+        if self._serves(pl_module):
             return True
-        rank_zero_info(f"{self.state_key}: the weights were changed since they were averaged; the average is not used.")
+        if self._shadows and self._shadows[0].module is pl_module:
+            rank_zero_info(f"{self.state_key}: other weights are in the module than its fit left; they are used.")
         return False
 
     def _start_evaluation(self, pl_module: LightningModule) -> None:
-        self._all_catch_up()
-        if self._shadow is not None and self._serves(pl_module):
+        self._catch_up_all()
+        if self._can_show(pl_module):
+            shadow = self._shadows[0]
             if not self._fitting:
-                self._shadow.rebind()
-            self._stage.evaluating = self.evaluate
-            self._settle()
+                shadow.rebind()
+            self._evaluating, self._swapper.evaluating = True, self.evaluate
+            self._show()
+            shadow.count_writes()
 
     def _end_evaluation(self) -> None:
-        if self._stage.evaluating is not None:
-            self._stage.evaluating = None
-            self._settle()
+        if not self._evaluating:
+            return
+        self._evaluating, self._swapper.evaluating = False, None
+        shadow = self._shadows[0]
+        if shadow.swapped and shadow.written_into():
+            rank_zero_warn(
+                f"{self.state_key}: the average was written into while it was evaluated, so the scores are of weights "
+                "that no file holds. An optimizer whose `eval()` exchanges the weights, as those without a schedule "
+                "do, needs EMA(evaluate='raw').",
+                category=LightningPluginsWarning,
+            )
+        self._show()
 
-    def _leave(self) -> None:
-        """End whatever was under way: no block, no loop, no fit."""
-        self._release_clock()
-        self._stage.clear()
-        self._settle()
-        if self._fitting and self._shadow is not None:
-            self._stage.remember(self._shadow)
-        self._fitting = False
+    def _end_training(self, trainer: Trainer) -> None:
+        """Leave the module with what ``after_fit`` says."""
+        self._evaluating, self._swapper.evaluating = False, None
+        self._swapper.kept = _roles(trainer).keeper is self
+        if self._shadows:
+            shadow = self._shadows[0]
+            self._swapper.apply(shadow, ready=self._active, keep_shadows=True)
+            self._report()
+            self._buffers_at_end = {
+                name: found.tensor.detach().clone()
+                for found in named_tensors(shadow.module)
+                if found.is_buffer
+                for name in found.names
+            }
 
     # -- files
 
@@ -341,51 +330,84 @@ class EMA(WeightFollower):
         """Whether the ``state_dict`` of a file is this average now."""
         return self._active and self.checkpoint == "average"
 
+    def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._watch_files(trainer, pl_module)
+        self._writes_files = _roles(trainer).writer is self
+        if self._writes_files:
+
+            def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+                state = original()
+                self._fill_state_dict(state)
+                self._filled = state
+                return state
+
+            self._file_patches.wrap(trainer.strategy, "lightning_module_state_dict", state_dict)
+
     def _fill_state_dict(self, state: dict[str, Any]) -> None:
-        """Make a state dict of the module what files should have, whatever the module holds at the moment."""
-        self._all_catch_up()
-        keep = bool(state)  # under FSDP2 only the first rank gets one
-        if self._shadow is not None:
-            fill(state, self._collect("average" if self._owns_files else "raw", keep=keep))
+        """Make a state dict of the module what files should have, whichever set the module holds at the moment."""
+        self._catch_up_all()
+        # under FSDP2 only the first rank gets one
+        keep = bool(state)
+        if self._shadows:
+            shadow = self._shadows[0]
+            if self._serves(shadow.module):
+                fill(state, shadow.collect("average" if self._owns_files else "raw", keep=keep))
+                self._report()
         elif self._trainer is not None and (other := showing(self._trainer.lightning_module)) is not None:
             fill(state, other.collect("raw", keep=keep))
 
-    def _stamp(self, checkpoint: dict[str, Any]) -> None:
+    def _label(self, checkpoint: dict[str, Any]) -> None:
         """Say in a file what its state dict is."""
-        if self._shadow is not None and "state_dict" in checkpoint:
-            owns = self._owns_files
-            record(checkpoint).update(state_dict="average" if owns else "raw", name=self.name if owns else None)
+        owns = self._owns_files
+        record(checkpoint).update(state_dict="average" if owns else "raw", name=self.name if owns else None)
 
-    def _collect(self, which: Which, *, keep: bool = True, copies: bool = False) -> dict[str, Tensor]:
-        """Return the averaged tensors' values, the raw ones also while another average is in the module."""
-        shadow = self._shadow
-        if shadow is None:
-            return {}
-        tensors = shadow.collect(which, keep=keep, copies=copies)
-        other = showing(shadow.module)
-        if which == "raw" and other is not None and other is not shadow:
-            shown = other.collect(which, keep=keep, copies=copies)
-            tensors.update({name: shown[name] for name in tensors if name in shown})
-        return tensors
+    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
+        state, filled, self._filled = checkpoint.get("state_dict"), self._filled, None
+        if not (self._writes_files and self._shadows and state is not None):
+            return
+        shadow = self._shadows[0]
+        if not self._serves(shadow.module):
+            return
+        self._label(checkpoint)
+        if state is filled or shadow.sharded:
+            return
+        # a callback has put another state dict into the file, as ModelPruning does, which may be one of the raw weights
+        found = record(checkpoint)
+        raw, average = shadow.collect("raw"), shadow.collect("average")
+        for tensors in (raw, average, found["raw"] or {}, *found["averages"].values()):
+            follow_pruning(state, shadow.module, tensors)
+        if self._owns_files:
+            replace_raw(state, raw, average)
 
-    def _restore(
-        self, trainer: Trainer, pl_module: LightningModule, contents: Contents, checkpoint: dict[str, Any]
-    ) -> None:
+    def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
         """Keep the file's average for the shadow and give the module its raw weights."""
+        contents = read_contents(checkpoint)
+        if contents is None:
+            return False
         state_dict, strict = checkpoint.get("state_dict"), pl_module.strict_loading
         self._restored = fitting_average(pl_module, contents, self.name, state_dict, strict=strict)
-        self._pace.load_state_dict(lightning_steps(contents, checkpoint) or self._pace.state_dict())
+        steps = lightning_steps(contents, checkpoint)
+        if steps is not None:
+            self._counter.load(steps)
         found = self._restored is not None or contents.owns_state_dict(self.name)
-        if found and trainer.strategy.restore_checkpoint_after_setup:  # and the module may hold the only average
-            self._build(pl_module)
-        emas = _averages(trainer)
+        if found and trainer.strategy.restore_checkpoint_after_setup:
+            # the module may hold the only average
+            self._begin(pl_module)
+        emas = _averages(trainer) or [self]
         loader = next((ema for ema in emas if contents.owns_state_dict(ema.name)), emas[0])
         if loader is self and contents.raw is not None:
             load_named(pl_module, contents.raw)
+        return found
 
-    def _choose(
-        self, trainer: Trainer, pl_module: LightningModule, contents: Contents, checkpoint: dict[str, Any]
-    ) -> None:
+    def _before_loading(self) -> None:
+        if self._shadows:
+            self._shadows[0].swap_out()
+
+    def _restore_in_mid_fit(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super()._restore_in_mid_fit(trainer, pl_module, checkpoint)
+        self._show()
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule, contents: Contents) -> None:
         """Give a module that is only evaluated the set that it is to be evaluated with."""
         evaluator = _roles(trainer).evaluator
         if evaluator is self and not contents.owns_state_dict(self.name):
@@ -395,22 +417,24 @@ class EMA(WeightFollower):
             load_named(pl_module, contents.raw or {})
 
     def _whole_state(self, which: Which) -> dict[str, Tensor]:
-        shadow = self._shadow
-        if shadow is None:
+        if not self._shadows:
             raise RuntimeError(f"EMA {self.name!r} has no weights to give: it begins with a fit, after `start_step`.")
-        self._all_catch_up()
-        if which == "average" and shadow.swapped and not self._serves(shadow.module):
+        self._catch_up_all()
+        shadow = self._shadows[0]
+        served = self._serves(shadow.module)
+        if which == "raw" and not served and not shadow.swapped:
             raise RuntimeError(
-                f"The average of EMA {self.name!r} was in the module when something else was written into the module."
+                f"The raw weights of EMA {self.name!r} were in the module when something else was written into it."
             )
         if shadow.sharded:
             reshard(shadow.module)
-        collected = self._collect(which, copies=True)
+        found = shadow.collect(which, copies=True)
+        if not served:
+            found = {**self._buffers_at_end, **found}
+        self._report()
         state = shadow.module.state_dict()
         return {
-            key: collected[clean_name(key)]
-            if clean_name(key) in collected
-            else gather(local(value), value).detach().clone()
+            key: found[clean_name(key)] if clean_name(key) in found else gather(local(value), value).detach().clone()
             for key, value in state.items()
         }
 
@@ -421,6 +445,8 @@ def _averages(trainer: Trainer) -> list[EMA]:
 
 def _roles(trainer: Trainer) -> Roles[EMA]:
     try:
+        if trainer.state.fn == "fit":
+            refuse_other_averages(trainer.callbacks)  # type: ignore[attr-defined]
         return assign_roles(_averages(trainer))
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error

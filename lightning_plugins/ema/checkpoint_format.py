@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps averaged and raw weights, and how to get either out of it.
+"""Where a checkpoint keeps averaged and raw weights, whether they fit a module, and how to get either out of it.
 
 The file's ``state_dict`` is one complete set, so that ``load_from_checkpoint`` needs nothing of ours. Beside it, under
 ``lightning_plugins_ema``, lies a record of which set that is, and the averaged tensors' values in the other sets:
@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_plugins.core import torch_file
-from lightning_plugins.core.module_state import clean_name, fill
+from lightning_plugins.core.module_state import averaged_tensors, clean_name, fill, misfits, named_tensors
 from lightning_plugins.core.stand_ins import UnreadableError
-from lightning_plugins.core.validation import a_path, one_of, shown
+from lightning_plugins.core.validation import a_path, one_of, shown, whole_number
 
 RECORD_KEY = "lightning_plugins_ema"
 RECORD_VERSION = 1
@@ -34,8 +35,9 @@ class Contents:
 
     Args:
         state_dict: What its ``state_dict`` is: ``"average"`` or ``"raw"``.
-        name: Whose average that is, ``None`` when it is raw or, in a file of Lightning's own callback, nobody's.
-        raw: Trained values of the averaged tensors, by clean name; ``None`` when the state dict has them or nobody.
+        name: The EMA that it is the average of, ``None`` when it is raw or in a file of Lightning's own callback.
+        raw: Trained values of the averaged tensors, by clean name; ``None`` when the file has none beside its state
+            dict.
         averages: The averages beside the state dict, by the name of their EMA.
         updates: Updates counted by Lightning's own callback, ``None`` in files of ours.
     """
@@ -85,12 +87,128 @@ def read_contents(checkpoint: Mapping[str, Any]) -> Contents | None:
         return _lightnings(checkpoint)
     if not isinstance(found, dict) or not {"version", "state_dict", "name"} <= found.keys():
         raise ValueError(f"`{RECORD_KEY}` must be a record of averaged weights, got {type(found).__name__}.")
-    if found["version"] != RECORD_VERSION:
+    if found["version"] != RECORD_VERSION or isinstance(found["version"], bool):
         raise ValueError(
-            f"`{RECORD_KEY}` must be of version {RECORD_VERSION}, got {found['version']!r}: the file was written by "
-            "another version of lightning_plugins, which can read it."
+            f"`{RECORD_KEY}` must be of version {RECORD_VERSION}, got {shown(found['version'])}: the file was written "
+            "by another version of lightning_plugins, which can read it."
         )
-    return Contents(found["state_dict"], found["name"], found.get("raw"), dict(found.get("averages") or {}))
+    raw, averages, name = found.get("raw"), found.get("averages") or {}, found["name"]
+    if raw is not None:
+        _check_tensors("raw", raw)
+    if not isinstance(averages, dict) or not all(isinstance(key, str) for key in averages):
+        raise ValueError(f"`{RECORD_KEY}` must have averages by name, got {shown(averages)}.")
+    for average in averages.values():
+        _check_tensors("averages", average)
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"`{RECORD_KEY}` must have a text as `name`, got {shown(name)}.")
+    return Contents(one_of("state_dict", found["state_dict"], ("average", "raw")), name, raw, dict(averages))
+
+
+def _check_tensors(what: str, found: Any) -> None:
+    if not tensors_by_name(found):
+        raise ValueError(f"`{RECORD_KEY}` must have tensors by name as `{what}`, got {type(found).__name__}.")
+
+
+def tensors_by_name(value: Any) -> bool:
+    """Return whether ``value`` is a dict of names and tensors and of nothing else."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+# -- from a file to a module: everything is checked before anything is written
+
+
+def fitting_average(
+    module: nn.Module, contents: Contents, name: str, state_dict: Mapping[str, Tensor] | None, *, strict: bool = True
+) -> dict[str, Tensor] | None:
+    """Return the average called ``name`` that a checkpoint holds for ``module``, ``None`` when it holds none.
+
+    Weights that are trainable now and were not when the file was written are not in it; they begin as they are.
+
+    Args:
+        module: The module that the average is for.
+        contents: What the checkpoint holds.
+        name: The EMA's name.
+        state_dict: The checkpoint's own, ``None`` where a sharded strategy has already consumed it.
+        strict: Whether the module must have every name; otherwise averages without a weight are left out.
+
+    Raises:
+        ValueError: If the average or the raw weights beside it do not fit the module.
+    """
+    average = contents.average(name, state_dict)
+    if average is not None and contents.updates is not None:
+        # Lightning averages frozen weights and integers, too
+        trainable = {known for found in averaged_tensors(module) for known in found.names}
+        average = {key: value for key, value in average.items() if key in trainable}
+    for what, tensors in (("raw weights", contents.raw), (f"average {name!r}", average)):
+        if tensors is not None:
+            check_fit(module, what, tensors, strict=strict)
+    return average
+
+
+def check_fit(module: nn.Module, what: str, tensors: dict[str, Tensor], *, strict: bool = True) -> None:
+    """Check that ``tensors`` of a checkpoint can be loaded into ``module``.
+
+    Args:
+        module: The module.
+        what: What they are, for the message.
+        tensors: Clean name -> full tensor; without ``strict``, those that the module lacks are taken out.
+        strict: Whether the module must have every name.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if not strict:
+        known = {name for found in named_tensors(module) for name in found.names}
+        for key in [key for key in tensors if key not in known]:
+            del tensors[key]
+    faults = misfits(module, tensors)
+    if faults:
+        raise ValueError(
+            f"The checkpoint's {what} must have the names and shapes of the module's trainable weights; "
+            f"{'; '.join(faults)}. Resume with the module that wrote it, or load its weights with `extract_weights`."
+        )
+
+
+def lightning_steps(contents: Contents, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the counters for a file of Lightning's own callback, ``None`` for other files."""
+    if contents.updates is None:
+        return None
+    applied = max(whole_number("global_step", checkpoint.get("global_step", 0)), contents.updates)
+    return {"applied_steps": applied, "origin": applied - contents.updates, "last_update": contents.updates}
+
+
+# -- from a module to a file
+
+
+def follow_pruning(state: Mapping[str, Any], module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give tensors the names and zeros of a state dict in which Lightning's ModelPruning was made permanent.
+
+    It does so in every file: the entry ``weight_orig`` becomes ``weight``, multiplied by its mask.
+
+    Args:
+        state: The file's state dict.
+        module: The module, which has the masks.
+        tensors: Clean name -> tensor; changed in place.
+    """
+    names = {clean_name(key) for key in state}
+    pruned = [name for name in tensors if name.endswith("_orig") and name not in names]
+    masks = {clean_name(key): mask for key, mask in module.named_buffers()} if pruned else {}
+    for name in pruned:
+        plain = name.removesuffix("_orig")
+        mask = masks.get(f"{plain}_mask")
+        if plain in names and mask is not None:
+            tensor = tensors.pop(name)
+            tensors[plain] = tensor * mask.to(tensor)
+
+
+def replace_raw(state: dict[str, Any], raw: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+    """Put averages into a state dict where it has the raw weights, bit for bit; what else it has stays."""
+    for key, value in state.items():
+        name = clean_name(key)
+        if name in average and torch.equal(value, raw[name].to(value.device)):
+            state[key] = average[name]
 
 
 def extract_weights(
@@ -174,5 +292,10 @@ def _lightnings(checkpoint: Mapping[str, Any]) -> Contents | None:
     """Return the contents of a file of Lightning's own averaging callback."""
     if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
         return None
-    raw = {clean_name(key): value for key, value in checkpoint["current_model_state"].items()}
-    return Contents("average", None, raw, updates=int(checkpoint["averaging_state"].get("n_averaged", 1)))
+    current, averaging = checkpoint["current_model_state"], checkpoint["averaging_state"]
+    if not isinstance(current, Mapping) or not isinstance(averaging, Mapping):
+        raise TypeError("`current_model_state` and `averaging_state` must be mappings, as Lightning's callback writes.")
+    raw = {clean_name(key): value for key, value in current.items() if isinstance(value, Tensor)}
+    count = averaging.get("n_averaged", 1)
+    updates = whole_number("n_averaged", count.item() if isinstance(count, Tensor) else count)
+    return Contents("average", None, raw, updates=updates)

@@ -3,16 +3,22 @@
 The average *s* follows the weights *w* by ``s <- s - (1 - d) * (s - w)``. A rule says what *d* is for an update that
 covers ``steps`` applied optimizer steps and ends with the ``n``-th since the average began, the first being 1. An
 update that covers several steps uses the product of their single decays, so an average that is updated every k steps
-forgets as fast as one that is updated every step.
+forgets as fast as one that is updated every step. :class:`UpdateCounter` says when an update is due.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_plugins.core.validation import real_number, shown, whole_number
+from lightning_plugins.ema.power_exponent import check_sigma_rel, exponent
+
+_LONGEST_GAP = 1_000_000
+"""Most steps that a state may say were not averaged yet: an update takes the product of their decays."""
 
 
 class DecayRule(ABC):
@@ -61,6 +67,8 @@ class _SingleSteps(DecayRule):
     """A rule without a closed form over several steps: the product of the single decays."""
 
     def _over(self, n: int, steps: int) -> float:
+        if steps == 1:
+            return self._single(n)
         return math.prod(self._single(step) for step in range(n - steps + 1, n + 1))
 
     @abstractmethod
@@ -180,11 +188,10 @@ class PowerDecay(DecayRule):
     sigma_rel: float
 
     def __post_init__(self) -> None:
-        power_exponent(self.sigma_rel)
-        _keep(self, sigma_rel=float(self.sigma_rel))
+        _keep(self, sigma_rel=check_sigma_rel("sigma_rel", self.sigma_rel))
 
     def _over(self, n: int, steps: int) -> float:
-        return float((1 - steps / n) ** (power_exponent(self.sigma_rel) + 1))
+        return float((1 - steps / n) ** (exponent(self.sigma_rel) + 1))
 
 
 @dataclass(frozen=True)
@@ -263,34 +270,82 @@ class DebiasedDecay(DecayRule):
         return float(self.value**steps * math.expm1((n - steps) * log) / math.expm1(n * log))
 
 
-LARGEST_SIGMA_REL = 12**-0.5
-_SMALLEST_SIGMA_REL = 1e-9  # of a billion steps the last one; far below it the cubes overflow
+class UpdateCounter:
+    """Counts the steps of an average and says when an update is due, all in applied optimizer steps.
 
+    Args:
+        start_step: Applied steps after which the average begins, as a copy of the weights.
+        every: Steps between two updates.
 
-def power_exponent(sigma_rel: float) -> float:
-    """Return the exponent gamma of the power average with relative standard deviation ``sigma_rel``.
-
-    The largest real root of x^3 + 7 x^2 + (16 - sigma^-2) x + (12 - sigma^-2) = 0.
-
-    Raises:
-        TypeError: If ``sigma_rel`` is not a number.
-        ValueError: If it is not above 0 and below 12^(-1/2) = 0.2887, where gamma is 0.
+    Attributes:
+        applied: Applied steps of the run, as of the last look.
+        origin: Of these, how many had been taken when the average began; ``None`` before.
+        last: Steps from there to the last update; 0 means that the average is still the copy it began as.
 
     Example:
-        >>> round(power_exponent(0.10), 6)
-        6.937204
+        >>> counter = UpdateCounter(start_step=2, every=2)
+        >>> [counter.begins(applied) for applied in (0, 1, 2)]
+        [False, False, True]
+        >>> counter.due(3), counter.due(4)
+        (None, (2, 2))
+        >>> counter.last = 2; counter.due(5), counter.due(6)
+        (None, (4, 2))
     """
-    sigma = real_number("sigma_rel", sigma_rel, above=0, below=LARGEST_SIGMA_REL)
-    real_number("sigma_rel", sigma_rel, at_least=_SMALLEST_SIGMA_REL)
-    inverse = float(sigma) ** -2
-    x = math.sqrt(inverse)  # the polynomial is positive and convex from here down to its largest root
-    while True:
-        value = ((x + 7) * x + 16 - inverse) * x + 12 - inverse
-        slope = (3 * x + 14) * x + 16 - inverse
-        smaller = x - value / slope
-        if smaller >= x:  # Newton from above descends until rounding stops it
-            return x
-        x = smaller
+
+    def __init__(self, start_step: int = 0, every: int = 1) -> None:
+        self.start_step = start_step
+        self.every = every
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self.applied = 0
+        self.origin: int | None = None
+        self.last = 0
+
+    def begins(self, applied: int) -> bool:
+        """Return whether the average begins now, and remember it."""
+        self.applied = applied
+        if self.origin is not None or applied < self.start_step:
+            return False
+        self.origin = applied
+        return True
+
+    def due(self, applied: int) -> tuple[int, int] | None:
+        """Return the number of the step that an update is due for and how many it covers, ``None`` when none is."""
+        self.applied = applied
+        if self.origin is None:
+            return None
+        n = applied - self.origin
+        return (n, n - self.last) if n // self.every > self.last // self.every else None
+
+    def state(self) -> dict[str, int]:
+        """Return the counters as plain numbers, -1 for an average that has not begun; nothing before the first step."""
+        if not self.applied and self.origin is None:
+            return {}
+        origin = -1 if self.origin is None else self.origin
+        return {"applied_steps": self.applied, "origin": origin, "last_update": self.last}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take the counters over.
+
+        Raises:
+            TypeError: If one is not a whole number.
+            ValueError: If one is missing or they cannot be those of a run.
+        """
+        missing = [name for name in ("applied_steps", "origin", "last_update") if name not in state]
+        if missing:
+            raise ValueError(f"The state of an average must have `{missing[0]}`, which is missing in the checkpoint.")
+        applied = whole_number("applied_steps", state["applied_steps"], unit="steps")
+        origin = whole_number("origin", state["origin"], at_least=-1, unit="steps")
+        last = whole_number("last_update", state["last_update"], unit="steps")
+        since = 0 if origin < 0 else applied - origin
+        if since < last or since - last > max(_LONGEST_GAP, self.every):
+            raise ValueError(
+                f"`last_update` must be at most the steps since the average began, and at most {_LONGEST_GAP} fewer, "
+                f"got {last} with {since} steps: the checkpoint's state was damaged."
+            )
+        self.applied, self.origin, self.last = applied, None if origin < 0 else origin, last
 
 
 def _share(name: str, value: float) -> float:

@@ -16,6 +16,9 @@ class Averaging(Protocol):
     after_fit: str
 
 
+# Lightning's own callbacks that exchange the module's weights for an average; two of a kind undo each other's swaps.
+_OTHER_AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
+
 T = TypeVar("T", bound=Averaging)
 
 
@@ -62,3 +65,18 @@ def assign_roles(averages: Sequence[T]) -> Roles[T]:
     keeper = evaluator if evaluator in keepers else next(iter(keepers), None)
     writer = next(iter(owners), None) or evaluator or next(iter(averages), None)
     return Roles(writer, evaluator, keeper)
+
+
+def refuse_other_averages(callbacks: Sequence[object]) -> None:
+    """Refuse Lightning's own averaging beside an EMA, of either namespace.
+
+    Raises:
+        ValueError: If one of ``callbacks`` exchanges the weights, too.
+    """
+    for callback in callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _OTHER_AVERAGES and "lightning" in kind.__module__:
+                raise ValueError(
+                    "`EMA` must be the only callback that exchanges the module's weights for an average, got "
+                    f"{type(callback).__name__} as well. Remove one of the two."
+                )

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from lightning_plugins.core.progress import with_progress
 from lightning_plugins.core.validation import a_path, shortened, whole_number
-from lightning_plugins.ema.decay import power_exponent
-from lightning_plugins.ema.snapshots import Snapshot, list_snapshots, read_frozen
+from lightning_plugins.ema.power_exponent import power_exponent
+from lightning_plugins.ema.snapshots import SnapshotFile, list_snapshots, read_frozen
+
+_MOST_AVERAGES = 5000
+"""Most averages that a solution is sought for: a dense system of so many unknowns, 200 MB and some seconds."""
 
 
 def synthesis_weights(
@@ -92,34 +95,63 @@ def synthesize_ema(
         listed = ", ".join(map(str, there[:10])) + (", ..." if len(there) > 10 else "")
         raise ValueError(f"`step` must be that of a snapshot in {dirpath}, got {end}; there are {listed}.")
     used = [snapshot for snapshot in snapshots if snapshot.step <= end]
+    other = next((snapshot for snapshot in used if snapshot.run != used[-1].run), None)
+    if other is not None:
+        raise ValueError(
+            f"`dirpath` must hold snapshots of one run, but {other.path} and {used[-1].path} are of different ones. "
+            "Move those of one run into a directory of their own."
+        )
+    averages = sum(len(snapshot.sigma_rels) for snapshot in used)
+    if averages > _MOST_AVERAGES:
+        raise ValueError(
+            f"`dirpath` must hold {_MOST_AVERAGES} averages at most, got {averages}. Move some snapshots elsewhere: a "
+            "few tens are enough."
+        )
     return _combine(used, sigma_rel, read_frozen(dirpath), progress=progress)
 
 
 def _combine(
-    snapshots: list[Snapshot], sigma_rel: float, frozen: dict[str, Tensor], *, progress: bool | None
+    snapshots: list[SnapshotFile], sigma_rel: float, frozen: dict[str, Tensor], *, progress: bool | None
 ) -> dict[str, Tensor]:
     """Return the weighted sum of the snapshots, one mapped into memory at a time; the last gives everything else."""
-    profiles = [(snapshot.step, sigma) for snapshot in snapshots for sigma in snapshot.sigma_rels]
-    shares = iter(synthesis_weights(profiles, step=snapshots[-1].step, sigma_rel=sigma_rel))
-    last = snapshots[-1].read()
-    names = list(last.averages[0])
+    end = snapshots[-1]
+    last = end.read()
+    # a parameter that was replaced in mid-run is in the snapshots since then alone
+    shares = {
+        began: _shares([one for one in snapshots if one.step > began or one is end], sigma_rel)
+        for began in {0, *last.began.values()}
+    }
     sums: dict[str, Tensor] = {}
     sized = [(snapshot, snapshot.path.stat().st_size) for snapshot in snapshots]
     for snapshot in with_progress(sized, "synthesizing", show=progress):
         loaded = snapshot.read()
-        for average in loaded.averages:
-            share = next(shares)
-            for name in names:
-                tensor = average.get(name, frozen.get(name))  # frozen until then: its own average
-                if tensor is None or tensor.shape != last.averages[0][name].shape:
-                    raise ValueError(
-                        f"`dirpath` must hold snapshots of one module, but `{shortened(name)}` in {snapshot.path} is "
-                        "not as in the last one."
-                    )
-                wide = torch.complex128 if tensor.is_complex() else torch.float64
-                if name not in sums:
-                    sums[name] = torch.zeros(tensor.shape, dtype=wide)
-                sums[name].add_(tensor.to(wide), alpha=share)
+        for index, average in enumerate(loaded.averages):
+            at_first = {loaded.first_names.get(name, name): tensor for name, tensor in average.items()}
+            for name, like in last.averages[0].items():
+                share = shares[last.began.get(name, 0)].get((snapshot.step, index))
+                if share is not None:
+                    # frozen until then: its own average
+                    tensor = at_first.get(last.first_names.get(name, name), frozen.get(name))
+                    _add(sums, name, tensor, share, like=like, path=snapshot.path)
     single = {name: total.to(torch.complex64 if total.is_complex() else torch.float32) for name, total in sums.items()}
     tied = {alias: single[name] for alias, name in last.tied.items()}
     return {**{name: value.clone() for name, value in {**frozen, **last.rest}.items()}, **single, **tied}
+
+
+def _shares(snapshots: list[SnapshotFile], sigma_rel: float) -> dict[tuple[int, int], float]:
+    """Return (step, number of the average) -> its share in the average that is wanted."""
+    recorded = [(one.step, index, sigma) for one in snapshots for index, sigma in enumerate(one.sigma_rels)]
+    profiles = [(step, sigma) for step, _, sigma in recorded]
+    shares = synthesis_weights(profiles, step=snapshots[-1].step, sigma_rel=sigma_rel)
+    return {(step, index): share for (step, index, _), share in zip(recorded, shares, strict=True)}
+
+
+def _add(sums: dict[str, Tensor], name: str, tensor: Tensor | None, share: float, *, like: Tensor, path: Path) -> None:
+    if tensor is None or tensor.shape != like.shape:
+        raise ValueError(
+            f"`dirpath` must hold snapshots of one module, but `{shortened(name)}` in {path} is not as in the last one."
+        )
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    if name not in sums:
+        sums[name] = torch.zeros(tensor.shape, dtype=wide)
+    sums[name].add_(tensor.to(wide), alpha=share)

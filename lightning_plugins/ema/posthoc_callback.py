@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,29 +10,45 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins.core.module_state import clean_name
+from lightning_plugins.core.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_plugins.core.module_state import clean_name, is_opaque, named_tensors
 from lightning_plugins.core.sharding import gather, local
-from lightning_plugins.core.validation import a_list, a_path, one_of, whole_number
-from lightning_plugins.ema.averaging_callback import WeightFollower
+from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, one_of, shown, whole_number
+from lightning_plugins.core.writable import check_writable
+from lightning_plugins.ema.averaging_callback import AveragingCallback
+from lightning_plugins.ema.checkpoint_format import check_fit, follow_pruning, tensors_by_name
 from lightning_plugins.ema.decay import PowerDecay
-from lightning_plugins.ema.restore import check_fit
+from lightning_plugins.ema.power_exponent import check_sigma_rel
 from lightning_plugins.ema.shadow import Shadow
-from lightning_plugins.ema.snapshots import FORMATS, Loaded, set_aside, write_frozen, write_snapshot
+from lightning_plugins.ema.snapshots import (
+    FORMATS,
+    MOST_AVERAGES,
+    SnapshotContents,
+    check_history,
+    set_aside,
+    write_frozen,
+    write_snapshot,
+)
 
 POSTHOC_KEY = "lightning_plugins_posthoc_ema"
 _FOLDER = "posthoc_ema"
 
 
-class PostHocEMA(WeightFollower):
+class PostHocEMA(AveragingCallback):
     """Records power averages of the weights, from which an average of any length can be made after the run.
 
     Training, evaluation and checkpoints' ``state_dict`` are left alone; :func:`~lightning_plugins.synthesize_ema` turns
     the snapshots into weights.
 
     Args:
-        sigma_rels: Relative standard deviations of the averages that are kept, each above 0 and below 0.2887; two, 0.05
-            and 0.10, span what is usually wanted.
+        sigma_rels: Relative standard deviations of the averages that are kept, each above 0 and below 0.2887, 100 at
+            most; two, 0.05 and 0.10, span what is usually wanted.
         every_n_steps: Applied steps between two snapshots; at least 1. A last one is written when fit ends. Some tens
             of snapshots over a run are enough.
         dirpath: Directory of the snapshots; ``None`` for ``posthoc_ema/`` beside the run's checkpoints. A resumed run
@@ -45,6 +62,9 @@ class PostHocEMA(WeightFollower):
         TypeError: If an argument is of the wrong type.
         ValueError: If a number is out of its range or a word not one of those listed.
 
+    When:
+        ``on_train_batch_end`` updates and writes, ``on_train_end`` writes a last snapshot.
+
     Checkpoint:
         Full files hold the averages under ``lightning_plugins_posthoc_ema``, so that a resumed run writes the
         snapshots that it would have written.
@@ -55,9 +75,14 @@ class PostHocEMA(WeightFollower):
     Cost:
         4 bytes per trainable parameter and average, an update each per step, and as many bytes per snapshot.
 
+    Does not compose with:
+        Parts taken out of the module in mid-run, which end the fit with an error; distributed checkpoints.
+
     References:
         T. Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2023, arXiv:2312.02696.
     """
+
+    technique = "PostHocEMA"
 
     def __init__(
         self,
@@ -68,106 +93,176 @@ class PostHocEMA(WeightFollower):
         dtype: Literal["float32", "float16", "bfloat16"] = "float32",
         file_format: Literal["torch", "safetensors"] = "torch",
     ) -> None:
-        super().__init__(start_step=0, every=1)
-        self.rules = [PowerDecay(sigma) for sigma in a_list("sigma_rels", sigma_rels, "a list of numbers")]
-        self.sigma_rels = tuple(rule.sigma_rel for rule in self.rules)
-        if not self.rules or len(set(self.sigma_rels)) < len(self.rules):
+        given = a_list("sigma_rels", sigma_rels, "a list of numbers")
+        if len(given) > MOST_AVERAGES:
+            raise ValueError(f"`sigma_rels` must be at most {MOST_AVERAGES} numbers, got {len(given)}.")
+        self.sigma_rels = tuple(check_sigma_rel("sigma_rels", sigma) for sigma in given)
+        if not given or len(set(self.sigma_rels)) < len(given):
             raise ValueError(f"`sigma_rels` must be one or more different numbers, got {self.sigma_rels}.")
+        self.rules = [PowerDecay(sigma) for sigma in self.sigma_rels]
+        super().__init__([*self.rules], start_step=0, every=1, sigma_rels=self.sigma_rels)
         self.every_n_steps = whole_number("every_n_steps", every_n_steps, at_least=1, unit="steps")
         self.dirpath = None if dirpath is None else Path(a_path("dirpath", dirpath))
         self.dtype = one_of("dtype", dtype, ("float32", "float16", "bfloat16"))
         self.file_format = one_of("file_format", file_format, FORMATS)
-        self._shadows: list[Shadow] = []
         self._restored: list[dict[str, Tensor]] | None = None
         self._directory: Path | None = None
+        self._warned = False
+        self._start_history()
+
+    def _start_history(self) -> None:
         self._claimed: Path | None = None  # where a file says that its run wrote
         self._written = 0  # step of the last snapshot
+        self._run: str | None = None  # tells this run's snapshots from others'
+        self._began: dict[str, int] = {}  # parameters that were replaced -> the step that they began at
+        self._first_names: dict[str, str] = {}  # parameters that were moved -> what they were called at first
 
-    @property
-    def state_key(self) -> str:
-        """Where a checkpoint keeps the counters; one per choice of averages, wherever the snapshots lie."""
-        return self._generate_state_key(sigma_rels=self.sigma_rels)
+    # -- hooks, in the order in which they fire
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; a second fit of the same module goes on, of another one begins anew."""
-        if stage != "fit":
-            return
-        self._refuse_strategy(trainer)
-        if self._shadows and self._shadows[0].module is not pl_module:
-            self._forget()
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.dirpath is not None and trainer.is_global_zero:
+            check_writable("dirpath", self.dirpath, directory=True)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the averages out of the file."""
-        if trainer.state.fn != "fit":
-            return
-        self._forget()
-        found = checkpoint.get(POSTHOC_KEY, {}).get(self.state_key)
-        if found is None:
-            return
-        try:
-            for average in found:
-                check_fit(pl_module, "post-hoc average", average, strict=pl_module.strict_loading)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-        self._restored = list(found)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Take the counters over, if there are averages that they belong to."""
-        if self._restored is not None:
-            self._pace.load_state_dict(state_dict)
-            self._written = state_dict["written"]
-            self._claimed = Path(a_path("directory", state_dict["directory"]))
+        if not self._fitting or (self._restored is None and not self._shadows):
+            return
+        super().set_state(state)
+        self._written = whole_number("written", state.get("written"), unit="steps")
+        if self._written > self._counter.last:
+            raise ValueError(f"`written` must be at most `last_update`, got {self._written} of {self._counter.last}.")
+        self._claimed = Path(a_path("directory", state.get("directory")))
+        self._run, self._began, self._first_names = check_history(state)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place what a file gave, and find the directory."""
+        super().on_fit_start(trainer, pl_module)
+        if trainer.is_global_zero and self._find_directory(trainer) != self.dirpath:
+            check_writable("dirpath", self._find_directory(trainer), directory=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on, to count and to average, in a directory without traces of another run."""
-        self._place(trainer, pl_module)
-        for shadow in self._shadows:
-            shadow.rebind()
+        resumed = self._restored is not None or bool(self._shadows)
         super().on_train_start(trainer, pl_module)
-        if trainer.is_global_zero and self._directory is not None and self._directory.is_dir():
-            moved = set_aside(self._directory, after=self._pace.last)
-            if moved is not None:
-                rank_zero_info(f"PostHocEMA: snapshots of another run, later than this one is, were moved to {moved}.")
+        self._set_aside(trainer, resumed=resumed)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters and the directory."""
+    def get_state(self) -> dict[str, Any]:
+        """Return the counters and where and as what the snapshots are written."""
         self._catch_up()
-        counters = super().state_dict()
-        return {**counters, "written": self._written, "directory": str(self._directory)} if counters else {}
+        counters = super().get_state()
+        if not counters:
+            return {}
+        history = {"began": dict(self._began), "first_names": dict(self._first_names)}
+        kept = {name: value for name, value in history.items() if value}
+        return {**counters, "written": self._written, "directory": str(self._directory), "run": self._run or "", **kept}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the averages into a full file."""
-        if self._shadows and self._shadows[0].module is pl_module:
+        if self._serves(pl_module):
             keep = trainer.is_global_zero
             averages = [shadow.collect("average", keep=keep) for shadow in self._shadows]
             checkpoint.setdefault(POSTHOC_KEY, {})[self.state_key] = averages
+            self._report()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a last snapshot."""
-        self._place(trainer, pl_module)
-        self._catch_up()
-        if self._pace.last > self._written:
-            self._write(trainer, self._pace.last)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizer."""
-        if trainer.world_size == 1:  # the others may not have got so far, and a snapshot takes all of them
-            self._last_catch_up()
-        self._release_clock()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizer, and follow the module to where it was moved."""
-        self._release_clock()
-        if self._shadows and self._shadows[0].module is pl_module:
-            for shadow in self._shadows:
-                shadow.rebind()
+        if trainer.world_size > 1:
+            # after an error other ranks may not have got so far, and a snapshot takes all of them
+            self._release_clock()
+        super().release(trainer, pl_module)
+
+    # -- following the weights
+
+    def _begin(self, pl_module: LightningModule) -> None:
+        for found in named_tensors(pl_module):
+            if is_opaque(found.tensor):
+                raise MisconfigurationException(
+                    f"`PostHocEMA` must be able to write every weight into a snapshot, but `{found.described}` is a "
+                    f"{type(found.tensor).__name__}. Use EMA, which leaves frozen weights where they are."
+                )
+        if self._restored is None:
+            self._start_history()
+            self._run = secrets.token_hex(8)
+        starts: Sequence[dict[str, Tensor] | None] = self._restored or [None] * len(self.rules)
+        self._shadows = [Shadow(pl_module, start=start) for start in starts]
+        self._restored = None
+
+    def _place_restored(self, pl_module: LightningModule) -> None:
+        if self._restored is not None:
+            self._begin(pl_module)
+
+    def _forget(self) -> None:
+        self._shadows, self._restored = [], None
+        self._start_history()
+        self._counter.reset()
+
+    def _updated(self, trainer: Trainer, n: int) -> None:
+        if n // self.every_n_steps > self._written // self.every_n_steps:
+            self._write(trainer, n)
+
+    def _end_training(self, trainer: Trainer) -> None:
+        """Write a last snapshot."""
+        self._find_directory(trainer)
+        if self._shadows and self._counter.last > self._written:
+            self._write(trainer, self._counter.last)
+
+    def _report(self) -> None:
+        """Log what the shadows noticed, once for all, and remember what it means for the snapshots."""
+        changes = self._shadows[0].changes if self._shadows else None
+        for shadow in self._shadows[1:]:
+            shadow.changes = None
+        if changes is not None:
+            n = max(self._counter.applied - (self._counter.origin or 0), 1)
+            self._began.update(dict.fromkeys(changes.replaced, n))
+            for now, before in changes.moved.items():
+                self._first_names[now] = self._first_names.pop(before, before)
+                if before in self._began:
+                    self._began[now] = self._began.pop(before)
+            self._first_names = {now: before for now, before in self._first_names.items() if now != before}
+        super()._report()
+
+    # -- files
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
+        sets = checkpoint.get(POSTHOC_KEY, {})
+        if not isinstance(sets, dict):
+            raise TypeError(f"`{POSTHOC_KEY}` must be averages by callback, got {shown(sets)}.")
+        found = sets.get(self.state_key, sets.get(self._key_of_0_1))
+        if found is None:
+            return False
+        if not isinstance(found, list) or len(found) != len(self.rules) or not all(map(tensors_by_name, found)):
+            raise ValueError(
+                f"`{POSTHOC_KEY}` must be {len(self.rules)} averages of named tensors, got {shown(found)}."
+            )
+        for average in found:
+            check_fit(pl_module, "post-hoc average", average, strict=pl_module.strict_loading)
+        self._restored = list(found)
+        return True
+
+    def _restore_in_mid_fit(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super()._restore_in_mid_fit(trainer, pl_module, checkpoint)
+        self._set_aside(trainer, resumed=True)
+
+    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("state_dict")
+        if state and self._shadows:
+            for average in checkpoint.get(POSTHOC_KEY, {}).get(self.state_key, []):
+                follow_pruning(state, self._shadows[0].module, average)
+
+    def _find_directory(self, trainer: Trainer) -> Path:
+        """Return the directory: the one given, that of an earlier fit or of the run that is resumed, or the usual."""
+        self._directory = self.dirpath or self._known_directory(trainer) or _beside_checkpoints(trainer)
+        return self._directory
 
     def _known_directory(self, trainer: Trainer) -> Path | None:
         """Return where an earlier fit, or the run that is resumed, wrote; a file may not choose any other place."""
         if self._claimed is None:
             return self._directory
         claimed, self._claimed = self._claimed, None
-        folder = Path(str(trainer.ckpt_path)).resolve().parent  # the checkpoint's
+        # the checkpoint's
+        folder = Path(str(trainer.ckpt_path)).resolve().parent
         places = (folder.parent / _FOLDER, _beside_checkpoints(trainer).resolve())
         above = (folder, Path(trainer.default_root_dir).resolve())
         place = claimed.resolve()
@@ -179,61 +274,54 @@ class PostHocEMA(WeightFollower):
         )
         return None
 
-    def _begin(self, pl_module: LightningModule) -> None:
-        self._build(pl_module)
-
-    def _update(self, trainer: Trainer, n: int, steps: int) -> None:
-        for rule, shadow in zip(self.rules, self._shadows, strict=True):
-            shadow.update(rule(n, steps))
-        if n // self.every_n_steps > self._written // self.every_n_steps:
-            self._write(trainer, n)
-
-    def _adopt(self) -> None:
-        for shadow in self._shadows:
-            shadow.adopt()
-
-    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place what a file gave, now that the module is on its device, and find the directory."""
-        if self._restored is not None:
-            self._build(pl_module)
-        self._directory = self.dirpath or self._known_directory(trainer) or _beside_checkpoints(trainer)
-
-    def _build(self, pl_module: LightningModule) -> None:
-        starts: Sequence[dict[str, Tensor] | None] = self._restored or [None] * len(self.rules)
-        self._shadows = [Shadow(pl_module, start=start) for start in starts]
-        self._restored = None
-
-    def _forget(self) -> None:
-        self._shadows, self._restored, self._directory, self._claimed, self._written = [], None, None, None, 0
-        self._pace.reset()
+    def _set_aside(self, trainer: Trainer, *, resumed: bool) -> None:
+        """Move snapshots out of the way that this run will write again, and those of an old run when one begins."""
+        directory = self._find_directory(trainer)
+        if trainer.is_global_zero and directory.is_dir():
+            run = (self._run or "") if resumed else None
+            moved = set_aside(directory, after=self._counter.last, run=run)
+            if moved is not None:
+                rank_zero_info(f"PostHocEMA: snapshots of another run, later than this one is, were moved to {moved}.")
 
     def _write(self, trainer: Trainer, n: int) -> None:
         """Write a snapshot; a collective when the module is sharded."""
         keep = trainer.is_global_zero
         averages = [shadow.collect("average", keep=keep) for shadow in self._shadows]
+        self._report()
         first = self._shadows[0]
         averaged = set(first.names)
         others = {
             clean_name(key): gather(local(value), value).detach()
             for key, value in first.module.state_dict().items()
-            if clean_name(key) not in averaged
+            if clean_name(key) not in averaged and isinstance(value, Tensor)
         }
         self._written = n
         if not keep or self._directory is None:
             return
-        parameters = {clean_name(name) for name, _ in first.module.named_parameters(remove_duplicate=False)}
-        frozen = {name: value for name, value in others.items() if name in parameters}
-        if frozen and not (self._directory / "frozen.pt").exists():
-            write_frozen(self._directory, frozen)
+        parameters = {name for found in named_tensors(first.module) if not found.is_buffer for name in found.names}
         tied = first.tied
-        loaded = Loaded(
+        contents = SnapshotContents(
             [{name: tensor for name, tensor in average.items() if name not in tied} for average in averages],
             {name: value for name, value in others.items() if name not in parameters},
             tied,
+            run=self._run or "",
+            began={name: step for name, step in self._began.items() if name in averaged},
+            first_names={name: before for name, before in self._first_names.items() if name in averaged},
         )
-        write_snapshot(
-            self._directory, n, self.sigma_rels, loaded, dtype=getattr(torch, self.dtype), file_format=self.file_format
-        )
+        frozen = {name: value for name, value in others.items() if name in parameters}
+        try:
+            if frozen and not (self._directory / "frozen.pt").exists():
+                write_frozen(self._directory, frozen)
+            dtype = getattr(torch, self.dtype)
+            write_snapshot(self._directory, n, self.sigma_rels, contents, dtype=dtype, file_format=self.file_format)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"{self.state_key}: the snapshot of step {n} could not be written to {self._directory}: {error}. "
+                    "It is lost; the training goes on, and later snapshots are tried without another warning.",
+                    category=LightningPluginsWarning,
+                )
 
 
 def _beside_checkpoints(trainer: Trainer) -> Path:

@@ -1,14 +1,17 @@
 """The averaged copy of a module's weights.
 
 The *shadow* of a weight is its average, in float32 at least. A :class:`Shadow` knows a module's tensors and their
-shadows, by name, each tied weight once; it blends the weights in, puts the average into the module and takes it out
-again. It copies no module, allocates nothing of the module's size after its construction when weights and shadows
-have one type, and never waits for a device. Under FSDP2 a shadow is this rank's share.
+shadows, each tied weight once; it blends the weights in, puts the average into the module and takes it out again. It
+copies no module, allocates nothing of the module's size after its construction when weights and shadows have one type,
+and never waits for a device in an update. Under FSDP2 a shadow is this rank's share.
+
+Tensors are followed by identity, which is checked wherever they are used: a parameter that was replaced goes on from
+its own value, one that was moved within the module under its new name.
 """
 
 from __future__ import annotations
 
-import hashlib
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,9 +20,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.module_state import Slot, averaged_slots, shadow_dtype
-from lightning_plugins.core.sharding import gather, is_sharded, local, reshard, scatter
-from lightning_plugins.ema.tensor_groups import Group, Motion, Operation
+from lightning_plugins.core.module_state import NamedTensor, shadow_dtype, shorten
+from lightning_plugins.core.sharding import agreed, gather, is_sharded, local, reshard, scatter
+from lightning_plugins.ema.digest import digest
+from lightning_plugins.ema.following import Changes, FollowedTensors, joined_line
+from lightning_plugins.ema.tensor_groups import Group, Motion, Operation, grouped
 
 Which = Literal["average", "raw"]
 
@@ -55,6 +60,9 @@ class Shadow:
         start: Name -> full tensor to begin with instead of the weights as they are; a frozen weight named here is
             followed too.
 
+    Attributes:
+        changes: What was noticed since this was last set to ``None``.
+
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> _ = nn.init.constant_(layer.weight, 1.0)
@@ -76,41 +84,59 @@ class Shadow:
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.module = module
-        self._buffers = buffers
+        self.changes: Changes | None = None
+        self._followed = FollowedTensors(module, buffers=buffers)
         self._device = None if device is None else torch.device(device)
-        self._slots: list[Slot] = []
-        self._index: dict[str, int] = {}  # every name, tied ones too, -> number of its tensor
-        self._whole: list[Tensor] = []  # the module's own tensors, DTensors when it is sharded
         self._shadows: list[Tensor] = []
         self._groups: list[Group] = []
         self._where: list[tuple[Group, int]] = []
-        self._buffer_indices: list[int] = []
+        self._buffer_numbers: list[int] = []
+        # one object: Ctrl-C may fall between two assignments
         self._state: tuple[bool, Motion | None] = (False, None)
+        self._left: Any = None
+        self._writes: list[int] = []
         self._copied = False
-        self.adopt(start or {})
+        self.follow(start)
+        self.changes = None
+        without = [
+            found.names[0] for found in self._tensors if start and not any(name in start for name in found.names)
+        ]
+        if without:
+            self._note().news.append(joined_line(without))
+
+    @property
+    def _tensors(self) -> list[NamedTensor]:
+        return self._followed.tensors
+
+    def _note(self) -> Changes:
+        """Return where to write what was noticed."""
+        if self.changes is None:
+            self.changes = Changes()
+        return self.changes
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._tensors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._copied = True  # looked at when it is used: the module, which may hold this, need not be whole yet
+        # looked at when it is used: the module, which may hold this, need not be whole yet
+        self._copied = True
 
     @property
     def names(self) -> list[str]:
         """The names of all averaged tensors, tied ones under each of their names."""
-        return list(self._index)
+        return list(self._followed.index)
 
     @property
     def tied(self) -> dict[str, str]:
         """Second and further names of tied tensors -> their first."""
-        first: dict[int, str] = {}
-        return {name: first[index] for name, index in self._index.items() if first.setdefault(index, name) != name}
+        return {name: found.names[0] for found in self._tensors for name in found.names[1:]}
 
     @property
     def swapped(self) -> bool:
         """Whether the module holds the average; a swap that was interrupted is finished first."""
-        self._settle()
+        if self._copied or self._state[1] is not None:
+            self._finish()
         return self._state[0]
 
     @property
@@ -121,42 +147,96 @@ class Shadow:
     @property
     def sharded(self) -> bool:
         """Whether this rank holds only a share of some tensors."""
-        return any(map(is_sharded, self._whole))
+        return self._followed.sharded
 
-    def adopt(self, start: Mapping[str, Tensor] | None = None) -> list[str]:
-        """Take in the tensors that became trainable; their average begins at ``start`` or at their present value.
+    # -- following the module
+
+    def follow(self, start: Mapping[str, Tensor] | None = None) -> list[str]:
+        """Look at the module again: take in what became trainable, and follow what was replaced or moved.
+
+        Args:
+            start: Name -> full tensor that the average of a new tensor begins as; otherwise its present value.
 
         Returns:
-            The names that are new; those already followed stay as they are.
+            The names that are new.
+
+        Raises:
+            RuntimeError: If an averaged tensor was taken out of the module.
         """
-        slots = averaged_slots(self.module, buffers=self._buffers, also=start or ())
-        new = [name for name in slots if name not in self._index]
-        known = {id(slot.tensor): index for index, slot in enumerate(self._slots)}
+        self._finish()
+        start = start or {}
+        changes = self.changes or Changes()
+        stashes = self._stashes()
+        before = self._shadows
+        origins = self._followed.look_again(changes, also=start)
         with plain_tensors():
-            for name in new:
-                tensor = slots[name].tensor
-                if id(tensor) not in known:
-                    known[id(tensor)] = len(self._slots)
-                    self._slots.append(slots[name])
-                    self._shadows.append(self._new_shadow(tensor, (start or {}).get(name)))
-                self._index[name] = known[id(tensor)]
-        if new:
-            self.rebind()
-        return new
+            self._shadows = [
+                self._new_shadow(found, start) if origin is None else before[origin]
+                for origin, found in zip(origins, self._tensors, strict=True)
+            ]
+            for number in self._followed.pruned:
+                self._prune(number, stashes)
+        self._bind(stashes)
+        self.changes = changes if changes != Changes() else None
+        return self._followed.joined
 
     def rebind(self) -> None:
         """Look the module's tensors up again: after it moved or was cast, or when they may have been replaced."""
-        self._settle()
-        stashes = {i: stash for group in self._groups for i, stash in zip(group.indices, group.stash, strict=False)}
+        self._finish()
         if self.sharded:
             reshard(self.module)
+        if self._followed.is_current():
+            self._bind(self._stashes())
+        else:
+            self.follow()
+
+    def _check(self) -> None:
+        """Follow the module if a parameter is not where it was."""
+        if not self._followed.are_there():
+            self.follow()
+
+    def _prune(self, number: int, stashes: Mapping[int, Tensor]) -> None:
+        """Set to zero what torch's pruning has set to zero: it has multiplied the weight by its mask for good."""
+        tensor = self._tensors[number].tensor
+        zeros = local(tensor) == 0
+        for kept in (self._shadows[number], stashes.get(id(tensor))):
+            if kept is not None:
+                kept.masked_fill_(zeros.to(kept.device), 0)
+
+    def _new_shadow(self, found: NamedTensor, start: Mapping[str, Tensor]) -> Tensor:
+        weight = local(found.tensor)
+        begin = next((start[name] for name in found.names if name in start), None)
+        source = weight if begin is None else scatter(begin.to(weight.device), found.tensor)
+        place = self._device or weight.device
+        pinned = place.type == "cpu" and weight.is_cuda
+        shadow = torch.empty_like(weight, dtype=shadow_dtype(weight.dtype), device=place, pin_memory=pinned)
+        return shadow.detach().requires_grad_(False).copy_(source)
+
+    def _stashes(self) -> dict[int, Tensor]:
+        """Return id of a tensor -> its raw value that is kept aside."""
+        pairs = ((i, stash) for group in self._groups for i, stash in zip(group.indices, group.stash, strict=False))
+        return {id(self._tensors[number].tensor): stash for number, stash in pairs}
+
+    def _bind(self, stashes: Mapping[int, Tensor]) -> None:
+        """Sort the tensors into groups of one kind."""
         with plain_tensors():
-            self._whole = [slot.tensor for slot in self._slots]
-            weights = [local(tensor) for tensor in self._whole]
+            weights = self._followed.bind()
             self._shadows = [
                 shadow.to(self._device or weight.device) for shadow, weight in zip(self._shadows, weights, strict=True)
             ]
-            self._group(weights, stashes)
+            kept = [stashes.get(id(found.tensor)) for found in self._tensors]
+            self._groups = grouped(weights, self._shadows, kept, swapped=self._state[0])
+        where = {i: (group, position) for group in self._groups for position, i in enumerate(group.indices)}
+        self._where = [where[number] for number in range(len(self._tensors))]
+        self._buffer_numbers = [number for number, found in enumerate(self._tensors) if found.is_buffer]
+
+    def _refresh(self) -> None:
+        """Read the averaged buffers again."""
+        for number in self._buffer_numbers:
+            group, position = self._where[number]
+            group.weights[position] = self._followed.read_buffer(number)
+
+    # -- the average
 
     def update(self, decay: float) -> None:
         """Blend the weights in: s <- s - (1 - decay) (s - w).
@@ -166,15 +246,29 @@ class Shadow:
         """
         if self.swapped:
             raise RuntimeError("The average cannot be updated while the module holds it: swap it out first.")
-        with torch.inference_mode(False), torch.no_grad():  # as `plain_tensors`, whose generator would be felt here
-            if self._buffer_indices:
+        # what `is_current` asks: a step has no call to spare
+        tables, keys, tensors = self._followed.places
+        try:
+            current = all(map(operator.is_, map(operator.getitem, tables, keys), tensors))
+        except KeyError:
+            current = False
+        if not current:
+            self._check()
+        # as `plain_tensors`, whose generator would be felt here
+        with torch.inference_mode(False), torch.no_grad():
+            if self._buffer_numbers:
                 self._refresh()
             for group in self._groups:
                 group.blend(1 - decay)
 
-    def swap_in(self) -> None:
-        """Put the average into the module; nothing happens when it is there."""
-        self._swap(to=True)
+    def swap_in(self, *, keep_shadows: bool = False) -> None:
+        """Put the average into the module; nothing happens when it is there.
+
+        Args:
+            keep_shadows: Whether the average also stays in the shadows, out of the reach of what writes into the
+                module; the raw weights are then kept on the host.
+        """
+        self._swap(to=True, keep_shadows=keep_shadows)
 
     def swap_out(self) -> None:
         """Put the trained weights back; nothing happens when they are there."""
@@ -189,61 +283,99 @@ class Shadow:
             copies: Whether to return copies rather than references.
         """
         self._wait()
+        self._check()
         self._refresh()
+        if which == "average":
+            self._begin_lost_anew()
         full: dict[int, Tensor] = {}
         with plain_tensors():
-            for index, whole in enumerate(self._whole):
-                tensor = gather(self._read(index, which), whole)
-                if keep and is_sharded(whole):
-                    full[index] = tensor.cpu()  # a device that holds shards has no room for the whole
+            for index, found in enumerate(self._tensors):
+                part = self._read(index, which) if which == "average" else self._raw(index)
+                if is_sharded(found.tensor):
+                    whole = gather(part.to(local(found.tensor).device), found.tensor)
+                    if keep:
+                        # a device that holds shards has no room for the whole
+                        full[index] = whole.cpu()
                 elif keep:
-                    full[index] = tensor.clone() if copies else tensor
-        return {name: full[index] for name, index in self._index.items() if index in full}
+                    full[index] = part.clone() if copies else part
+        return {name: full[index] for name, index in self._followed.index.items() if index in full}
 
-    def load(self, which: Which, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite averages or trained values by full tensors, by name; those not named stay."""
-        self._refresh()
-        with plain_tensors():
-            for name, index in self._index.items():
-                if name in tensors:
-                    target = self._read(index, which)
-                    target.copy_(scatter(tensors[name].to(target.device), self._whole[index]))
+    def count_writes(self) -> None:
+        """Note how often each parameter was written to, as the tensors themselves count it; no device is asked."""
+        self._writes = self._versions()
 
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Return what differs once anybody has written into a parameter, cast or replaced it; moves do not count.
+    def written_into(self) -> bool:
+        """Return whether anything was written into the parameters since :meth:`count_writes` or the last swap."""
+        return self._writes != self._versions()
 
-        Writes are counted by the tensor itself. FSDP2 makes a shard anew whenever its module is told to move, so shards
-        are read instead.
-        """
-        self._settle()
+    def _versions(self) -> list[int]:
+        # shards are written anew whenever they are gathered
+        return [] if self.sharded else [found.tensor._version for found in self._tensors if not found.is_buffer]
+
+    # -- whether something else has been written into the module
+
+    def remember(self) -> None:
+        """Take the module's parameters as they are for ours."""
+        self._left = self._contents()
+
+    def untouched(self) -> bool:
+        """Return whether the module's parameters are still those that :meth:`remember` saw; reads them all."""
+        other = showing(self.module)
+        if other is not None and other is not self:
+            return other.untouched()
+        same = self._left is not None and self._left == self._contents()
+        return agreed(same, self._tensors[0].tensor) if self.sharded else same
+
+    def _contents(self) -> Any:
+        swapped = self.swapped
         if self.sharded:
             reshard(self.module)
-        tensors = [slot.tensor for slot in self._slots if not slot.is_buffer]
-        return tuple((id(tensor), _mark(tensor), tensor.dtype) for tensor in tensors)
+        if not self._followed.is_current():
+            return None
+        with plain_tensors():
+            parameters = [(number, found) for number, found in enumerate(self._tensors) if not found.is_buffer]
+            return digest([local(found.tensor) if swapped else self._raw(number) for number, found in parameters])
 
-    def _swap(self, *, to: bool) -> None:
+    def _raw(self, number: int) -> Tensor:
+        """Return a trained value, also while another average is in the module."""
+        other = showing(self.module)
+        if other is not None and other is not self:
+            known = other._followed.index
+            theirs = next((known[name] for name in self._tensors[number].names if name in known), None)
+            if theirs is not None:
+                return other._read(theirs, "raw")
+        return self._read(number, "raw")
+
+    # -- swaps
+
+    def _swap(self, *, to: bool, keep_shadows: bool = False) -> None:
         if self.swapped == to:
             return
         if self.sharded:
             reshard(self.module)
+        self._check()
         if to:
+            self._begin_lost_anew()
             _showing[id(self.module)] = self
         with plain_tensors():
             self._refresh()
             operations: list[Operation] = []
             for group in self._groups if to else reversed(self._groups):
-                operations += group.swap_in() if to else group.swap_out()
+                operations += group.swap_in(keep_shadows=keep_shadows) if to else group.swap_out()
             self._state = (not to, Motion(operations))
-            self._settle()
+            self._finish()
         if not to and showing(self.module) is self:
             disown(self.module)
+        self.count_writes()
 
-    def _settle(self) -> None:
-        if self._copied:  # of tensors that share memory, pickle makes several
+    def _finish(self) -> None:
+        """Carry on with a swap that was interrupted, and find a copy's own tensors."""
+        if self._copied:
+            # of tensors that share memory, pickle makes several
             self._copied = False
             if self._state[0]:
                 _showing[id(self.module)] = self
-            self.rebind()
+            self._bind(self._stashes())
         swapped, motion = self._state
         if motion is not None:
             with plain_tensors():
@@ -256,50 +388,23 @@ class Shadow:
         pick = group.average if which == "average" else group.raw
         return pick(position, swapped=swapped).detach()
 
-    def _refresh(self) -> None:
-        """Read the buffers again: modules assign them anew as often as they write into them."""
-        for index in self._buffer_indices:
-            group, position = self._where[index]
-            self._whole[index] = group.weights[position] = self._slots[index].tensor
+    def _begin_lost_anew(self) -> None:
+        """Let averages that became infinite or NaN begin at their weights, if those are finite; waits for the device.
 
-    def _group(self, weights: list[Tensor], stashes: Mapping[int, Tensor]) -> None:
-        kinds: dict[Any, list[int]] = {}
-        for index, (weight, shadow) in enumerate(zip(weights, self._shadows, strict=True)):
-            kinds.setdefault((weight.dtype, weight.device, shadow.dtype, shadow.device), []).append(index)
-        where: dict[int, tuple[Group, int]] = {}
-        self._groups = []
-        for (dtype, device, wide, place), indices in kinds.items():
-            group = Group(
-                indices,
-                [weights[index] for index in indices],
-                [self._shadows[index] for index in indices],
-                exchanges=dtype == wide,
-                same_device=device == place,
+        No step can bring such an average back: its share of what is not finite is never nothing.
+        """
+        if self.swapped:
+            return
+        with plain_tensors():
+            lost = [number for group in self._groups for number in group.begin_lost_anew()]
+        if lost:
+            self._note().losses.append(
+                f"The average of {shorten([self._tensors[number].names[0] for number in lost])} was infinite or not a "
+                "number and begins anew at the weights, which are finite."
             )
-            if self._state[0] and not group.exchanges:
-                group.stash = [stashes[index].to(device) for index in indices]
-            self._groups.append(group)
-            where.update({index: (group, position) for position, index in enumerate(indices)})
-        self._where = [where[index] for index in range(len(self._slots))]
-        self._buffer_indices = [index for index, slot in enumerate(self._slots) if slot.is_buffer]
-
-    def _new_shadow(self, tensor: Tensor, start: Tensor | None) -> Tensor:
-        weight = local(tensor)
-        source = weight if start is None else scatter(start.to(weight.device), tensor)
-        place = self._device or weight.device
-        pinned = place.type == "cpu" and weight.is_cuda
-        shadow = torch.empty_like(weight, dtype=shadow_dtype(weight.dtype), device=place, pin_memory=pinned)
-        return shadow.detach().requires_grad_(False).copy_(source)
 
     def _wait(self) -> None:
         """Wait for shadows that are streamed off a GPU: the host is about to read them."""
         for group in self._groups:
             if group.weights[0].is_cuda and not group.shadows[0].is_cuda:
                 torch.cuda.current_stream(group.weights[0].device).synchronize()
-
-
-def _mark(tensor: Tensor) -> int | bytes:
-    if not is_sharded(tensor):
-        return tensor._version
-    with plain_tensors():
-        return hashlib.sha256(local(tensor).reshape(-1).view(torch.uint8).cpu().numpy().data).digest()

@@ -117,7 +117,7 @@ def test_a_file_cut_in_training_before_our_hook_has_the_latest_average(tmp_path)
     for batch_idx in range(4):
         path = tmp_path / f"{batch_idx}.ckpt"
         assert extract_weights(path)["weight"].item() == pytest.approx(WARMUP[batch_idx])
-        assert load(path)["callbacks"]["EMA{'name': 'ema'}"]["last_update"] == batch_idx + 1
+        assert load(path)["callbacks"]["EMA(name='ema')"]["last_update"] == batch_idx + 1
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
@@ -239,7 +239,7 @@ def test_files_before_the_first_update_are_raw(tmp_path):
             assert load(tmp_path / f"{name}.ckpt")["state_dict"]["weight"].item() == THETA[2]
             assert extract_weights(tmp_path / f"{name}.ckpt", "raw")["weight"].item() == THETA[2]
         resumed = Scripted()
-        trainer(ema := EMA(0.9, **{k: getattr(ema._pace, k) for k in ("start_step",)}), max_epochs=2).fit(
+        trainer(ema := EMA(0.9, start_step=ema.start_step), max_epochs=2).fit(
             resumed, numbers(3), ckpt_path=tmp_path / "full.ckpt"
         )
         assert ema.raw_state_dict()["weight"].item() == THETA[5]

@@ -13,7 +13,14 @@ from lightning_plugins import EMA, PostHocEMA, PowerDecay, synthesize_ema
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema import snapshots as snapshots_module
 from lightning_plugins.ema.posthoc import synthesis_weights
-from lightning_plugins.ema.snapshots import Loaded, list_snapshots, read_frozen, set_aside, write_frozen, write_snapshot
+from lightning_plugins.ema.snapshots import (
+    SnapshotContents,
+    list_snapshots,
+    read_frozen,
+    set_aside,
+    write_frozen,
+    write_snapshot,
+)
 from tests.support.ema_runs import THETA, Net, Scripted, follow, numbers, regression, same, trainer
 
 pytestmark = [
@@ -175,7 +182,7 @@ def test_an_interrupted_write_leaves_no_half_file(tmp_path, monkeypatch):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    loaded = Loaded([{"w": torch.ones(2)}], {})
+    loaded = SnapshotContents([{"w": torch.ones(2)}], {})
     write_snapshot(tmp_path, 1, [0.1], loaded)
     monkeypatch.setattr(snapshots_module.torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
@@ -221,7 +228,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is_told_to(tmp_path):
 def test_wrong_files_and_numbers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`dirpath` must be a directory with snapshots of PostHocEMA, got"):
         synthesize_ema(tmp_path, 0.1)
-    write_snapshot(tmp_path, 5, [0.1], Loaded([{"w": torch.ones(2)}], {}))
+    write_snapshot(tmp_path, 5, [0.1], SnapshotContents([{"w": torch.ones(2)}], {}))
     with pytest.raises(ValueError, match=r"`step` must be that of a snapshot in .*, got 4; there are 5"):
         synthesize_ema(tmp_path, 0.1, step=4)
     with pytest.raises(ValueError, match=r"`sigma_rel` must be above 0 and below 0.288675, got 0.4"):
@@ -240,7 +247,7 @@ def test_wrong_files_and_numbers_are_refused(tmp_path):
 
 def test_set_aside_spares_what_is_not_later(tmp_path):
     for step in (5, 10):
-        write_snapshot(tmp_path, step, [0.1], Loaded([{"w": torch.ones(2)}], {}))
+        write_snapshot(tmp_path, step, [0.1], SnapshotContents([{"w": torch.ones(2)}], {}))
     write_frozen(tmp_path, {"f": torch.ones(1)})
     assert set_aside(tmp_path, after=10) is None
     assert set_aside(tmp_path, after=5) == tmp_path / "superseded-1"
@@ -254,7 +261,8 @@ def test_set_aside_spares_what_is_not_later(tmp_path):
     [
         ({"sigma_rels": ()}, r"`sigma_rels` must be one or more different numbers, got \(\)"),
         ({"sigma_rels": (0.1, 0.1)}, r"`sigma_rels` must be one or more different numbers, got \(0.1, 0.1\)"),
-        ({"sigma_rels": (0.1, 0.5)}, r"`sigma_rel` must be above 0 and below 0.288675, got 0.5"),
+        ({"sigma_rels": range(1, 12_001)}, r"`sigma_rels` must be at most 100 numbers, got 12000"),
+        ({"sigma_rels": (0.1, 0.5)}, r"`sigma_rels` must be above 0 and below 0.288675, got 0.5"),
         ({"every_n_steps": 0}, r"`every_n_steps` must be at least 1 steps, got 0"),
         ({"dtype": "int8"}, r"`dtype` must be one of 'float32', 'float16', 'bfloat16', got 'int8'"),
         ({"file_format": "zarr"}, r"`file_format` must be one of 'torch', 'safetensors', got 'zarr'"),

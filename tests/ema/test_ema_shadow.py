@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins.core.module_state import averaged_slots, clean_name, load_named, misfits, named_slots
+from lightning_plugins.core.module_state import averaged_tensors, clean_name, load_named, misfits, named_tensors
 from lightning_plugins.ema import tensor_groups as group_module
 from lightning_plugins.ema.decay import WarmupDecay
 from lightning_plugins.ema.shadow import Shadow, disown, showing
-from lightning_plugins.ema.tensor_batches import Layout
-from lightning_plugins.ema.tensor_groups import Group
+from lightning_plugins.ema.tensor_groups import Group, Layout
 from tests.support.ema_runs import THETA, clone_state, same
 
 
@@ -256,8 +255,8 @@ def test_newly_trainable_weights_join_as_they_are():
     shadow.update(0.5)
     module[0].requires_grad_(True)
     module[0].weight.data.fill_(1)
-    assert shadow.adopt() == ["0.weight", "0.bias"]
-    assert shadow.adopt() == []
+    assert shadow.follow() == ["0.weight", "0.bias"]
+    assert shadow.follow() == []
     module[0].weight.data.fill_(2)
     shadow.update(0.5)
     assert shadow.collect("average")["0.weight"].item() == 1.5
@@ -324,11 +323,15 @@ def test_moved_or_cast_modules_are_followed():
 def test_fingerprint_changes_with_the_weights_only():
     module = nn.Linear(2, 2)
     shadow = Shadow(module)
-    before = shadow.fingerprint()
+    assert not shadow.untouched()
+    shadow.remember()
     module.weight.data = module.weight.data.clone()
-    assert shadow.fingerprint() == before
     module.load_state_dict(module.state_dict())
-    assert shadow.fingerprint() != before
+    assert shadow.untouched()
+    assert copy.deepcopy(shadow).untouched()
+    with torch.no_grad():
+        module.weight[0].neg_()
+    assert not shadow.untouched()
 
 
 def test_streaming_off_the_device_gives_the_same_numbers():
@@ -397,8 +400,7 @@ def test_a_dropped_average_leaves_no_trace():
 def test_misfits_are_listed_and_shortened():
     module = nn.Linear(2, 2)
     wrong = {f"extra{i}": torch.zeros(1) for i in range(7)} | {"weight": torch.zeros(3)}
-    assert misfits(module, wrong, required=["weight", "bias"]) == [
-        "missing: bias",
+    assert misfits(module, wrong) == [
         "unexpected: extra0, extra1, extra2, extra3, extra4 and 2 more",
         "misshapen: weight (3,) for (2, 2)",
     ]
@@ -407,11 +409,8 @@ def test_misfits_are_listed_and_shortened():
 
 def test_load_writes_by_name():
     module = Mixed()
-    shadow = Shadow(module)
-    ones = {name: torch.ones_like(value) for name, value in shadow.collect("average").items()}
-    shadow.load("average", ones)
-    assert same(shadow.collect("average"), ones)
     load_named(module, {"precise": torch.full((4,), 7.0)})
     assert module.precise.tolist() == [7] * 4
-    assert {name for name, _ in named_slots(module)} == set(module.state_dict())
-    assert "frozen" in averaged_slots(module, also=["frozen"])
+    assert {name for found in named_tensors(module) for name in found.names} == set(module.state_dict())
+    also = averaged_tensors(module, also=lambda found: "frozen" in found.names)
+    assert any("frozen" in found.names for found in also)

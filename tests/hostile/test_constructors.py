@@ -39,7 +39,7 @@ from lightning_plugins import (
     WarmupCosine,
 )
 from lightning_plugins.core.lightning import CallbackOfBoth, MisconfigurationException
-from lightning_plugins.ema.snapshots import Loaded, write_snapshot
+from lightning_plugins.ema.snapshots import SnapshotContents, write_snapshot
 from tests.support import counts
 from tests.support.cases import CALLS, FUNCTIONS, PUBLIC, WITHOUT_ROWS
 from tests.support.hostile_values import HOSTILE
@@ -126,7 +126,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for step in (1, 2):
         torch.save({"state_dict": {"weight": torch.ones(2)}, "global_step": step}, f"{step}.ckpt")
-        write_snapshot(Path("snapshots"), step, [0.05, 0.1], Loaded([{"weight": torch.ones(2)}] * 2, {}))
+        write_snapshot(Path("snapshots"), step, [0.05, 0.1], SnapshotContents([{"weight": torch.ones(2)}] * 2, {}))
 
 
 @pytest.mark.usefixtures("files")

@@ -15,7 +15,7 @@ import torch
 
 from lightning_plugins import average_checkpoints, extract_weights, greedy_soup, select_checkpoints, synthesize_ema
 from lightning_plugins.checkpoints import CheckpointError
-from lightning_plugins.ema.snapshots import Loaded, write_snapshot
+from lightning_plugins.ema.snapshots import SnapshotContents, write_snapshot
 from tests.support import counts
 from tests.support.damage import bounded
 from tests.support.damaged_cases import command, write_whole_files
@@ -182,7 +182,7 @@ def test_no_pickle_of_a_snapshot_is_run(tmp_path, place):
     marker, path = tmp_path / MARKER, tmp_path / "snapshots"
     for name, evil in evils(marker).items():
         for form in FORMATS:
-            write_snapshot(path, 10, [0.05], Loaded([{"w": torch.ones(2)}], {}))
+            write_snapshot(path, 10, [0.05], SnapshotContents([{"w": torch.ones(2)}], {}))
             (path / place).write_bytes(form(evil))
             assert harm(lambda: synthesize_ema(path, 0.05), tmp_path) == [], name
             with pytest.raises(ValueError, match=r"`dirpath` must hold snapshots"):

@@ -1,0 +1,191 @@
+"""The averaged tensors of a module, followed by identity: what was replaced, moved or unfrozen is noticed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_plugins.core.module_state import NamedTensor, averaged_tensors, shorten
+from lightning_plugins.core.sharding import is_sharded, local, reshard
+
+
+@dataclass
+class Changes:
+    """What was noticed since the last report.
+
+    Attributes:
+        news: What changed in the module, a line each.
+        losses: What became infinite or NaN and was begun anew, a line each.
+        replaced: Names of parameters that were replaced.
+        moved: New names of parameters that were moved -> the first of those before.
+    """
+
+    news: list[str] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+
+
+class FollowedTensors:
+    """The tensors of a module that an average follows.
+
+    Args:
+        module: The module.
+        buffers: Whether floating-point buffers are among them.
+
+    Attributes:
+        tensors: The tensors, each once.
+        index: Every name, tied ones too, -> number of its tensor.
+        joined: Names that :meth:`look_again` found to be new.
+        pruned: Numbers of tensors whose pruning it found to be made permanent.
+        places: Of every parameter the table that it lies in, its key there, and itself.
+    """
+
+    def __init__(self, module: nn.Module, *, buffers: bool) -> None:
+        self.module = module
+        self.tensors: list[NamedTensor] = []
+        self.index: dict[str, int] = {}
+        self.joined: list[str] = []
+        self.pruned: list[int] = []
+        self._buffers = buffers
+        self._shapes: list[Any] = []
+        self._pointers: list[int] = []
+        self.places: tuple[list[Any], list[str], list[Tensor]] = ([], [], [])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds only a share of some tensors."""
+        return any(is_sharded(found.tensor) for found in self.tensors)
+
+    def is_current(self) -> bool:
+        """Return whether every parameter lies where it did."""
+        tables, keys, tensors = self.places
+        try:
+            return all(map(operator.is_, map(operator.getitem, tables, keys), tensors))
+        except KeyError:
+            return False
+
+    def are_there(self) -> bool:
+        """Return the same, after FSDP2 was told to put its gathered parameters away, which are other objects."""
+        if not self.is_current() and self.sharded:
+            reshard(self.module)
+        return self.is_current()
+
+    def look_again(self, changes: Changes, also: Collection[str] = ()) -> list[int | None]:
+        """Look the module's tensors up and compare them with those of before.
+
+        Args:
+            changes: What changed is added to it.
+            also: Names of frozen parameters that are followed too.
+
+        Returns:
+            For every tensor now the number of the same one before, ``None`` when its average begins anew.
+
+        Raises:
+            RuntimeError: If an averaged tensor was taken out of the module.
+        """
+        before, names_before = self.tensors, self.index
+        known = {_identity(found): number for number, found in enumerate(before)}
+        self.tensors = averaged_tensors(
+            self.module,
+            buffers=self._buffers,
+            also=lambda found: (
+                _identity(found) in known or any(name in names_before or name in also for name in found.names)
+            ),
+        )
+        self._refuse_removal(before, names_before)
+        self.index = {name: number for number, found in enumerate(self.tensors) for name in found.names}
+        origins, self.pruned = [], []
+        for number, found in enumerate(self.tensors):
+            origin = known.get(_identity(found))
+            if origin is not None and self._is_another(found, origin, before):
+                origin = None
+            origins.append(origin)
+            if origin is not None and found.names != before[origin].names:
+                self._note_move(number, before[origin].names, changes)
+        new = [
+            name for origin, found in zip(origins, self.tensors, strict=True) if origin is None for name in found.names
+        ]
+        again = [name for name in new if name in names_before]
+        self.joined = [name for name in new if name not in names_before]
+        changes.replaced += again
+        if again:
+            changes.news.append(f"{shorten(again)} was replaced: its average begins anew, at its present value.")
+        if self.joined and before:
+            changes.news.append(joined_line(self.joined))
+        return origins
+
+    def bind(self) -> list[Tensor]:
+        """Note where everything lies now, and return this rank's parts."""
+        parts = [local(found.tensor) for found in self.tensors]
+        self._shapes = [part.shape for part in parts]
+        self._pointers = [part.data_ptr() for part in parts]
+        places = [(place, found.tensor) for found in self.tensors if not found.is_buffer for place in found.places]
+        self.places = (
+            [place.table for place, _ in places],
+            [place.key for place, _ in places],
+            [tensor for _, tensor in places],
+        )
+        return parts
+
+    def read_buffer(self, number: int) -> Tensor:
+        """Return a buffer as it is now: modules assign theirs anew as often as they write into them.
+
+        Raises:
+            RuntimeError: If it was taken out of the module.
+        """
+        found = self.tensors[number]
+        place = found.places[0]
+        tensor = place.table.get(place.key)
+        if tensor is None:
+            raise RuntimeError(f"The module's tensor {place.key!r} was removed while it was averaged.")
+        if tensor is not found.tensor:
+            self.tensors[number] = NamedTensor(tensor, found.names, found.places)
+        return tensor
+
+    def _refuse_removal(self, before: list[NamedTensor], names_before: dict[str, int]) -> None:
+        names = {name for found in self.tensors for name in found.names}
+        here = {_identity(found) for found in self.tensors}
+        removed = [name for name, number in names_before.items() if name not in names]
+        removed = [name for name in removed if _identity(before[names_before[name]]) not in here]
+        if removed:
+            raise RuntimeError(
+                f"The module's tensor {shorten([repr(name) for name in removed])} was removed while it was averaged, "
+                "or made one that cannot be averaged. Change the module before the fit, or freeze what is not needed."
+            )
+
+    def _is_another(self, found: NamedTensor, origin: int, before: list[NamedTensor]) -> bool:
+        """Return whether a known tensor was given other contents under other names, as parametrizations do."""
+        part = local(found.tensor)
+        if self._shapes[origin] != part.shape:
+            return True
+        names = before[origin].names
+        moved = found.names != names and not _pruning_ended(names, found.names)
+        return moved and not found.is_buffer and part.data_ptr() != self._pointers[origin]
+
+    def _note_move(self, number: int, before: tuple[str, ...], changes: Changes) -> None:
+        found = self.tensors[number]
+        changes.news.append(f"{shorten(before)} is now {shorten(found.names)}, and its average with it.")
+        changes.moved[found.names[0]] = before[0]
+        if _pruning_ended(before, found.names):
+            self.pruned.append(number)
+
+
+def joined_line(names: list[str]) -> str:
+    """Return the line that says that tensors joined."""
+    return f"{shorten(names)} joined: the average begins at the present value."
+
+
+def _identity(found: NamedTensor) -> Any:
+    """Return what a tensor is recognized by: itself, and a buffer by its place, as it is assigned anew."""
+    place = found.places[0]
+    return (id(place.owner), place.key) if found.is_buffer else id(found.tensor)
+
+
+def _pruning_ended(before: tuple[str, ...], now: tuple[str, ...]) -> bool:
+    """Return whether a tensor got the name back that torch's pruning had taken from it."""
+    return any(f"{name}_orig" in before for name in now)
