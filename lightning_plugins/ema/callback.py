@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,26 +15,16 @@ from lightning_plugins.core.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_plugins.core.module_state import clean_name, device_name, fill, load_named, named_tensors, uncompiled
+from lightning_plugins.core.module_state import clean_name, device_name, named_tensors, uncompiled
 from lightning_plugins.core.sharding import gather, local, reshard
 from lightning_plugins.core.validation import LightningPluginsWarning, one_of, shown, whole_number
-from lightning_plugins.ema.averaging_callback import AveragingCallback
-from lightning_plugins.ema.checkpoint_format import (
-    Contents,
-    fitting_average,
-    follow_pruning,
-    lightning_steps,
-    read_contents,
-    record,
-    replace_raw,
-)
+from lightning_plugins.ema.checkpoint_hooks import AverageInCheckpoints, roles_of
 from lightning_plugins.ema.decay import DecayRule, as_decay_rule
-from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
-from lightning_plugins.ema.shadow import Shadow, Which, disown, showing
+from lightning_plugins.ema.shadow import Shadow, Which, disown
 from lightning_plugins.ema.swapping import Swapper
 
 
-class EMA(AveragingCallback):
+class EMA(AverageInCheckpoints):
     """Keeps an exponential moving average of the weights and evaluates, saves and ends with it.
 
     shadow <- shadow - (1 - decay) * (shadow - weight), after every applied optimizer step, in float32 at least. A step
@@ -101,25 +91,21 @@ class EMA(AveragingCallback):
         if not isinstance(name, str) or not name:
             raise ValueError(f"`name` must be a word, got {shown(name)}.")
         self.decay = as_decay_rule(decay)
-        super().__init__([self.decay], self.start_step, self.update_every_n_steps, name=name)
+        super().__init__(self.decay, self.start_step, self.update_every_n_steps, name)
         self.device = device_name(device)
         self.average_buffers = one_of("buffers", buffers, ("copy", "average")) == "average"
         self.evaluate = one_of("evaluate", evaluate, ("average", "raw"))
         self.checkpoint = one_of("checkpoint", checkpoint, ("average", "raw"))
         self.after_fit = one_of("after_fit", after_fit, ("average", "raw"))
-        self.name = name
-        self._restored: dict[str, Tensor] | None = None  # from a file, until the module is on its device
         self._swapper = Swapper()
         self._buffers_at_end: dict[str, Tensor] = {}
-        self._writes_files = False  # whether the run's files are this one's to sort out
-        self._filled: Any = None  # the state dict of the file that is being made
 
     # -- hooks, in the order in which they fire
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; a second fit of the same module goes on from its raw weights."""
         super().setup(trainer, pl_module, stage)
-        _roles(trainer)
+        roles_of(trainer)
         if stage != "fit":
             return
         if self._swapper.blocks:
@@ -131,23 +117,6 @@ class EMA(AveragingCallback):
         self._show()
         # an EMA of an earlier fit may have left its average there: it is trained on
         disown(pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Sort out the file's sets: the module has been given the one in ``state_dict``."""
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if self._fitting:
-            return
-        try:
-            contents = read_contents(checkpoint)
-            if contents is not None:
-                self._choose(trainer, pl_module, contents)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(str(error)) from error
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Take the counters over, if there is an average that they belong to."""
-        if self._fitting and (self._restored is not None or self._shadows or state.get("origin") == -1):
-            super().set_state(state)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the weights that are to be evaluated."""
@@ -172,20 +141,6 @@ class EMA(AveragingCallback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what was there."""
         self._end_evaluation()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put both sets into a full file, each where it belongs, whichever the module holds at the moment."""
-        if not self._serves(pl_module):
-            return
-        found, keep, shadow = record(checkpoint), trainer.is_global_zero, self._shadows[0]
-        if _roles(trainer).writer is self:
-            if not self._file_patches:
-                # after the fit
-                self._fill_state_dict(checkpoint["state_dict"])
-            self._label(checkpoint)
-            found["raw"] = shadow.collect("raw", keep=keep) if self._owns_files else None
-        if not self._owns_files or (shadow.sharded and shadow.rounds):
-            found["averages"][self.name] = shadow.collect("average", keep=keep)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the raw weights back, wherever it happened."""
@@ -264,10 +219,6 @@ class EMA(AveragingCallback):
 
     # -- what the module holds
 
-    @property
-    def _active(self) -> bool:
-        return bool(self._shadows) and self._counter.last > 0
-
     def _show(self) -> None:
         """Make the module hold what is wanted now."""
         if self._shadows:
@@ -311,7 +262,7 @@ class EMA(AveragingCallback):
     def _end_training(self, trainer: Trainer) -> None:
         """Leave the module with what ``after_fit`` says."""
         self._evaluating, self._swapper.evaluating = False, None
-        self._swapper.kept = _roles(trainer).keeper is self
+        self._swapper.kept = roles_of(trainer).keeper is self
         if self._shadows:
             shadow = self._shadows[0]
             self._swapper.apply(shadow, ready=self._active, keep_shadows=True)
@@ -322,99 +273,6 @@ class EMA(AveragingCallback):
                 if found.is_buffer
                 for name in found.names
             }
-
-    # -- files
-
-    @property
-    def _owns_files(self) -> bool:
-        """Whether the ``state_dict`` of a file is this average now."""
-        return self._active and self.checkpoint == "average"
-
-    def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super()._watch_files(trainer, pl_module)
-        self._writes_files = _roles(trainer).writer is self
-        if self._writes_files:
-
-            def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-                state = original()
-                self._fill_state_dict(state)
-                self._filled = state
-                return state
-
-            self._file_patches.wrap(trainer.strategy, "lightning_module_state_dict", state_dict)
-
-    def _fill_state_dict(self, state: dict[str, Any]) -> None:
-        """Make a state dict of the module what files should have, whichever set the module holds at the moment."""
-        self._catch_up_all()
-        # under FSDP2 only the first rank gets one
-        keep = bool(state)
-        if self._shadows:
-            shadow = self._shadows[0]
-            if self._serves(shadow.module):
-                fill(state, shadow.collect("average" if self._owns_files else "raw", keep=keep))
-                self._report()
-        elif self._trainer is not None and (other := showing(self._trainer.lightning_module)) is not None:
-            fill(state, other.collect("raw", keep=keep))
-
-    def _label(self, checkpoint: dict[str, Any]) -> None:
-        """Say in a file what its state dict is."""
-        owns = self._owns_files
-        record(checkpoint).update(state_dict="average" if owns else "raw", name=self.name if owns else None)
-
-    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
-        state, filled, self._filled = checkpoint.get("state_dict"), self._filled, None
-        if not (self._writes_files and self._shadows and state is not None):
-            return
-        shadow = self._shadows[0]
-        if not self._serves(shadow.module):
-            return
-        self._label(checkpoint)
-        if state is filled or shadow.sharded:
-            return
-        # a callback has put another state dict into the file, as ModelPruning does, which may be one of the raw weights
-        found = record(checkpoint)
-        raw, average = shadow.collect("raw"), shadow.collect("average")
-        for tensors in (raw, average, found["raw"] or {}, *found["averages"].values()):
-            follow_pruning(state, shadow.module, tensors)
-        if self._owns_files:
-            replace_raw(state, raw, average)
-
-    def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
-        """Keep the file's average for the shadow and give the module its raw weights."""
-        contents = read_contents(checkpoint)
-        if contents is None:
-            return False
-        state_dict, strict = checkpoint.get("state_dict"), pl_module.strict_loading
-        self._restored = fitting_average(pl_module, contents, self.name, state_dict, strict=strict)
-        steps = lightning_steps(contents, checkpoint)
-        if steps is not None:
-            self._counter.load(steps)
-        found = self._restored is not None or contents.owns_state_dict(self.name)
-        if found and trainer.strategy.restore_checkpoint_after_setup:
-            # the module may hold the only average
-            self._begin(pl_module)
-        emas = _averages(trainer) or [self]
-        loader = next((ema for ema in emas if contents.owns_state_dict(ema.name)), emas[0])
-        if loader is self and contents.raw is not None:
-            load_named(pl_module, contents.raw)
-        return found
-
-    def _before_loading(self) -> None:
-        if self._shadows:
-            self._shadows[0].swap_out()
-
-    def _restore_in_mid_fit(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super()._restore_in_mid_fit(trainer, pl_module, checkpoint)
-        self._show()
-
-    def _choose(self, trainer: Trainer, pl_module: LightningModule, contents: Contents) -> None:
-        """Give a module that is only evaluated the set that it is to be evaluated with."""
-        evaluator = _roles(trainer).evaluator
-        if evaluator is self and not contents.owns_state_dict(self.name):
-            average = fitting_average(pl_module, contents, self.name, None, strict=pl_module.strict_loading)
-            load_named(pl_module, average or {})
-        elif evaluator is None and _averages(trainer)[0] is self:
-            load_named(pl_module, contents.raw or {})
 
     def _whole_state(self, which: Which) -> dict[str, Tensor]:
         if not self._shadows:
@@ -437,16 +295,3 @@ class EMA(AveragingCallback):
             key: found[clean_name(key)] if clean_name(key) in found else gather(local(value), value).detach().clone()
             for key, value in state.items()
         }
-
-
-def _averages(trainer: Trainer) -> list[EMA]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
-
-
-def _roles(trainer: Trainer) -> Roles[EMA]:
-    try:
-        if trainer.state.fn == "fit":
-            refuse_other_averages(trainer.callbacks)  # type: ignore[attr-defined]
-        return assign_roles(_averages(trainer))
-    except ValueError as error:
-        raise MisconfigurationException(str(error)) from error

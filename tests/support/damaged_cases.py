@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from lightning_plugins import average_checkpoints, extract_weights, select_checkpoints, synthesize_ema
 from lightning_plugins.cli import main
 from lightning_plugins.core.files import write_state_dict
-from lightning_plugins.ema.snapshots import Loaded, write_frozen, write_snapshot
+from lightning_plugins.ema.snapshots import SnapshotContents, write_frozen, write_snapshot
 from lightning_plugins.statistics.csv_file import CSVFile
 from lightning_plugins.statistics.plot import read_curves
 
@@ -82,7 +82,7 @@ def write_whole_files(folder):
     for name, kind in (("snapshots", "torch"), ("snapshots-safe", "safetensors")):
         for step in (5, 10):
             averages = [{"weight": state(step + index)["weight"]} for index in range(2)]
-            loaded = Loaded(averages, {"count": torch.tensor(1)}, {"tied": "weight"})
+            loaded = SnapshotContents(averages, {"count": torch.tensor(1)}, {"tied": "weight"})
             write_snapshot(folder / name, step, [0.05, 0.1], loaded, file_format=kind)
         write_frozen(folder / name, {"frozen": torch.ones(3)})
     for name, separator in (("log.csv", ","), ("s4tf.csv", ", ")):

@@ -1,0 +1,203 @@
+"""Which set of weights a checkpoint gets from an average, and gives to it and to its module."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_plugins.core.module_state import fill, load_named
+from lightning_plugins.ema.averaging_callback import AveragingCallback
+from lightning_plugins.ema.checkpoint_format import (
+    Contents,
+    fitting_average,
+    follow_pruning,
+    lightning_steps,
+    read_contents,
+    record,
+    replace_raw,
+)
+from lightning_plugins.ema.decay import DecayRule
+from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
+from lightning_plugins.ema.shadow import showing
+
+
+class AverageInCheckpoints(AveragingCallback):
+    """Base of a callback whose one average can be a checkpoint's ``state_dict``.
+
+    Args:
+        rule: The average's decay.
+        start_step: Applied steps after which it begins.
+        every: Applied steps between two updates.
+        name: Tells it from others.
+
+    Attributes:
+        evaluate: Which weights evaluations use, ``"average"`` or ``"raw"``.
+        checkpoint: Which weights a file's ``state_dict`` is.
+        after_fit: Which weights the module keeps.
+    """
+
+    evaluate: str
+    checkpoint: str
+    after_fit: str
+
+    def __init__(self, rule: DecayRule, start_step: int, every: int, name: str) -> None:
+        super().__init__([rule], start_step, every, name=name)
+        self.name = name
+        self._restored: dict[str, Tensor] | None = None  # from a file, until the module is on its device
+        self._writes_files = False  # whether the run's files are this one's to sort out
+        self._filled: Any = None  # the state dict of the file that is being made
+
+    @property
+    def _active(self) -> bool:
+        return bool(self._shadows) and self._counter.last > 0
+
+    @abstractmethod
+    def _show(self) -> None:
+        """Make the module hold what is wanted now."""
+
+    # -- hooks
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Sort out the file's sets: the module has been given the one in ``state_dict``."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._fitting:
+            return
+        try:
+            contents = read_contents(checkpoint)
+            if contents is not None:
+                self._choose(trainer, pl_module, contents)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take the counters over, if there is an average that they belong to."""
+        if self._fitting and (self._restored is not None or self._shadows or state.get("origin") == -1):
+            super().set_state(state)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put both sets into a full file, each where it belongs, whichever the module holds at the moment."""
+        if not self._serves(pl_module):
+            return
+        found, keep, shadow = record(checkpoint), trainer.is_global_zero, self._shadows[0]
+        if roles_of(trainer).writer is self:
+            if not self._file_patches:
+                # after the fit
+                self._fill_state_dict(checkpoint["state_dict"])
+            self._label(checkpoint)
+            found["raw"] = shadow.collect("raw", keep=keep) if self._owns_files else None
+        if not self._owns_files or (shadow.sharded and shadow.rounds):
+            found["averages"][self.name] = shadow.collect("average", keep=keep)
+
+    # -- what files get
+
+    @property
+    def _owns_files(self) -> bool:
+        """Whether the ``state_dict`` of a file is this average now."""
+        return self._active and self.checkpoint == "average"
+
+    def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._watch_files(trainer, pl_module)
+        self._writes_files = roles_of(trainer).writer is self
+        if self._writes_files:
+
+            def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+                state = original()
+                self._fill_state_dict(state)
+                self._filled = state
+                return state
+
+            self._file_patches.wrap(trainer.strategy, "lightning_module_state_dict", state_dict)
+
+    def _fill_state_dict(self, state: dict[str, Any]) -> None:
+        """Make a state dict of the module what files should have, whichever set the module holds at the moment."""
+        self._catch_up_all()
+        # under FSDP2 only the first rank gets one
+        keep = bool(state)
+        if self._shadows:
+            shadow = self._shadows[0]
+            if self._serves(shadow.module):
+                fill(state, shadow.collect("average" if self._owns_files else "raw", keep=keep))
+                self._report()
+        elif self._trainer is not None and (other := showing(self._trainer.lightning_module)) is not None:
+            fill(state, other.collect("raw", keep=keep))
+
+    def _label(self, checkpoint: dict[str, Any]) -> None:
+        """Say in a file what its state dict is."""
+        owns = self._owns_files
+        record(checkpoint).update(state_dict="average" if owns else "raw", name=self.name if owns else None)
+
+    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
+        state, filled, self._filled = checkpoint.get("state_dict"), self._filled, None
+        if not (self._writes_files and self._shadows and state is not None):
+            return
+        shadow = self._shadows[0]
+        if not self._serves(shadow.module):
+            return
+        self._label(checkpoint)
+        if state is filled or shadow.sharded:
+            return
+        # a callback has put another state dict into the file, as ModelPruning does, which may be one of the raw weights
+        found = record(checkpoint)
+        raw, average = shadow.collect("raw"), shadow.collect("average")
+        for tensors in (raw, average, found["raw"] or {}, *found["averages"].values()):
+            follow_pruning(state, shadow.module, tensors)
+        if self._owns_files:
+            replace_raw(state, raw, average)
+
+    # -- what files give
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
+        """Keep the file's average for the shadow and give the module its raw weights."""
+        contents = read_contents(checkpoint)
+        if contents is None:
+            return False
+        state_dict, strict = checkpoint.get("state_dict"), pl_module.strict_loading
+        self._restored = fitting_average(pl_module, contents, self.name, state_dict, strict=strict)
+        steps = lightning_steps(contents, checkpoint)
+        if steps is not None:
+            self._counter.load(steps)
+        found = self._restored is not None or contents.owns_state_dict(self.name)
+        if found and trainer.strategy.restore_checkpoint_after_setup:
+            # the module may hold the only average
+            self._begin(pl_module)
+        emas = averages(trainer) or [self]
+        loader = next((ema for ema in emas if contents.owns_state_dict(ema.name)), emas[0])
+        if loader is self and contents.raw is not None:
+            load_named(pl_module, contents.raw)
+        return found
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule, contents: Contents) -> None:
+        """Give a module that is only evaluated the set that it is to be evaluated with."""
+        evaluator = roles_of(trainer).evaluator
+        if evaluator is self and not contents.owns_state_dict(self.name):
+            average = fitting_average(pl_module, contents, self.name, None, strict=pl_module.strict_loading)
+            load_named(pl_module, average or {})
+        elif evaluator is None and averages(trainer)[0] is self:
+            load_named(pl_module, contents.raw or {})
+
+    def _before_loading(self) -> None:
+        if self._shadows:
+            self._shadows[0].swap_out()
+
+    def _restore_in_mid_fit(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super()._restore_in_mid_fit(trainer, pl_module, checkpoint)
+        self._show()
+
+
+def averages(trainer: Trainer) -> list[AverageInCheckpoints]:
+    """Return the averages of a run that can be a checkpoint's state dict."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, AverageInCheckpoints)]  # type: ignore[attr-defined]
+
+
+def roles_of(trainer: Trainer) -> Roles[AverageInCheckpoints]:
+    """Return who does what among them, or refuse what cannot work."""
+    try:
+        if trainer.state.fn == "fit":
+            refuse_other_averages(trainer.callbacks)  # type: ignore[attr-defined]
+        return assign_roles(averages(trainer))
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
