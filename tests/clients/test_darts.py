@@ -22,7 +22,7 @@ from lightning_plugins import (
     extract_weights,
     synthesize_ema,
 )
-from tests.clients import by_hand
+from tests.clients import plain_torch
 from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack, chart
 
 BATCH, LR, TOTAL = 16, 0.05, 6  # 90 samples: 6 batches, the last of 10, and so 2 steps an epoch, 3 epochs
@@ -84,7 +84,7 @@ def loss_of(net, batch):
 
 
 def rates(steps=range(TOTAL), total=TOTAL):
-    return [LR * by_hand.warmup_cosine(step, warmup=2, total=total) for step in steps]
+    return [LR * plain_torch.warmup_cosine(step, warmup=2, total=total) for step in steps]
 
 
 def by_plain_torch(net, watch, lrs, windows=None):
@@ -94,16 +94,16 @@ def by_plain_torch(net, watch, lrs, windows=None):
     net = copy.deepcopy(net)
     net.load_state_dict(watch.initial)
     rules = {
-        "ema": lambda n: by_hand.ema_decay(n, DECAY),
-        "power": lambda n: by_hand.power_decay(n, SIGMA_REL),
+        "ema": lambda n: plain_torch.ema_decay(n, DECAY),
+        "power": lambda n: plain_torch.power_decay(n, SIGMA_REL),
     }
-    averages = by_hand.Averages(net, rules)
+    averages = plain_torch.Averages(net, rules)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
-    by_hand.train(net, map(whole, windows), loss_of, optimizer, lrs, averages)
+    plain_torch.train(net, map(whole, windows), loss_of, optimizer, lrs, averages)
     return {"raw": {name: parameter.detach() for name, parameter in net.named_parameters()}, **averages.kept}
 
 
-def loss_by_hand(net, state, batches):
+def loss_in_plain_torch(net, state, batches):
     net = copy.deepcopy(net).eval()
     net.load_state_dict(state)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def loss_by_hand(net, state, batches):
 @pytest.fixture(scope="module", params=MODELS)
 def run(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
-    stack, watch = Stack(path, warmup=2, total=TOTAL), by_hand.Watch()
+    stack, watch = Stack(path, warmup=2, total=TOTAL), plain_torch.Watch()
     model = make(request.param, path, [*stack.callbacks, watch])
     model.fit(TRAIN, val_series=VALIDATION)
     return model, stack, watch, request.param
@@ -132,10 +132,10 @@ def test_every_step_is_the_one_that_plain_torch_takes(run):
     assert len(watch.batches) == 3 * 6
     assert watch.rates == pytest.approx(rates(), abs=1e-12)
     truth = by_plain_torch(model.model, watch, rates())
-    assert by_hand.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
-    assert by_hand.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5
+    assert plain_torch.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
+    assert plain_torch.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5
     synthesized = synthesize_ema(stack.path / "posthoc", SIGMA_REL)
-    assert by_hand.distance(synthesized, truth["power"], watch.initial) < 1e-5
+    assert plain_torch.distance(synthesized, truth["power"], watch.initial) < 1e-5
 
 
 def test_the_logs_hold_the_losses_that_the_client_computed(run):
@@ -176,8 +176,8 @@ def test_validation_and_predictions_are_of_the_average(run):
     assert all(torch.equal(tensor, average[name]) for name, tensor in model.model.state_dict().items())
     last = float(stack.rows("validation")[-1]["loss"])
     batches = watch.validation_batches[-2:]
-    assert last == pytest.approx(loss_by_hand(model.model, average, batches), rel=1e-5)
-    assert last != pytest.approx(loss_by_hand(model.model, raw, batches), rel=1e-3)
+    assert last == pytest.approx(loss_in_plain_torch(model.model, average, batches), rel=1e-5)
+    assert last != pytest.approx(loss_in_plain_torch(model.model, raw, batches), rel=1e-3)
 
 
 def test_the_trainer_that_darts_makes_to_predict_takes_the_average_whatever_the_model_holds(tmp_path):
@@ -249,12 +249,12 @@ def test_a_resumed_fit_is_the_uninterrupted_one(tmp_path):
 
 
 def test_a_second_fit_goes_on_averaging_and_schedules_its_own_steps(tmp_path):
-    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL), by_hand.Watch()
+    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL), plain_torch.Watch()
     model = make("NBEATS", tmp_path, [*stack.callbacks, watch])
     model.fit(TRAIN, val_series=VALIDATION)
     raw = stack.ema.raw_state_dict()
     average = {name: tensor.double() for name, tensor in stack.ema.average_state_dict().items()}
-    second, taken = by_hand.Watch(), len(watch.rates)
+    second, taken = plain_torch.Watch(), len(watch.rates)
     model.trainer_params["callbacks"].append(second)
     model.fit(TRAIN, val_series=VALIDATION, epochs=1)
     assert watch.rates[taken:] == second.rates == pytest.approx(rates(range(2)), abs=1e-12)
@@ -262,9 +262,9 @@ def test_a_second_fit_goes_on_averaging_and_schedules_its_own_steps(tmp_path):
     # the first step has rate 0, the second moves the weights: two updates of the average, its 7th and 8th
     now = stack.ema.raw_state_dict()
     for n, weights in ((7, raw), (8, now)):
-        share = by_hand.ema_decay(n, DECAY)
+        share = plain_torch.ema_decay(n, DECAY)
         average = {name: share * old + (1 - share) * weights[name].double() for name, old in average.items()}
-    assert by_hand.distance(stack.ema.average_state_dict(), average, watch.initial) < 1e-5
+    assert plain_torch.distance(stack.ema.average_state_dict(), average, watch.initial) < 1e-5
 
 
 def test_each_retraining_of_a_backtest_has_callbacks_of_its_own(tmp_path):
@@ -288,12 +288,12 @@ def test_fitted_callbacks_can_be_copied_and_pickled(run):
 
 def test_pieces_of_a_batch_make_the_same_steps(tmp_path):
     stacks = [Stack(tmp_path, warmup=2, total=TOTAL) for _ in range(2)]
-    watches = [by_hand.Watch() for _ in stacks]
+    watches = [plain_torch.Watch() for _ in stacks]
     for stack, watch, extra in zip(stacks, watches, ([], [MicroBatching(5)]), strict=True):
         make("NBEATS", tmp_path, [stack.accumulation, stack.scheduler, stack.ema, *extra, watch]).fit(TRAIN)
     assert watches[0].losses == pytest.approx(watches[1].losses, rel=1e-5)
     whole_batches, pieces = (stack.ema.raw_state_dict() for stack in stacks)
-    assert by_hand.distance(pieces, whole_batches, watches[0].initial) < 1e-5
+    assert plain_torch.distance(pieces, whole_batches, watches[0].initial) < 1e-5
 
 
 def test_samples_are_counted_in_the_clients_batches(tmp_path):
@@ -303,12 +303,12 @@ def test_samples_are_counted_in_the_clients_batches(tmp_path):
 
 
 def test_its_batches_are_counted_by_the_name_of_a_field(tmp_path):
-    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL, count=Tokens("future_target")), by_hand.Watch()
+    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL, count=Tokens("future_target")), plain_torch.Watch()
     model = make("NBEATS", tmp_path, [stack.accumulation, stack.scheduler, stack.ema, watch], epochs=2)
     model.fit(TRAIN)
     # every sample has the 3 values of the output chunk, so values weigh as samples do
     truth = by_plain_torch(model.model, watch, rates(range(4)))
-    assert by_hand.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
+    assert plain_torch.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
 
 
 class SkipFifthBatch:
@@ -318,12 +318,12 @@ class SkipFifthBatch:
 
 
 def test_a_cancelled_batch_is_left_out_of_its_window(tmp_path):
-    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL), by_hand.Watch()
+    stack, watch = Stack(tmp_path, warmup=2, total=TOTAL), plain_torch.Watch()
     cancel = EventCallback(SkipFifthBatch(), events=[Event.BATCH_START])
     model = make("NBEATS", tmp_path, [stack.accumulation, stack.scheduler, stack.ema, cancel, watch])
     model.fit(TRAIN)
     windows = [window for epoch in range(3) for window in ([0, 1, 2], [3, 5])]
     batches = [[watch.batches[6 * (index // 2) + batch] for batch in window] for index, window in enumerate(windows)]
     truth = by_plain_torch(model.model, watch, rates(), batches)
-    assert by_hand.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
-    assert by_hand.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5
+    assert plain_torch.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
+    assert plain_torch.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5

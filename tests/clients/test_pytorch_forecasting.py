@@ -12,7 +12,7 @@ from pytorch_forecasting.metrics import QuantileLoss
 
 from lightning_plugins import extract_weights, synthesize_ema
 from lightning_plugins.core.lightning import MisconfigurationException
-from tests.clients import by_hand
+from tests.clients import plain_torch
 from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack
 
 BATCH, LR = 8, 0.05
@@ -68,7 +68,7 @@ def loader(series, batch_size):
 
 
 def fit(series, path, *, callbacks, epochs=2, ckpt_path=None, **options):
-    net, watch = network(series), by_hand.Watch()
+    net, watch = network(series), plain_torch.Watch()
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -95,7 +95,7 @@ def loss_of(net, batch):
 
 def rates(epochs=2):
     total = epochs * STEPS
-    return [LR * by_hand.warmup_cosine(step, warmup=2, total=total) for step in range(total)]
+    return [LR * plain_torch.warmup_cosine(step, warmup=2, total=total) for step in range(total)]
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,13 @@ def by_plain_torch(series):
     net = network(series)
     initial = copy.deepcopy(net.state_dict())
     rules = {
-        "ema": lambda n: by_hand.ema_decay(n, DECAY),
-        "power": lambda n: by_hand.power_decay(n, SIGMA_REL),
+        "ema": lambda n: plain_torch.ema_decay(n, DECAY),
+        "power": lambda n: plain_torch.power_decay(n, SIGMA_REL),
     }
-    averages = by_hand.Averages(net, rules)
+    averages = plain_torch.Averages(net, rules)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
     windows = list(loader(series, BATCH * WINDOW)) * 2
-    by_hand.train(net, windows, loss_of, optimizer, rates(), averages)
+    plain_torch.train(net, windows, loss_of, optimizer, rates(), averages)
     raw = {name: parameter.detach() for name, parameter in net.named_parameters()}
     return {"initial": initial, "raw": raw, **averages.kept}
 
@@ -128,19 +128,19 @@ def test_every_step_is_the_one_that_plain_torch_takes(run, by_plain_torch):
     assert trainer.global_step == 2 * STEPS
     assert watch.rates == pytest.approx(rates(), abs=1e-12)
     initial = by_plain_torch["initial"]
-    assert by_hand.distance(stack.ema.raw_state_dict(), by_plain_torch["raw"], initial) < 1e-5
-    assert by_hand.distance(stack.ema.average_state_dict(), by_plain_torch["ema"], initial) < 1e-5
+    assert plain_torch.distance(stack.ema.raw_state_dict(), by_plain_torch["raw"], initial) < 1e-5
+    assert plain_torch.distance(stack.ema.average_state_dict(), by_plain_torch["ema"], initial) < 1e-5
 
 
 def test_the_bound_would_notice_what_lightning_makes_of_such_batches(series, by_plain_torch, tmp_path):
     stack = Stack(tmp_path, warmup="25%", existing="replace")
     net, _, _ = fit(series, tmp_path, callbacks=[stack.scheduler], accumulate_grad_batches=WINDOW)
-    assert by_hand.distance(net.state_dict(), by_plain_torch["raw"], by_plain_torch["initial"]) > 1e-2
+    assert plain_torch.distance(net.state_dict(), by_plain_torch["raw"], by_plain_torch["initial"]) > 1e-2
 
 
 def test_the_snapshots_give_the_power_average(run, by_plain_torch):
     synthesized = synthesize_ema(run[0].path / "posthoc", SIGMA_REL)
-    assert by_hand.distance(synthesized, by_plain_torch["power"], by_plain_torch["initial"]) < 1e-5
+    assert plain_torch.distance(synthesized, by_plain_torch["power"], by_plain_torch["initial"]) < 1e-5
 
 
 def test_the_logs_hold_the_losses_that_the_client_computed(run, series):

@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-def by_hand(windows, rate):
+def in_plain_torch(windows, rate):
     """Return the weights and their average after a plain loop over windows of both ranks' batches."""
     data = [list(batches(6, seed=10 + rank)) for rank in range(2)]
     module = make_regression()
@@ -100,7 +100,7 @@ def test_a_cancel_on_one_rank_is_one_on_all(results, case):
     steps = [(window[0], window) for window in windows]
     if later:
         steps += [(attempted + index, [index]) for index in range(6)]
-    weights, average = by_hand(steps, lambda step: 0.1 * (step / 2 if step < 2 else (12 - step) / 10))
+    weights, average = in_plain_torch(steps, lambda step: 0.1 * (step / 2 if step < 2 else (12 - step) / 10))
     assert close(first["weights"], weights)
     assert close(first["average"], average)
     assert first["step"] == attempted + (6 if later else 0)
@@ -113,7 +113,7 @@ def test_gradients_that_were_held_back_do_not_reach_the_next_window(results, cas
     first, second = (found[case] for found in results)
     assert first == second
     windows = HELD_BACK[case][1]
-    weights, average = by_hand(windows, lambda step: 0.1 * (step / 2 if step < 2 else (4 - step) / 2))
+    weights, average = in_plain_torch(windows, lambda step: 0.1 * (step / 2 if step < 2 else (4 - step) / 2))
     assert close(first["weights"], weights)
     assert close(first["average"], average)
 

@@ -37,7 +37,7 @@ def cancelling(event, *indices, action=CancelBatch):
     return act
 
 
-def trained_by_hand(windows, lr=0.1, momentum=0.9, epochs=1):
+def plain_training(windows, lr=0.1, momentum=0.9, epochs=1):
     """Return the weights of a plain torch loop over windows of batch indices, each a mean over its samples."""
     module, data = make_regression(), list(batches(6))
     optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
@@ -83,7 +83,7 @@ def test_neither_weights_nor_momentum_nor_the_average_nor_statistics_move(tmp_pa
     assert all(torch.equal(left, right) for left, right in zip(before[1], after[1], strict=True))
     assert same(before[2], after[2])
     assert before[3] == after[3]
-    assert same(weights(module), trained_by_hand([[0], [2], [3], [5]]))
+    assert same(weights(module), plain_training([[0], [2], [3], [5]]))
     assert trainer.global_step == 6  # positions are attempted steps
     rows = [line.split(",")[1:3] for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
     assert [batch for batch, phase in rows if phase == "train"] == ["1", "3", "4", "6"]
@@ -118,7 +118,7 @@ def test_a_window_without_its_last_batch_makes_no_step(tmp_path, kind):
         callbacks, options = ACCUMULATIONS[kind]()
         act = cancelling(event, 2)
         _, module, trainer = fit(tmp_path, act, callbacks=callbacks, epochs=1, training=6, **options)
-        assert same(weights(module), trained_by_hand([[3, 4, 5]]))
+        assert same(weights(module), plain_training([[3, 4, 5]]))
         assert trainer.global_step == 2
 
 
@@ -127,7 +127,7 @@ def test_a_window_without_another_batch_is_the_mean_of_the_rest(tmp_path, index)
     act = cancelling(Event.BATCH_START, index)
     _, module, _ = fit(tmp_path, act, callbacks=[GradientAccumulation(3)], epochs=1, training=6)
     rest = [[other for other in window if other != index] for window in ([0, 1, 2], [3, 4, 5])]
-    assert same(weights(module), trained_by_hand(rest))
+    assert same(weights(module), plain_training(rest))
 
 
 @pytest.mark.parametrize("event", [Event.BATCH_START, Event.BATCH_END], ids=lambda event: event.value)
@@ -135,14 +135,14 @@ def test_an_incomplete_window_is_dropped_with_the_epoch_or_carried_into_the_next
     for action in (CancelEpoch, CancelTraining):
         act = cancelling(event, 4, action=action)
         _, module, trainer = fit(tmp_path, act, callbacks=[GradientAccumulation(3)], epochs=2, training=6)
-        assert same(weights(module), trained_by_hand([[0, 1, 2]], epochs=2))
+        assert same(weights(module), plain_training([[0, 1, 2]], epochs=2))
         assert trainer.global_step == 2
         carried = GradientAccumulation(3, carry=True)
         _, module, trainer = fit(tmp_path, act, callbacks=[carried], epochs=2, training=6)
         if event is Event.BATCH_START:  # the cancelled batch has its place in the window, and nothing in it
-            expected = trained_by_hand([[0, 1, 2], [3, 0], [1, 2, 3]])
+            expected = plain_training([[0, 1, 2], [3, 0], [1, 2, 3]])
         else:
-            expected = trained_by_hand([[0, 1, 2], [3, 4, 0], [1, 2, 3]])
+            expected = plain_training([[0, 1, 2], [3, 4, 0], [1, 2, 3]])
         assert same(weights(module), expected)
         assert trainer.global_step == 3
 
@@ -151,7 +151,7 @@ def test_batches_in_pieces_can_be_cancelled_and_the_pieces_go_on(tmp_path):
     act = cancelling(Event.BATCH_START, 1, 4)
     callback = MicroBatching(1)
     _, module, trainer = fit(tmp_path, act, callbacks=[callback], epochs=1, training=6)
-    assert same(weights(module), trained_by_hand([[0], [2], [3], [5]]))
+    assert same(weights(module), plain_training([[0], [2], [3], [5]]))
     assert "_make_closure" not in vars(trainer.fit_loop.epoch_loop.automatic_optimization)
 
 
@@ -186,9 +186,9 @@ def test_manual_optimisation(tmp_path):
 
     for event in (Event.BATCH_START, Event.UPDATE_START):
         _, module, _ = fit(tmp_path, cancelling(event, 1, 4), module=make(), epochs=1, training=6)
-        assert same(weights(module), trained_by_hand([[0], [2], [3], [5]]))
+        assert same(weights(module), plain_training([[0], [2], [3], [5]]))
     events, module, _ = fit(tmp_path, cancelling(Event.BATCH_START, 2, action=CancelEpoch), module=make(), training=6)
-    assert same(weights(module), trained_by_hand([[0], [1]], epochs=2))
+    assert same(weights(module), plain_training([[0], [1]], epochs=2))
     assert events.count("updateStart") == 4
 
 
@@ -233,6 +233,6 @@ def test_a_gradient_scaler_takes_a_cancelled_batch_for_none(tmp_path, event):
     assert losses[0][0] == pytest.approx(expected, rel=1e-2)  # half precision; neither the loss nor ...
     assert losses[0][1] < 2 * expected**0.5  # ... the gradient is scaled by 4
     assert scaler.get_scale() == 4.0
-    kept, everything = trained_by_hand([[0], [2], [3], [5]]), trained_by_hand([[index] for index in range(6)])
+    kept, everything = plain_training([[0], [2], [3], [5]]), plain_training([[index] for index in range(6)])
     assert all(torch.allclose(weights(module)[name], kept[name], atol=1e-2) for name in kept)
     assert not any(torch.allclose(everything[name], kept[name], atol=1e-2) for name in kept)

@@ -8,7 +8,7 @@ from tests.support.events_runs import batches, fit, make_regression
 from tests.support.training import make_trainer
 
 
-def by_hand(module, batch):
+def in_plain_torch(module, batch):
     """Return the prediction and the loss of a batch with the weights that the module has now."""
     prediction = module.layer(batch[0])
     return prediction.detach(), torch.nn.functional.mse_loss(prediction, batch[1]).detach()
@@ -35,10 +35,10 @@ def test_batch_fields_are_those_of_the_batch_at_hand(tmp_path):
             assert loop.last_output is None
             assert loop.last_loss is None
         if event is Event.INFERENCE_PREDICTION_END:
-            assert torch.equal(loop.last_output, by_hand(loop.model, batch)[0])
+            assert torch.equal(loop.last_output, in_plain_torch(loop.model, batch)[0])
             assert loop.last_loss is None
         if event is Event.UPDATE_START or (event is Event.BATCH_END and data is validation):
-            prediction, loss = by_hand(loop.model, batch)  # the weights are those that the step used
+            prediction, loss = in_plain_torch(loop.model, batch)  # the weights are those that the step used
             assert torch.equal(loop.last_output, prediction)
             assert torch.equal(loop.last_loss, loss)
             assert not loop.last_output.requires_grad
@@ -62,7 +62,7 @@ def test_the_loss_is_the_users_under_accumulation_and_in_pieces(tmp_path):
     module.extra = torch.nn.Parameter(torch.zeros(()))
     step = module.training_step
     module.training_step = lambda batch, batch_idx: step(batch, batch_idx) + 0 * module.extra
-    whole = [by_hand(module, batch)[1].item() for batch in batches(7)]
+    whole = [in_plain_torch(module, batch)[1].item() for batch in batches(7)]
     assert any((torch.tensor(loss) / 7 * 7).item() != loss for loss in whole)  # multiplying back would not do
     fit(tmp_path, act, module=module, epochs=1, training=7, callbacks=[GradientAccumulation(7)])
     assert losses == {Event.UPDATE_START: whole[6:], Event.BATCH_END: whole}  # to the last bit

@@ -14,9 +14,9 @@ from lightning_plugins import average_checkpoints, extract_weights, select_check
 from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.statistics.plot import plot_log
 from tests.support import counts
+from tests.support.audit_events import code_run, listening, outside
 from tests.support.damage import CASES, bounded, damage
 from tests.support.damaged_cases import SUBJECTS, uses, write_whole_files
-from tests.support.witness import code_run, listening, outside
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning")
 SEEDS = -(-CASES // len(SUBJECTS))

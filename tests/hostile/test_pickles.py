@@ -17,9 +17,9 @@ from lightning_plugins import average_checkpoints, extract_weights, greedy_soup,
 from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.ema.snapshots import SnapshotContents, write_snapshot
 from tests.support import counts
+from tests.support.audit_events import code_run, listening, outside
 from tests.support.damage import bounded
 from tests.support.damaged_cases import command, write_whole_files
-from tests.support.witness import code_run, listening, outside
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning")
 MARKER = "pwned"

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from lightning_plugins.cli import main
 from lightning_plugins.schedules import SCHEDULES
 from tests.support import counts
-from tests.support.witness import code_run, listening, paths_changed
+from tests.support.audit_events import code_run, listening, paths_changed
 
 NASTY = [
     "",

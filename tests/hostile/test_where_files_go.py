@@ -32,9 +32,9 @@ from lightning_plugins import (
 from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.core.files import write_state_dict
 from lightning_plugins.core.lightning import MisconfigurationException
+from tests.support.audit_events import listening, outside, paths_changed
 from tests.support.damaged_cases import command, write_whole_files
 from tests.support.training import loader, make_module, make_trainer
-from tests.support.witness import listening, outside, paths_changed
 
 NAMES = ["../../evil", "/evil", "a/b", "x\ny", "..", ".", "~", "%s", "{0}", "con", "\\", "a,b", '"', " "]
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -22,7 +22,7 @@ import torch
 
 from tests.support.callback_runs import loader, make_classifier
 from tests.support.cases import CALLBACKS, make
-from tests.support.traces import of_module, of_optimizer, of_process, of_trainer
+from tests.support.leftovers import of_module, of_optimizer, of_process, of_trainer
 from tests.support.training import make_trainer
 
 ROOT = Path(__file__).parents[2]

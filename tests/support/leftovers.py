@@ -61,7 +61,7 @@ def of_trainer(trainer):
 
 
 def of_process():
-    """What belongs to nobody: open files, threads, hooks on everything, handlers, filters, the environment."""
+    """What belongs to the process: open files, threads, hooks on everything, handlers, filters, the environment."""
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the listing's own
             yield f"open file {link.readlink()}"

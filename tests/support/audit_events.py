@@ -1,7 +1,6 @@
-"""An ear on the interpreter: every file that is written, moved or removed, and all code that is run, inside a block.
+"""The interpreter's audit events: every file that is written, moved or removed, and all code that is run, in a block.
 
-Python's audit hooks cannot be taken off again, so that there is one for the whole process, which is deaf outside of
-the blocks.
+Python's audit hooks cannot be removed, so there is one for the whole process, which does nothing outside of the blocks.
 """
 
 import contextlib
@@ -27,26 +26,26 @@ _PATHS = {  # event -> which of its arguments are paths that are changed
 }
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-_ears: list[list[tuple[str, tuple]]] = []
+_blocks: list[list[tuple[str, tuple]]] = []
 
 
-def _hear(event, arguments):
-    for ear in _ears:
-        ear.append((event, arguments))
+def _note(event, arguments):
+    for block in _blocks:
+        block.append((event, arguments))
 
 
-sys.addaudithook(_hear)
+sys.addaudithook(_note)
 
 
 @contextlib.contextmanager
 def listening():
     """Yield the list of all events of the block, ``(name, arguments)``."""
-    ear = []
-    _ears.append(ear)
+    block = []
+    _blocks.append(block)
     try:
-        yield ear
+        yield block
     finally:
-        _ears[:] = [other for other in _ears if other is not ear]
+        _blocks[:] = [other for other in _blocks if other is not block]
 
 
 def code_run(events):
