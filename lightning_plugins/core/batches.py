@@ -256,7 +256,7 @@ class _Cut:
                 return self._list(value, path)
             fields = fields_of(value)
             if fields is not None:
-                return _record_like(value, [self(item, path + name) for name, item in fields])
+                return record_like(value, [self(item, path + name) for name, item in fields])
             if isinstance(value, SHARED) or getattr(value, "ndim", None) == 0:
                 return value
         elif number == self._length:
@@ -284,7 +284,7 @@ class _Cut:
         items = [
             self._size() if name in says and item == self._length else self(item, path + name) for name, item in fields
         ]
-        return _record_like(value, items)
+        return record_like(value, items)
 
     def _size(self) -> int:
         return int(self._part.stop - self._part.start)
@@ -314,9 +314,9 @@ class _Cut:
         if samples and fields and listed is not None:
             samples = self._are_samples(listed)
         if samples:
-            return _sequence_like(values, list(values)[self._part])
+            return sequence_like(values, list(values)[self._part])
         if fields:
-            return _sequence_like(values, [self(item, f"{path}[{index}]") for index, item in enumerate(values)])
+            return sequence_like(values, [self(item, f"{path}[{index}]") for index, item in enumerate(values)])
         raise self._refused(values, path, f"{len(values)} rows")
 
     def _are_samples(self, listed: AmbiguousList) -> bool:
@@ -342,11 +342,12 @@ def _maker(kind: Any) -> Any:
     return next(base for base in kind.__mro__ if "from_data_list" in vars(base))
 
 
-def _sequence_like(value: Any, items: list[Any]) -> Any:
+def sequence_like(value: Any, items: list[Any]) -> Any:
+    """Return a sequence like ``value`` with other items."""
     return items if isinstance(value, range) else type(value)(items)
 
 
-def _record_like(value: Any, items: list[Any]) -> Any:
+def record_like(value: Any, items: list[Any]) -> Any:
     """Return a mapping, named tuple or dataclass like ``value`` with other items."""
     if is_named_tuple(value):
         return type(value)._make(items)

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from lightning_plugins.core.automatic_optimization import check_automatic
-from lightning_plugins.core.batches import batch_length, even_sizes
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import CountedBy, counter
 from lightning_plugins.core.lightning import (
@@ -18,11 +17,13 @@ from lightning_plugins.core.lightning import (
     rank_zero_warn,
     torch_optimizers,
 )
+from lightning_plugins.core.loaders import loader_batch_size
 from lightning_plugins.core.strategies import check_strategy
 from lightning_plugins.core.validation import LightningPluginsWarning, shown, whole_number
 from lightning_plugins.microbatching.logging import BatchMetrics
 from lightning_plugins.microbatching.loop import BatchInPieces, PiecewiseClosure
 from lightning_plugins.microbatching.out_of_memory import add_hint, is_out_of_memory
+from lightning_plugins.microbatching.pieces import Pieces, Split
 from lightning_plugins.microbatching.size_finder import SizeSearch
 
 
@@ -62,11 +63,14 @@ class MicroBatching(Callback):
         size: Samples that fit at once, or ``"auto"``.
         count: What the loss is a mean over, as in ``GradientAccumulation``: ``"samples"``, ``Tokens("labels")``, or a
             function of the batch.
+        split: ``split(batch, sizes) -> pieces`` for batches that only you can take apart: a batch for each of the
+            sizes, which are in samples and add up to the whole. Where the samples of a batch cannot be told, ``size``
+            and ``sizes`` are in what ``count`` counts. ``None`` cuts tensors, arrays, lists and nests of them.
 
     Raises:
-        TypeError: If ``size`` is no whole number; during the run if the batch cannot be split.
+        TypeError: If ``size`` is no whole number or ``split`` no function; during the run if the batch cannot be split.
         ValueError: If ``size`` is below 1 or another word, ``count`` another word; during the run if the batch's size
-            cannot be told.
+            cannot be told, or ``split`` returns another number of pieces.
         MisconfigurationException: At setup: manual optimization, several optimizers, DDP's ``static_graph``,
             synchronized batch normalization, or a strategy that it was not tested under.
 
@@ -77,19 +81,24 @@ class MicroBatching(Callback):
 
     stage = Stage.ACCUMULATION
 
-    def __init__(self, size: int | str = "auto", *, count: CountedBy = "samples") -> None:
+    def __init__(self, size: int | str = "auto", *, count: CountedBy = "samples", split: Split | None = None) -> None:
         if isinstance(size, str):
             if size != "auto":
                 raise ValueError(f'`size` must be a number of samples or "auto", got {shown(size)}.')
         else:
             size = whole_number("size", size, at_least=1, unit="samples")
         counter(count)
+        if split is not None and not callable(split):
+            raise TypeError(f"`split` must be a function (batch, sizes) -> pieces, or None, got {shown(split)}.")
         self.size = size
         self.count = count
+        self.split = split
         super().__init__(size=size)
         self._found: int | None = None
         self._search: SizeSearch | None = None
         self._metrics: BatchMetrics | None = None
+        self._pieces = Pieces("samples", None)
+        self._warned = False
 
     @property
     def size_found(self) -> int | None:
@@ -133,6 +142,9 @@ class MicroBatching(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of Lightning's closures and say so once."""
         self._metrics = BatchMetrics(pl_module)
+        full = loader_batch_size(trainer)
+        self._pieces = Pieces(self.count, self.split, module=pl_module, full=full)
+        self._warned = False
         if self.size == "auto":
             self._search = SizeSearch(trainer, self._metrics, self._found)
             known = f"in pieces of at most {self._found} samples" if self._found else "whole"
@@ -154,6 +166,7 @@ class MicroBatching(Callback):
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of what belongs to the run."""
         self._search = self._metrics = None
+        self._pieces = Pieces("samples", None)
 
     def get_state(self) -> dict[str, Any]:
         """Return the size found by ``"auto"``."""
@@ -176,34 +189,36 @@ class MicroBatching(Callback):
 
         Several ranks log in one order, after the backward, also where one has a single piece: logging may synchronize.
         """
-        length = self._length(kwargs["batch"])
-        if isinstance(self.size, int) and length <= self.size and trainer.world_size == 1:
+        size, search, pieces = self.size, self._search, self._pieces
+        if isinstance(size, int) and trainer.world_size == 1 and pieces.length(kwargs["batch"]) <= size:
             return whole(kwargs, optimizer, batch_idx)
-        count = None if self.count == "samples" else counter(self.count)
         metrics = self._metrics or BatchMetrics(nn.Module())
-        batch = BatchInPieces(trainer, kwargs, optimizer, batch_idx, count=count, metrics=metrics)
-        search = self._search
-        if search is None:
-            sizes = even_sizes(length, int(self.size))
-            return PiecewiseClosure(lambda: batch.begin().run(sizes))
-        return PiecewiseClosure(lambda: self._searched(search, batch, length))
+        batch = BatchInPieces(trainer, kwargs, optimizer, batch_idx, pieces=pieces, metrics=metrics)
 
-    def _searched(self, search: SizeSearch, batch: BatchInPieces, length: int) -> Any:
-        result = search.run(batch.begin(), length)
-        self._found = search.size
-        return result
+        def run() -> Any:
+            batch.begin()
+            result = batch.run(int(size)) if search is None else search.run(batch)
+            self._found = None if search is None else search.size
+            self._warn_of(batch.dropped)
+            return result
 
-    def _length(self, batch: Any) -> int:
-        try:
-            return batch_length(batch)
-        except ValueError as error:
-            raise ValueError(f"MicroBatching cannot tell the size of the batch: {error}") from None
+        return PiecewiseClosure(run)
+
+    def _warn_of(self, dropped: dict[str, str]) -> None:
+        """Say once in a run what is missing in the outputs of a step."""
+        if dropped and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"MicroBatching leaves out what it cannot merge of the outputs of `training_step` for the pieces of a "
+                f"batch: {' '.join(dropped.values())} Return tensors with a row per sample, numbers, or nothing.",
+                category=LightningPluginsWarning,
+            )
 
     def _hint(self) -> str:
         if self._search is not None and self._search.settled:
             return (
                 f"MicroBatching had settled on a size under DDP, where one rank cannot ask the others to go back. Give "
-                f"a number of samples below {self._search.largest} as `size`."
+                f"a number of samples below {self._search.largest()} as `size`."
             )
         if self.size == "auto":
             return "MicroBatching found no size that fits. Shorten the samples, or free memory in another way."

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.batches import split_batch
+from lightning_plugins.core.batches import even_sizes
 from lightning_plugins.core.counting import Count
 from lightning_plugins.core.lightning import MisconfigurationException, Trainer
 from lightning_plugins.microbatching.logging import BatchMetrics, PieceLogs
 from lightning_plugins.microbatching.merging import merge, shares, weighted, weighted_sum
+from lightning_plugins.microbatching.pieces import Pieces
 
 
 class PiecewiseClosure:
@@ -48,8 +49,11 @@ class BatchInPieces:
         kwargs: What the loop calls ``training_step`` with.
         optimizer: The optimizer of the coming backward.
         batch_idx: The batch's index in the epoch.
-        count: What the loss is a mean over, ``None`` for samples.
+        pieces: How the batch is counted and split.
         metrics: The module's metrics.
+
+    Attributes:
+        dropped: What the pieces returned and could not be merged, path -> reason.
     """
 
     def __init__(
@@ -59,13 +63,13 @@ class BatchInPieces:
         optimizer: Any,
         batch_idx: int,
         *,
-        count: Callable[[Any], Count] | None,
+        pieces: Pieces,
         metrics: BatchMetrics,
     ) -> None:
         self._trainer = trainer
         self._loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
         self._kwargs = kwargs
-        self._count = count
+        self._pieces = pieces
         self._metrics = metrics
         self._logs = PieceLogs(trainer.fit_loop.epoch_loop._results)
         self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
@@ -74,6 +78,7 @@ class BatchInPieces:
         self._weights: Sequence[Count] = ()
         self._sizes: Sequence[int] = ()
         self._results: list[Any] = []
+        self.dropped: dict[str, str] = {}
         self.on_first_backward: Callable[[], None] = lambda: None
 
     def begin(self) -> BatchInPieces:
@@ -81,21 +86,31 @@ class BatchInPieces:
         self._zeroed = False
         return self
 
-    def run(self, sizes: Sequence[int]) -> Any:
-        """Run the batch in pieces of the given sizes and return Lightning's result of the whole."""
-        self.attempt(sizes)
+    def length(self) -> int:
+        """Return the batch's samples, which are not counted before that."""
+        return self._pieces.length(self._kwargs["batch"])
+
+    def largest(self) -> int:
+        """Return the samples of the largest piece of the last attempt."""
+        return self.length() if len(self._weights) <= 1 else self._sizes[0]
+
+    def run(self, at_most: int | None) -> Any:
+        """Run the batch in pieces of at most so many samples and return Lightning's result of the whole."""
+        self.attempt(at_most)
         return self.finish()
 
-    def attempt(self, sizes: Sequence[int]) -> None:
-        """Run the batch in pieces of the given sizes; nothing is logged yet.
+    def attempt(self, at_most: int | None) -> None:
+        """Run the batch in pieces of at most so many samples, whole for ``None``; nothing is logged yet.
 
         May be called again after an attempt that failed; what was zeroed is not zeroed again.
         """
-        pieces = split_batch(self._kwargs["batch"], sizes) if len(sizes) > 1 else [self._kwargs["batch"]]
-        self._weights = shares(pieces, sizes, self._count) if len(sizes) > 1 else [1.0]
+        batch = self._kwargs["batch"]
+        sizes = [0] if at_most is None else even_sizes(self.length(), at_most)
+        whole = len(sizes) == 1
+        pieces = [batch] if whole else self._pieces.split(batch, sizes)
+        self._weights = [1.0] if whole else shares(pieces, sizes, self._pieces.count)
         self._sizes = sizes
-        metrics = self._metrics.one_batch() if len(sizes) > 1 else nullcontext()
-        with metrics, self._logs.collecting():
+        with nullcontext() if whole else self._metrics.one_batch(), self._logs.collecting():
             self._results = [self._run_piece(index, piece) for index, piece in enumerate(pieces)]
 
     def finish(self) -> Any:
@@ -136,5 +151,6 @@ class BatchInPieces:
         merged = self._loop.output_result_cls(None)
         if not without:
             merged.loss = weighted_sum([result.loss for result in results], self._weights)
-            merged.extra = merge([result.extra for result in results], self._weights, self._sizes)
+            extra = [result.extra for result in results]
+            merged.extra = merge(extra, self._weights, self._sizes, dropped=self.dropped)
         return merged

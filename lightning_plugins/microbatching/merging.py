@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
+from lightning_plugins.core.batch_structure import SHARED, fields_of, is_list, rows
+from lightning_plugins.core.batches import record_like, sequence_like
 from lightning_plugins.core.counting import Count, wide
+from lightning_plugins.core.validation import shown
 
 
 def shares(pieces: Sequence[Any], sizes: Sequence[int], count: Callable[[Any], Count] | None) -> list[Count]:
@@ -41,31 +45,48 @@ def shares(pieces: Sequence[Any], sizes: Sequence[int], count: Callable[[Any], C
 
 
 def weighted(value: Any, share: Count) -> Any:
-    """Return ``share * value``, and 0 for a share of 0: the mean of no items is no number, and must not spread."""
+    """Return ``share * value``; for a share of 0 a 0 with the graph of ``value``.
+
+    The mean of no items is no number and must not spread, but a backward must be able to start from it.
+    """
+    if not isinstance(value, Tensor):
+        return value * share if share else value * 0
     if not isinstance(share, Tensor):
-        return value * share if share else value * 0 if not isinstance(value, Tensor) else torch.zeros_like(value)
+        if share:
+            return value * share
+        return torch.where(torch.zeros_like(value, dtype=torch.bool), value, torch.zeros_like(value))
     share = share.to(device=value.device, dtype=value.dtype)
     return torch.where(share > 0, value * share, torch.zeros_like(value))
 
 
 def weighted_sum(values: Sequence[Any], weights: Sequence[Count]) -> Any:
-    """Return the mean over the batch, out of the means over its pieces."""
-    parts = [weighted(value, weight) for value, weight in zip(values, weights, strict=True)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    """Return the sum of ``values``, each times its weight."""
+    return sum(map(weighted, values[1:], weights[1:]), start=weighted(values[0], weights[0]))
 
 
-def merge(values: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int], path: str = "outputs") -> Any:
+def merge(
+    values: Sequence[Any],
+    weights: Sequence[Count],
+    sizes: Sequence[int],
+    path: str = "outputs",
+    *,
+    dropped: dict[str, str] | None = None,
+) -> Any:
     """Return what ``training_step`` would have returned for the whole batch, out of what it returned for the pieces.
 
-    Values with a row per sample are put one after another, fractional numbers are averaged by the pieces' shares,
+    Values with an entry per sample are put one after another, fractional numbers are averaged by the pieces' shares,
     whole numbers are taken for counts and added, containers are merged item by item, and what is the same in every
     piece stays. Tensors are detached, so that no piece keeps the memory of its backward.
 
+    Args:
+        values: One for every piece.
+        weights: The pieces' shares of the batch.
+        sizes: The pieces' samples.
+        path: What they are called in a message.
+        dropped: Where to write what cannot be merged, path -> reason; mappings are then merged without it.
+
     Raises:
-        TypeError: If it cannot be told what the whole batch would have given.
+        TypeError: If it cannot be told what the whole batch would have given, and ``dropped`` is not given.
 
     Example:
         >>> merge([{"hits": 2, "score": 1.0}, {"hits": 1, "score": 4.0}], [2 / 3, 1 / 3], [4, 2])
@@ -74,38 +95,105 @@ def merge(values: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int],
     first = values[0]
     if all(isinstance(value, Tensor) for value in values):
         return _merge_tensors([value.detach() for value in values], weights, sizes, path)
-    if isinstance(first, Mapping):
-        return {key: merge([value[key] for value in values], weights, sizes, f"{path}[{key!r}]") for key in first}
-    if isinstance(first, (list, tuple)):
-        if _per_sample(values, sizes):
-            return type(first)(item for value in values for item in value)
-        columns = enumerate(zip(*values, strict=True))
-        return type(first)(merge(column, weights, sizes, f"{path}[{index}]") for index, column in columns)
-    return _merge_plain(values, weights, path)
+    if not all(isinstance(value, type(first)) for value in values):
+        raise TypeError(f"`{path}` must have one type, got {', '.join(type(value).__name__ for value in values)}.")
+    if isinstance(first, Mapping) and rows(first) is None:
+        return _merge_mappings(values, weights, sizes, path, dropped)
+    if fields_of(first) is not None or is_list(first):
+        return _merge_containers(values, weights, sizes, path)
+    return _merge_plain(values, weights, sizes, path)
+
+
+def _merge_mappings(
+    values: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int], path: str, dropped: dict[str, str] | None
+) -> Any:
+    merged = {}
+    for key in dict.fromkeys(key for value in values for key in value):
+        where = f"{path}[{key!r}]"
+        try:
+            merged[key] = merge(_column(values, key, where), weights, sizes, where, dropped=dropped)
+        except TypeError as error:
+            if dropped is None:
+                raise
+            dropped[where] = str(error)
+    complete = merged.keys() == values[0].keys()
+    return record_like(values[0], list(merged.values())) if complete else merged
+
+
+def _column(values: Sequence[Any], key: Any, path: str) -> list[Any]:
+    if not all(key in value for value in values):
+        raise TypeError(f"`{path}` must be returned for every piece of a batch or for none.")
+    return [value[key] for value in values]
+
+
+def _merge_containers(values: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int], path: str) -> Any:
+    first = values[0]
+    named = fields_of(first)
+    if named is None and _per_sample(values, sizes):
+        return sequence_like(first, [item for value in values for item in value])
+    columns = [[item for _, item in fields_of(value) or ()] if named else list(value) for value in values]
+    if len(set(map(len, columns))) > 1:
+        lengths = ", ".join(str(len(column)) for column in columns)
+        raise TypeError(f"`{path}` must have an entry per sample or one length, got the lengths {lengths}.")
+    names = [name for name, _ in named] if named else [f"[{index}]" for index in range(len(columns[0]))]
+    transposed = zip(names, zip(*columns, strict=True), strict=True)
+    items = [merge(column, weights, sizes, path + name) for name, column in transposed]
+    return record_like(first, items) if named else sequence_like(first, items)
 
 
 def _per_sample(values: Sequence[Any], sizes: Sequence[int]) -> bool:
-    return all(len(value) == size for value, size in zip(values, sizes, strict=True))
+    """Return whether sequences hold an entry per sample and not fields.
+
+    A tuple of tensors, such as an LSTM's states, holds fields; so does a list of tensors that have a row per sample.
+    """
+    if any(len(value) != size for value, size in zip(values, sizes, strict=True)):
+        return False
+    tensors = [item for value in values for item in value if isinstance(item, Tensor)]
+    if tensors and isinstance(values[0], tuple):
+        return False
+    rows_too = all(rows(item) == size for value, size in zip(values, sizes, strict=True) for item in value)
+    return not (tensors and rows_too)
 
 
-def _merge_plain(values: Sequence[Any], weights: Sequence[Count], path: str) -> Any:
+def _merge_plain(values: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int], path: str) -> Any:
     first = values[0]
     if isinstance(first, float):
         return weighted_sum(values, weights)
     if isinstance(first, int) and not isinstance(first, bool):
         return sum(values)
-    if all(value is first or value == first for value in values):
+    if rows(first) is not None:
+        return _merge_rows(values, weights, sizes, path)
+    if all(value is first for value in values) or (
+        isinstance(first, SHARED) and all(value == first for value in values)
+    ):
         return first
-    raise TypeError(f"`{path}` must be the same for every piece of a batch or something to average, got {values!r}.")
+    raise TypeError(
+        f"`{path}` must be the same for every piece of a batch or something to average, got {shown(list(values))}."
+    )
+
+
+def _merge_rows(values: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int], path: str) -> Any:
+    """Merge what has a number of samples and is no tensor: arrays, packed sequences, TensorDicts."""
+    if isinstance(values[0], PackedSequence):
+        return pack_sequence([part for value in values for part in unpack_sequence(value)], enforce_sorted=False)
+    if hasattr(values[0], "__array__"):
+        merged = _merge_tensors([torch.as_tensor(value) for value in values], weights, sizes, path)
+        return merged.numpy()
+    if isinstance(getattr(values[0], "batch_size", None), torch.Size):
+        return torch.cat(list(values))
+    raise TypeError(f"`{path}` must be something that can be put together, got {type(values[0]).__name__}.")
 
 
 def _merge_tensors(values: list[Tensor], weights: Sequence[Count], sizes: Sequence[int], path: str) -> Tensor:
-    if all(value.ndim for value in values) and _per_sample(values, sizes):
-        return torch.cat(values)
-    if len({value.shape for value in values}) > 1:
-        shapes = ", ".join(str(tuple(value.shape)) for value in values)
+    if all(rows(value) == size for value, size in zip(values, sizes, strict=True)):
+        if not values[0].is_nested:
+            return torch.cat(values)
+        parts = [part for value in values for part in value.unbind()]
+        return torch.nested.as_nested_tensor(parts, layout=values[0].layout)
+    if any(value.is_nested for value in values) or len({value.shape for value in values}) > 1:
+        shapes = ", ".join("nested" if value.is_nested else str(tuple(value.shape)) for value in values)
         raise TypeError(f"`{path}` must have a row per sample or one shape, got the shapes {shapes}.")
-    if values[0].is_floating_point():
+    if values[0].is_floating_point() or values[0].is_complex():
         total: Tensor = weighted_sum(values, weights)
         return total
     if values[0].dtype is torch.bool:

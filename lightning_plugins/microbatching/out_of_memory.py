@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,19 +11,69 @@ from torch import Tensor, nn
 from lightning_plugins.core.metric_state import MetricState
 from lightning_plugins.core.random_state import RandomState
 
-_MESSAGES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
+_TEXTS = (
+    # CUDA, HIP, XPU, MPS, NPU and others: "... out of memory"
+    "out of memory",
+    "outofmemory",
+    "out_of_memory",
+    "out_of_host_memory",
+    "out_of_device_memory",
+    "memoryallocation",
+    # Level Zero and SYCL below XPU
+    "error_out_of_resources",
+    # cuBLAS, cuDNN, cuFFT, cuSOLVER, cuSPARSE, cuRAND, MIOpen, HPU
+    "alloc_failed",
+    "allocation_failed",
+    "allocfailed",
+    "allocation failed",
+    "cusparse_status_insufficient_resources",
+    # a handle is the first thing that does not fit
+    "cublas_status_not_initialized when calling `cublascreate",
+    # cuDNN says so when its work space does not fit; so reads Lightning's own `is_oom_error`
+    "cudnn_status_not_supported",
+    "unable to find a valid cudnn algorithm",
+    "unable to find an engine to execute this computation",
+    # the host: Linux, Windows, C++
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    # XLA
+    "resource_exhausted",
+    "resource exhausted",
+)
+"""What the libraries below PyTorch say, in small letters."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether ``error`` says that memory ran out: CUDA's, another accelerator's or the host's.
+    """Return whether memory ran out: an accelerator's or the host's, also in an error that led to this one.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")), is_out_of_memory(KeyError())
         (True, False)
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    return any(map(_says_so, _chain(error)))
+
+
+def _says_so(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(said in text for said in _TEXTS)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, those that it came from, and those of a group; each once."""
+    waiting, seen = [error], set()
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        before = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+        waiting += [] if before is None else [before]
+        waiting += getattr(found, "exceptions", ())
 
 
 def halved(size: int) -> int:
@@ -99,3 +149,10 @@ class StateBeforeBatch:
             state.restore(metric)
         for parameter, gradient in zip(self._parameters, self._gradients or (), strict=False):
             parameter.grad = None if gradient is None else gradient.clone()
+
+
+def empty_caches() -> None:
+    """Give memory that the allocators keep back to the devices."""
+    if torch.accelerator.is_available():
+        # older releases of torch have one for each kind of device
+        getattr(torch.accelerator, "empty_cache", torch.cuda.empty_cache)()

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.batches import even_sizes
 from lightning_plugins.core.lightning import Trainer, rank_zero_info
 from lightning_plugins.microbatching.logging import BatchMetrics
 from lightning_plugins.microbatching.loop import BatchInPieces
-from lightning_plugins.microbatching.out_of_memory import StepState, halved, is_out_of_memory
+from lightning_plugins.microbatching.out_of_memory import StepState, empty_caches, halved, is_out_of_memory
 
 
 class SizeSearch:
@@ -27,16 +26,13 @@ class SizeSearch:
         trainer: The Trainer, in a fit.
         metrics: The module's metrics.
         size: A size found before, ``None`` to begin with whole batches.
-
-    Attributes:
-        largest: The largest piece of the current batch.
     """
 
     SETTLED = 10  # batches at one size after which DDP runs unguarded
 
     def __init__(self, trainer: Trainer, metrics: BatchMetrics, size: int | None) -> None:
         self.size = size
-        self.largest = 0
+        self._batch: BatchInPieces | None = None
         self._ranks = Ranks(trainer) if trainer.world_size > 1 else None
         self._passed = 0
         self._state = StepState(trainer.lightning_module, metrics.metrics, trainer.strategy.root_device)
@@ -46,31 +42,35 @@ class SizeSearch:
         """Whether batches run unguarded: memory that runs out now ends the run."""
         return self._passed >= self.SETTLED
 
-    def run(self, batch: BatchInPieces, length: int) -> Any:
-        """Run ``batch`` of ``length`` samples and return Lightning's result of it."""
+    def run(self, batch: BatchInPieces) -> Any:
+        """Run ``batch`` and return Lightning's result of it."""
+        self._batch = batch
         if self._ranks is None:
-            self._guarded(batch, length, lambda wanted: wanted)
+            self._guarded(batch, lambda wanted: wanted)
             return batch.finish()
         if self.settled:
-            return batch.run(self._sizes(length))
+            return batch.run(self.size)
         with self._ranks.unsynchronized():
-            self._guarded(batch, length, self._ranks.agree)
+            self._guarded(batch, self._ranks.agree)
         self._passed += 1
         return batch.finish()
 
-    def _guarded(self, batch: BatchInPieces, length: int, agree: Callable[[int | None], int | None]) -> None:
+    def largest(self) -> int:
+        """Return the largest piece of the current batch, in samples."""
+        return self._batch.largest() if self._batch is not None else 0
+
+    def _guarded(self, batch: BatchInPieces, agree: Callable[[int | None], int | None]) -> None:
         """Run the batch until an attempt succeeds; what it logs waits, since logging may synchronize the ranks."""
         before = self._state.snapshot()
         batch.on_first_backward = before.keep_gradients
         while True:
-            sizes = self._sizes(length)
             wanted = None
             try:
-                batch.attempt(sizes)
-            except RuntimeError as error:
+                batch.attempt(self.size)
+            except Exception as error:  # the types are many
                 if not is_out_of_memory(error):
                     raise
-                wanted = halved(sizes[0])
+                wanted = halved(batch.largest())
                 if wanted == 0:
                     agree(0)
                     raise
@@ -80,14 +80,10 @@ class SizeSearch:
             if wanted == 0:
                 raise torch.OutOfMemoryError("Another rank ran out of memory with a single sample.")
             before.restore()
-            torch.cuda.empty_cache()
-            rank_zero_info(f"MicroBatching: out of memory with {sizes[0]} samples at once; going on with {wanted}.")
+            empty_caches()
+            tried = batch.largest()
+            rank_zero_info(f"MicroBatching: out of memory with {tried} samples at once; going on with {wanted}.")
             self.size, self._passed = wanted, 0
-
-    def _sizes(self, length: int) -> list[int]:
-        sizes = even_sizes(length, self.size or max(1, length))
-        self.largest = sizes[0]
-        return sizes
 
 
 class Ranks:

@@ -9,7 +9,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from lightning_plugins.microbatching.merging import combine_logged, merge, shares, weighted_sum
-from lightning_plugins.microbatching.out_of_memory import StepState, add_hint, halved, is_out_of_memory
+from lightning_plugins.microbatching.out_of_memory import StepState, add_hint, halved
 
 NAN = float("nan")
 
@@ -104,23 +104,6 @@ def test_logged_values_are_combined_as_they_are_reduced(reduction, value, on_dev
 def test_pieces_that_did_not_log_are_left_out_of_the_mean():
     assert combine_logged("mean", [torch.tensor(3.0)], [0.25]).item() == 3.0
     assert combine_logged("mean", [torch.tensor(3.0), torch.tensor(5.0)], [0.0, 0.0]).item() == 4.0
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
-    ],
-)
-def test_memory_that_ran_out_is_recognized(error):
-    assert is_out_of_memory(error)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), MemoryError(), ValueError("out of memory")])
-def test_other_errors_are_not(error):
-    assert not is_out_of_memory(error)
 
 
 def test_halving_ends():

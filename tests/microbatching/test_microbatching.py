@@ -309,7 +309,7 @@ def test_memory_that_runs_out_for_good_is_the_original_error_with_a_hint(size, f
 
 def test_memory_that_runs_out_after_ddp_has_settled_names_a_number():
     callback = MicroBatching()
-    callback._search = SimpleNamespace(settled=True, largest=8)
+    callback._search = SimpleNamespace(settled=True, largest=lambda: 8)
     trainer, error = SimpleNamespace(training=True, **vars(pl.Trainer(accelerator="cpu", logger=False))), _oom()
     callback.on_exception(trainer, Probe(), error)
     assert str(error).endswith("ask the others to go back. Give a number of samples below 8 as `size`.")

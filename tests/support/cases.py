@@ -35,6 +35,10 @@ def truth(outputs, batch):
     return outputs["truth"]
 
 
+def take_apart(batch, sizes):
+    return batch.split(sizes)
+
+
 def look(loop, event):
     return loop.batch_index
 
@@ -180,6 +184,7 @@ CALLBACKS = {
         ("{size: 16}", {"size": 16}),
         (f"{{size: auto, count: {_HERE}.count_ones}}", {"size": "auto", "count": count_ones}),
         (f"{{size: 8, count: {_LABELS}}}", {"size": 8, "count": lp.Tokens("labels", 0)}),
+        (f"{{size: 8, split: {_HERE}.take_apart}}", {"size": 8, "split": take_apart}),
         pair=({}, {"size": 16}),
     ),
     "PostHocEMA": case(

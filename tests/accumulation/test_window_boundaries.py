@@ -1,0 +1,215 @@
+"""A window holds what is in the gradients: it begins where they are zeroed, whether or not a step was taken."""
+
+import copy
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_plugins import GradientAccumulation, MicroBatching
+from tests.support.accumulation_runs import (
+    Probe,
+    Recorder,
+    SaveAfterFirstEpoch,
+    ScalerOnly,
+    batches,
+    fit,
+    full_gradient,
+    relative_error,
+)
+
+EQUAL = (5, 5, 5, 5, 5, 5)
+UNEQUAL = (4, 7, 2, 5, 3, 6)
+
+
+class StepsOnSome(Probe):
+    """Calls the closure alone on some batches, as Lightning's documentation shows it."""
+
+    def __init__(self, without_step):
+        super().__init__()
+        self.without_step = without_step
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        if batch_idx in self.without_step:
+            optimizer_closure()
+        else:
+            optimizer.step(closure=optimizer_closure)
+
+
+class TwiceAStep(Probe):
+    """Runs the closure twice in a step, as sharpness-aware minimization does, and leaves the second gradient."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer_closure()
+        optimizer.step(closure=optimizer_closure)
+
+
+class Ends(Probe):
+    """Ends an epoch from ``on_train_batch_start``."""
+
+    def __init__(self, ends):
+        super().__init__()
+        self.ends = ends
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if (self.trainer.current_epoch, batch_idx) in self.ends else None
+
+
+class Overflows(Probe):
+    """Has a gradient that is not finite in one batch, so that a gradient scaler skips the step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if batch_idx == 1 and self.trainer.current_epoch == 0 else loss
+
+
+def data_of(sizes):
+    return batches(sizes, dtype=torch.float32, tokens=False)
+
+
+def steps_of(module, callbacks, sizes, **arguments):
+    recorder = Recorder()
+    fit(module, [*callbacks, recorder], data_of(sizes), **arguments)
+    return recorder.steps
+
+
+def same(step, expected):
+    kinds = ("weights", "gradient")
+    return all(torch.equal(step[what][name], expected[what][name]) for what in kinds for name in step[what])
+
+
+STOCK = {
+    "a closure without a step": lambda: StepsOnSome({0, 3}),
+    "no step at a window's end": lambda: StepsOnSome({1, 5}),
+    "the closure twice": TwiceAStep,
+    "an epoch that ends within a window": lambda: Ends({(0, 3)}),
+    "an epoch that ends before a window": lambda: Ends({(0, 2)}),
+}
+
+
+@pytest.mark.parametrize("batches_a_step", [1, 2, 3])
+@pytest.mark.parametrize("name", STOCK)
+def test_bit_identical_to_stock_where_batches_are_equal(name, batches_a_step):
+    stock = steps_of(STOCK[name](), [], EQUAL, accumulate_grad_batches=batches_a_step, epochs=2)
+    ours = steps_of(STOCK[name](), [GradientAccumulation(batches_a_step)], EQUAL, epochs=2)
+    assert len(ours) == len(stock)
+    assert all(map(same, ours, stock))
+
+
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
+@pytest.mark.parametrize(
+    ("module", "windows"),
+    [
+        # one batch a step: each zeroes the gradients
+        (lambda: StepsOnSome({0, 3}), {1: [[1], [2], [4], [5]]}),
+        (TwiceAStep, {1: [[0], [0], [1], [1], [2], [2], [3], [3], [4], [4], [5], [5]]}),
+        # two: a window without a step is gone with the next window's first batch
+        (lambda: StepsOnSome({1}), {2: [[2, 3], [4, 5]]}),
+    ],
+    ids=["closure alone", "closure twice", "window without a step"],
+)
+def test_the_mean_is_over_what_is_in_the_gradients(module, windows, pieces):
+    """Batches of unequal size, each step against the gradient of its window in one pass."""
+    (number, expected), *_ = windows.items()
+    callbacks = [GradientAccumulation(number), *([MicroBatching(2)] if pieces else [])]
+    steps, data = steps_of(module(), callbacks, UNEQUAL), data_of(UNEQUAL)
+    if isinstance(module(), TwiceAStep):  # the hook fires once a step
+        expected = expected[::2]
+    for step, window in zip(steps, expected, strict=True):
+        assert relative_error(step["gradient"], full_gradient(step["weights"], [data[i] for i in window])) <= 5e-7
+
+
+CARRIED = {
+    # the epoch ends before the window's first batch: it begins anew in the next epoch
+    "-1 on a window's first batch": (lambda: Ends({(0, 2)}), [[0, 1], [0, 1], [2, 3], [4, 5]]),
+    "-1 within a window": (lambda: Ends({(0, 3)}), [[0, 1], [2, 0], [1, 2], [3, 4], [5]]),
+    "a full window without a step": (lambda: StepsOnSome({1}), [[2, 3], [4, 5], [2, 3], [4, 5]]),
+    "neither": (lambda: Ends(set()), [[0, 1], [2, 3], [4, 5]] * 2),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_carried_window_holds_the_batches_that_ran(name):
+    module, windows = CARRIED[name]
+    steps = steps_of(module(), [GradientAccumulation(2, carry=True)], UNEQUAL, epochs=2)
+    data = data_of(UNEQUAL)
+    for step, window in zip(steps, windows, strict=True):
+        assert relative_error(step["gradient"], full_gradient(step["weights"], [data[i] for i in window])) <= 5e-7
+
+
+def test_a_step_that_the_scaler_skipped_ends_its_window():
+    steps = steps_of(Overflows(), [GradientAccumulation(2)], UNEQUAL, plugins=[ScalerOnly()])
+    data = data_of(UNEQUAL)
+    for step, window in zip(steps[1:], [[2, 3], [4, 5]], strict=True):
+        assert relative_error(step["gradient"], full_gradient(step["weights"], [data[i] for i in window])) <= 5e-7
+    assert all(torch.equal(steps[0]["weights"][name], value) for name, value in steps[1]["weights"].items())
+
+
+def test_a_carried_window_that_was_cut_off_resumes_where_it_stood(tmp_path):
+    """The first epoch ends by -1 after three batches, so that one waits for the second."""
+    path, whole, resumed = tmp_path / "cut.ckpt", Recorder(), Recorder()
+    callbacks = lambda: [GradientAccumulation(2, carry=True)]  # noqa: E731
+    fit(Ends({(0, 3)}), [*callbacks(), SaveAfterFirstEpoch(path), whole], data_of(UNEQUAL), epochs=2)
+    state = torch.load(path, weights_only=True)["callbacks"][callbacks()[0].state_key]
+    assert state["carried"]["position"] == 1
+    fit(Ends({(0, 3)}), [*callbacks(), resumed], data_of(UNEQUAL), epochs=2, fit_arguments={"ckpt_path": path})
+    assert all(map(same, resumed.steps, whole.steps[1:]))
+
+
+BAD_STATES = {
+    "reference of 0": {"reference": 0.0},
+    "reference that is no number": {"reference": float("nan")},
+    "reference that is a text": {"reference": "4"},
+    "reference that is a truth value": {"reference": True},
+    "carried that is no mapping": {"reference": 4.0, "carried": 3},
+    "carried without gradients": {"reference": 4.0, "carried": {"position": 1, "total": 4.0}},
+    "position of 0": {"carried": {"position": 0, "total": 4.0, "gradients": {}}},
+    "position that is a fraction": {"carried": {"position": 1.5, "total": 4.0, "gradients": {}}},
+    "negative total": {"carried": {"position": 1, "total": -4.0, "gradients": {}}},
+    "infinite total": {"carried": {"position": 1, "total": float("inf"), "gradients": {}}},
+    "gradients that are numbers": {"carried": {"position": 1, "total": 4.0, "gradients": {"net.0.weight": 3.0}}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_state_is_checked_like_arguments(name):
+    accumulation = GradientAccumulation(2, carry=True)
+    before = copy.deepcopy(accumulation.state_dict())
+    with pytest.raises((TypeError, ValueError), match=r"`state\['(reference|carried)'\]"):
+        accumulation.load_state_dict({"version": 1, **BAD_STATES[name]})
+    assert accumulation.state_dict() == before
+
+
+@pytest.mark.parametrize("gradient", [torch.zeros(3), torch.zeros(8, 6, dtype=torch.int64)], ids=["shape", "dtype"])
+def test_a_carried_gradient_that_does_not_fit_is_named(gradient, tmp_path):
+    accumulation, path = GradientAccumulation(2, carry=True), tmp_path / "open.ckpt"
+    fit(Probe(), [accumulation, SaveAfterFirstEpoch(path)], data_of((4, 4, 4)), epochs=2)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"][accumulation.state_key]["carried"]["gradients"]["net.0.weight"] = gradient
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"The gradient of `net.0.weight` in a carried window must be torch.float32"):
+        fit(
+            Probe(),
+            [GradientAccumulation(2, carry=True)],
+            data_of((4, 4, 4)),
+            epochs=2,
+            fit_arguments={"ckpt_path": path},
+        )
+
+
+def test_a_batch_takes_few_calls():
+    """A window of one batch, which has the most to do: a hook for each of its four moments, and the arithmetic."""
+    calls = []
+
+    class Watches(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            sys.setprofile(count if batch_idx == 2 else None)
+
+    def count(frame, event, argument):
+        path = frame.f_code.co_filename
+        if event == "call" and ("lightning_plugins/accumulation" in path or "core/batch" in path or "counting" in path):
+            calls.append(frame.f_code.co_name)
+
+    fit(Probe(), [GradientAccumulation(1), Watches()], data_of(EQUAL))
+    assert len(calls) <= 8, calls
