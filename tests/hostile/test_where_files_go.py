@@ -32,6 +32,7 @@ from lightning_plugins import (
 from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.core.files import write_state_dict
 from lightning_plugins.core.lightning import MisconfigurationException
+from tests.support import conditions
 from tests.support.audit_events import listening, outside, paths_changed
 from tests.support.damaged_cases import command, write_whole_files
 from tests.support.training import loader, make_module, make_trainer
@@ -84,7 +85,7 @@ def fit(folder, *, epochs=2, ckpt_path=None, extra=(), **options):
     stack = [*callbacks(folder, **options), *extra]
     trainer = make_trainer(folder, callbacks=stack, max_epochs=epochs, enable_checkpointing=True)
     with listening() as events:
-        trainer.fit(module(), loader(6), loader(2), ckpt_path=ckpt_path, weights_only=False)
+        trainer.fit(module(), loader(6), loader(2), ckpt_path=ckpt_path, **conditions.LOAD_ANY_OBJECT)
     return events
 
 
@@ -194,7 +195,7 @@ def test_an_index_that_points_outside_is_refused(tmp_path, given, name):
     folder, evil = given / "sharded", tmp_path / "evil.distcp"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"state_dict": {"w": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+        dcp.save({"state_dict": {"w": torch.ones(2)}}, checkpoint_id=folder)
     (folder / "__0_0.distcp").rename(evil)
     (folder / "link").symlink_to(evil)
     index = pickle.loads((folder / ".metadata").read_bytes())

@@ -9,7 +9,7 @@ from importlib import metadata
 
 import pytest
 import torch
-from lightning.pytorch import callbacks
+from lightning.pytorch import Trainer, callbacks
 
 NEEDS = "needs "
 """How each of these reasons begins."""
@@ -39,3 +39,6 @@ save_on_exception = _needs("ModelCheckpoint(save_on_exception=True)", there=HAS_
 whole_run_after_a_search = _needs(
     "a whole run after Lightning's LearningRateFinder", there=installed("lightning") >= (2, 6)
 )
+
+# a Trainer of Lightning before 2.6 cannot be told, and loads any object
+LOAD_ANY_OBJECT = {"weights_only": False} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}

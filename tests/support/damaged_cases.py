@@ -77,7 +77,7 @@ def write_whole_files(folder):
         average_checkpoints([folder / "1.ckpt", folder / "2.ckpt"], folder / name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about one process
-        dcp.save({"state_dict": state(3)}, checkpoint_id=folder / "sharded", no_dist=True)
+        dcp.save({"state_dict": state(3)}, checkpoint_id=folder / "sharded")
     torch.save({"epoch": 3, "global_step": 3}, folder / "sharded" / "meta.pt")
     for name, kind in (("snapshots", "torch"), ("snapshots-safe", "safetensors")):
         for step in (5, 10):
