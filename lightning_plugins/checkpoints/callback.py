@@ -247,7 +247,7 @@ class CheckpointAveraging(Callback):
                 f"CheckpointAveraging needs checkpoints on a local disk, they are in {folder}."
             )
         pool = Pool(self._files, self._history, checkpoint, Path(folder).absolute(), self.count, self.by_score)
-        pool.separate(self.output)
+        pool.separate(self.output, self.state_key)
         return pool
 
     def _check_output(self, trainer: Trainer, pool: Pool) -> None:
@@ -299,8 +299,10 @@ class CheckpointAveraging(Callback):
             checkpoint.setdefault(checkpoint_keys.RUN, self._lineage.at(trainer.global_step).plain())
             write(checkpoint, filepath, *args, **more)
             if trainer.is_global_zero:
-                keeper = keeper_of(trainer, filepath)
-                self._files.add(Path(filepath).absolute(), keeper="" if keeper is None else keeper.state_key)
+                path = Path(filepath).absolute()
+                own = self._pool is not None and path.parent == self._pool.own_folder
+                keeper = self if own else keeper_of(trainer, filepath)
+                self._files.add(path, keeper="" if keeper is None else keeper.state_key)
 
         return save
 

@@ -104,6 +104,7 @@ class Pool:
         count: How many checkpoints are averaged.
         by_score: Whether the best of them, or the last.
         own_folder: Where files of our own lie, when it keeps too few; ``None`` when it keeps enough.
+        own_key: The state key of the callback, which keeps them.
     """
 
     files: RunFiles
@@ -113,13 +114,15 @@ class Pool:
     count: int
     by_score: bool
     own_folder: Path | None = None
+    own_key: str = ""
 
     def target(self, output: str) -> Path:
         """Return the file that the argument ``output`` means."""
         return self.folder / output
 
-    def separate(self, output: str) -> None:
+    def separate(self, output: str, own_key: str) -> None:
         """Take a folder of our own beside ``output`` if ModelCheckpoint keeps too few files."""
+        self.own_key = own_key
         if self.checkpoint is None or capacity(self.checkpoint) < self.count:
             target = self.target(output)
             self.own_folder = target.parent / f"{target.stem}_pool"
@@ -146,12 +149,13 @@ class Pool:
 
     def _holds(self, path: Path) -> bool:
         """Return whether a file that the run wrote is one of those that can be averaged."""
+        # by the keeper also after a resume into another directory, as loggers make a new one for every fit
+        keeper = self.files.keeper(path)
         if self.own_folder is not None:
-            return path.parent == self.own_folder
+            return path.parent == self.own_folder or keeper == self.own_key
         if self.by_score:
             return path in kept_scores(self.checkpoint)
-        # by the keeper also after a resume into another directory, as loggers make a new one for every fit
-        return self.folder in path.parents or self.files.keeper(path) == self.checkpoint.state_key
+        return self.folder in path.parents or keeper == self.checkpoint.state_key
 
     def _changed(self, candidates: list[Path], unchanged: list[Path]) -> tuple[list[Path], list[Path]]:
         """Return the files that are not what the run wrote: those that can still be read, and those that cannot."""
@@ -190,15 +194,15 @@ class Pool:
         return str(self.checkpoint.mode) if ranks else "min"
 
     def prune(self) -> None:
-        """Delete files of our own that are none of the best or last."""
+        """Delete files of our own, in our own folder, that are none of the best or last."""
         if self.own_folder is None:
             return
-        paths = [path for path in self.files if path.parent == self.own_folder and path in self.files]
+        paths = [path for path in self.files if self._holds(path) and path in self.files]
         records = one_per_step(readable_records(paths)[0])
         kept = {record.path for record in self._ranked(records)}
-        for record in records:
-            if record.path not in kept:
-                remove(record.path)
+        for path in paths:
+            if path.parent == self.own_folder and path not in kept:
+                remove(path)
 
 
 def output_problem(target: Path) -> str | None:

@@ -51,7 +51,7 @@ class Lineage:
 
     def new_fit(self, name: str, step: int) -> Lineage:
         """Return the lineage of a fit called ``name`` that goes on from ``step``; at step 0 a run begins."""
-        before = tuple((fit, min(last, step)) for fit, last in self.fits) if step else ()
+        before = [(fit, min(last, step)) for fit, last in self.at(step).fits] if step else []
         return Lineage((*before, (name, step)))
 
     def at(self, step: int) -> Lineage:
@@ -130,16 +130,29 @@ def newest_run(items: Sequence[Item], told: Mapping[Item, tuple[Lineage, int, in
 def _runs_without_names(
     items: Iterable[Item], told: Mapping[Item, tuple[Lineage, int, int | None]]
 ) -> list[list[Item]]:
-    runs: list[list[Item]] = []
-    for item in sorted(items, key=lambda item: (told[item][1], told[item][2] or 0)):
+    ordered = sorted(items, key=lambda item: (told[item][1], told[item][2] or 0))
+    runs = _shared_out(ordered, told, [])
+    if len(runs) > 1:
+        # Now that there are several, files go where epochs are about as long: the first ones fitted everywhere.
+        runs = _shared_out(ordered, told, [_pace(*told[run[-1]][1:]) for run in runs])
+    return [run for run in runs if run]
+
+
+def _shared_out(
+    ordered: Iterable[Item], told: Mapping[Item, tuple[Lineage, int, int | None]], paces: list[float]
+) -> list[list[Item]]:
+    """Return runs, each of files that can follow each other; a file goes where the pace is nearest to its own."""
+    runs: list[list[Item]] = [[] for _ in paces]
+    paces = list(paces)
+    for item in ordered:
         _, step, epoch = told[item]
-        fitting = [run for run in runs if _follows(step, epoch, told[run[-1]])]
+        pace = _pace(step, epoch)
+        fitting = [index for index, run in enumerate(runs) if not run or _follows(step, epoch, told[run[-1]])]
         if fitting:
-            # of several the one whose epochs are about as long, so that two runs of unlike epochs come apart
-            pace = _pace(step, epoch)
-            min(fitting, key=lambda run: abs(_pace(*told[run[-1]][1:]) - pace)).append(item)
+            runs[min(fitting, key=lambda index: abs(paces[index] - pace))].append(item)
         else:
             runs.append([item])
+            paces.append(pace)
     return runs
 
 
