@@ -72,7 +72,7 @@ def new_fit_name() -> str:
 def lineage_of(checkpoint: Mapping[str, Any]) -> Lineage:
     """Return the lineage in a loaded checkpoint; an empty one if there is none that can be understood."""
     try:
-        return checked_lineage(checkpoint.get(checkpoint_keys.RUN, {}))
+        return checked_lineage(checkpoint.get(checkpoint_keys.RUN))
     except (TypeError, ValueError):
         return Lineage()
 
@@ -84,7 +84,7 @@ def checked_lineage(plain: Any) -> Lineage:
         TypeError: If it is nothing of the kind.
         ValueError: If a name or a number is not possible.
     """
-    fits = plain.get("fits", []) if isinstance(plain, Mapping) else None
+    fits = plain.get("fits") if isinstance(plain, Mapping) else None
     if not isinstance(fits, (list, tuple)) or len(fits) > _MOST_FITS:
         raise TypeError(f"`{checkpoint_keys.RUN}` must hold a list of fits, got {shown(plain)}.")
     return Lineage(tuple(_checked_fit(fit) for fit in fits))

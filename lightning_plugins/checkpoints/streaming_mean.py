@@ -64,12 +64,7 @@ class CheckpointMean:
         replace: dict[str, Tensor] | None = None,
     ) -> None:
         self.sources, self.dtype = list(sources), dtype
-        # scaled by a power of two, which rounds nothing, so that sums of huge weights stay finite
-        exponent = math.frexp(max(weights))[1]
-        self._weights = [math.ldexp(weight, -exponent) for weight in weights]
-        if len(set(weights)) == 1:
-            # plain sums of equal weights are exact where sums of thirds are not
-            self._weights = [1.0] * len(self.sources)
+        self._weights = _simplest(weights)
         total = math.fsum(self._weights)
         self.shares = [weight / total for weight in self._weights]
         self._divide = _division_by(total)
@@ -219,6 +214,19 @@ def _one_thread_per_operation(before: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _simplest(weights: Sequence[float]) -> list[float]:
+    """Return weights of the same proportions: whole numbers where possible, whose products are exact."""
+    smallest = min(weight for weight in weights if weight)
+    ratios = [weight / smallest for weight in weights]
+    if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):
+        exact = [Fraction(ratio) * Fraction(smallest) == weight for ratio, weight in zip(ratios, weights, strict=True)]
+        if all(exact):
+            return ratios
+    # scaled by a power of two, which rounds nothing, so that sums of huge weights stay finite
+    exponent = math.frexp(max(weights))[1]
+    return [math.ldexp(weight, -exponent) for weight in weights]
 
 
 def _division_by(total: float) -> Callable[[Tensor], Tensor]:
