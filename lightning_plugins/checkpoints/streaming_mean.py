@@ -218,6 +218,8 @@ def _one_thread_per_operation(before: int) -> Iterator[None]:
 
 def _simplest(weights: Sequence[float]) -> list[float]:
     """Return weights of the same proportions: whole numbers where possible, whose products are exact."""
+    if list(weights).count(weights[0]) == len(weights):
+        return [1.0] * len(weights)
     smallest = min(weight for weight in weights if weight)
     ratios = [weight / smallest for weight in weights]
     if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):

@@ -92,7 +92,7 @@ class _SlotPickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Slot):
             return _reduced(obj)
-        if type(obj) is Tensor:
+        if type(obj) is Tensor and obj.layout == torch.strided:
             if id(obj) not in self._keys:
                 tensor = obj.detach().cpu().contiguous()
                 slot = Slot(self._archive.add(bytes_of(tensor)), tensor.dtype, tuple(tensor.shape))
