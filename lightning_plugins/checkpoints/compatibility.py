@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.checkpoints.formats.base import Checkpoint, TensorSpec
+from lightning_plugins.core.validation import shortened
 
 _NAMED = 10  # differences that a message names
 
@@ -61,13 +62,13 @@ def _compare(found: Differences, name: str, origin: Checkpoint, source: Checkpoi
     """Note what differs between a tensor in the first file that has it and in another."""
     spec, other = origin.specs[name], source.specs.get(name)
     if other is None:
-        found.add(name, f"`{name}` is missing from {source.path.name}")
+        found.add(name, f"`{shortened(name)}` is missing from {source.path.name}")
     elif other.shape != spec.shape:
         here, there = f"{spec.shape} in {origin.path.name}", f"{other.shape} in {source.path.name}"
-        found.add(name, f"`{name}` has the shape {here} and {there}")
+        found.add(name, f"`{shortened(name)}` has the shape {here} and {there}")
     elif other.dtype != spec.dtype:
         here, there = f"{_short(spec.dtype)} in {origin.path.name}", f"{_short(other.dtype)} in {source.path.name}"
-        found.add(name, f"`{name}` is {here} and {there}", shared=other.averaged == spec.averaged)
+        found.add(name, f"`{shortened(name)}` is {here} and {there}", shared=other.averaged == spec.averaged)
 
 
 def _compare_opaque(found: Differences, name: str, origin: Checkpoint, sources: Sequence[Checkpoint]) -> None:
@@ -81,7 +82,7 @@ def _compare_opaque(found: Differences, name: str, origin: Checkpoint, sources: 
     for source in sources:
         other = source.extras.get(name)
         if source is not origin and not (isinstance(other, Tensor) and _digest(other) == first):
-            kind = f"`{name}` in {origin.path.name} is {kind_of(value)}, which has no mean"
+            kind = f"`{shortened(name)}` in {origin.path.name} is {kind_of(value)}, which has no mean"
             found.add(name, f"{kind}, and it is another one in {source.path.name}")
             return
 

@@ -19,7 +19,7 @@ from lightning_plugins.checkpoints.validation_scores import loss_name
 from lightning_plugins.core.checkpoints_of_run import capacity, kept_scores
 from lightning_plugins.core.files import probe
 from lightning_plugins.core.module_state import shorten
-from lightning_plugins.core.validation import shown
+from lightning_plugins.core.validation import printable, shown
 
 _MOST_STEPS = 1000  # validations whose metrics are remembered
 _MOST_METRICS = 100_000
@@ -137,14 +137,14 @@ class Pool:
         best = self._best_single(chosen)
         choice = Choice([record.path for record in chosen], best)
         if damaged or damaged_too:
-            names = shorten([path.name for path in [*damaged, *damaged_too]], 10)
+            names = _names([*damaged, *damaged_too])
             choice.warnings.append(f"Left out, as they cannot be read: {names}.")
         if changed:
-            names = shorten([path.name for path in changed], 10)
+            names = _names(changed)
             choice.warnings.append(f"Left out, as they have changed since this run wrote them: {names}.")
         strangers = self._strangers(candidates)
         if strangers:
-            choice.notes.append(f"Left out, as this run did not write them: {shorten(strangers, 10)}.")
+            choice.notes.append(f"Left out, as this run did not write them: {_names(strangers)}.")
         return choice
 
     def _holds(self, path: Path) -> bool:
@@ -163,13 +163,13 @@ class Pool:
         readable = {record.path for record in readable_records(others)[0]}
         return [path for path in others if path in readable], [path for path in others if path not in readable]
 
-    def _strangers(self, candidates: list[Path]) -> list[str]:
+    def _strangers(self, candidates: list[Path]) -> list[Path]:
         folder = self.own_folder or self.folder
         found = [path for path in found_in(folder) if path not in candidates] if folder.is_dir() else []
         # a link to one of the run's own is no stranger, and an average is none that could be meant
         found = [path for path in found if path.resolve() not in candidates and self.files.keeper(path) is None]
         records, damaged = readable_records(found)
-        return [path.name for path in found if path in damaged or path in {record.path for record in records}]
+        return [path for path in found if path in damaged or path in {record.path for record in records}]
 
     def _ranked(self, records: list[Record]) -> list[Record]:
         if not self.by_score:
@@ -203,6 +203,10 @@ class Pool:
         for path in paths:
             if path.parent == self.own_folder and path not in kept:
                 remove(path)
+
+
+def _names(paths: list[Path]) -> str:
+    return shorten([printable(path.name) for path in paths], 10)
 
 
 def output_problem(target: Path) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
 from lightning_plugins.checkpoints.record import Record, read_record
-from lightning_plugins.core.validation import a_path, shown
+from lightning_plugins.core.validation import a_path, plain_text, shown
 
 _MOST_FILES = 100_000
 _BLOCK = 1 << 20
@@ -113,9 +113,9 @@ class RunFiles:
 
 
 def _checked(entry: Any) -> WrittenFile:
-    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(text, str) for text in entry):
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
         raise TypeError(f"`files` must hold a digest and a state key for each path, got {shown(entry)}.")
-    found, keeper = entry
+    found, keeper = (plain_text("files", text) for text in entry)
     if len(found) != 64 or not set(found) <= set("0123456789abcdef"):
         raise ValueError(f"`files` must hold digests of 64 hexadecimal digits, got {shown(found)}.")
     return WrittenFile(found, keeper)

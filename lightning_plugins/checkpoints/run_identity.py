@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lightning_plugins.core import checkpoint_keys
-from lightning_plugins.core.validation import shown
+from lightning_plugins.core.validation import plain_text, shown
 
 _MOST_FITS = 10_000
 _LONGEST_NAME = 80
@@ -94,8 +94,8 @@ def _checked_fit(fit: Any) -> tuple[str, int]:
     if not isinstance(fit, (list, tuple)) or len(fit) != 2:
         raise TypeError(f"`fits` must hold names and steps, got {shown(fit)}.")
     name, step = fit
-    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"`fits` must hold names of fits, got {shown(name)}.")
+    if not plain_text("fits", name, longest=_LONGEST_NAME):
+        raise ValueError("`fits` must hold names of fits, got an empty one.")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"`fits` must hold steps of at least 0, got {shown(step)}.")
     return name, step

@@ -19,7 +19,7 @@ from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.record import Record, looked_up, read_record
 from lightning_plugins.checkpoints.run_identity import newest_run
 from lightning_plugins.core.module_state import shorten
-from lightning_plugins.core.validation import LightningPluginsWarning, a_path, shown, whole_number
+from lightning_plugins.core.validation import LightningPluginsWarning, a_path, printable, shown, whole_number
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -194,7 +194,7 @@ def _of_newest_run(directory: Path) -> tuple[list[Record], list[str]]:
     records, notes = _usable([*(read_record(path) for path in found_in(directory)), *_found_below(directory)])
     told = {record.path: (record.lineage, record.step or 0, record.epoch) for record in records}
     newest = set(newest_run(list(told), told))
-    rest = [str(path.relative_to(directory)) for path in told if path not in newest]
+    rest = [printable(str(path.relative_to(directory))) for path in told if path not in newest]
     if rest:
         notes.append(f"Left out, as they are of another run than the newest in {directory}: {shorten(rest, 10)}.")
     return [record for record in records if record.path in newest], notes
@@ -203,7 +203,7 @@ def _of_newest_run(directory: Path) -> tuple[list[Record], list[str]]:
 def _usable(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
     """Return the checkpoints that hold a step and are no averages."""
     ordinary = [record for record in records if record.manifest is None]
-    without = [record.path.name for record in ordinary if record.step is None]
+    without = [printable(record.path.name) for record in ordinary if record.step is None]
     notes = [f"Left out, as they hold no step: {', '.join(without)}."] if without else []
     return [record for record in ordinary if record.step is not None], notes
 

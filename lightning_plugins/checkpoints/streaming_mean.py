@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_plugins.checkpoints.compatibility import Differences, differences
 from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
 from lightning_plugins.core.progress import Advance
+from lightning_plugins.core.validation import shortened
 
 # A range of so many elements, with its sums, stays in the processor's cache while all files are added.
 _CHUNK = 1 << 18
@@ -204,7 +205,7 @@ class CheckpointMean:
     def _nonfinite(self, name: str, start: int, stop: int) -> str:
         guilty = [s.path for s in self.sources if not _is_finite(s.flat(name, start, stop).to(torch.complex128))]
         where = f"in {guilty[0]}" if guilty else "in the mean"
-        return f"`{name}` holds NaN or infinity {where}. Leave that file out, or pass allow_nonfinite=True."
+        return f"`{shortened(name)}` holds NaN or infinity {where}. Leave that file out, or pass allow_nonfinite=True."
 
 
 @contextlib.contextmanager

@@ -147,9 +147,9 @@ ODD = {
 def test_what_differs_is_refused_by_name_or_left_out(tmp_path, kind):
     paths = files(tmp_path, ODD[kind])
     with pytest.raises(CheckpointError, match=r"`odd` in epoch=0-step=10\.ckpt is .*, which has no mean, and it is an"):
-        average_checkpoints(paths)
+        average_checkpoints(paths, trust=True)
     with pytest.warns(LightningPluginsWarning, match=r"Left out: `odd` in .*which has no mean"):
-        state = average_checkpoints(paths, strict=False)
+        state = average_checkpoints(paths, strict=False, trust=True)
     assert "odd" not in state
     assert set(state) == {"a.weight", "a.bias", "count"}
 
@@ -162,7 +162,7 @@ def test_one_that_is_in_one_file_only_is_refused(tmp_path):
     second = write_files(other, 2, odd=ODD["quantized"])[1]
     for pair in ([first, second], [second, first]):
         with pytest.raises(CheckpointError, match=r"`odd` in epoch=1-step=20\.ckpt is of the kind Int8"):
-            average_checkpoints(pair)
+            average_checkpoints(pair, trust=True)
 
 
 def test_dense_kinds_are_averaged_whatever_their_class(tmp_path):
