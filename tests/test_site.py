@@ -1,4 +1,4 @@
-"""The site of `make docs` shows every document and every public name once; the README's table of names is true."""
+"""The site shows every document and every public name once; the table of other libraries' names is true."""
 
 import ast
 import importlib
@@ -55,8 +55,8 @@ def test_the_hooks_hand_over_what_exists(hooks):
 
 
 def migration():
-    """Return (library, there, here) for each row of the README's table."""
-    section = (ROOT / "README.md").read_text().split("\n## Coming from another library\n")[1].split("\n## ")[0]
+    """Return (library, there, here) for each row of the table for people who come from another library."""
+    section = (ROOT / "docs" / "migration.md").read_text()
     rows, library = [], ""
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
