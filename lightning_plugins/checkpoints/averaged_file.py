@@ -122,7 +122,8 @@ def _write_safetensors(
 def _manifest(mean: CheckpointMean, folder: Path) -> dict[str, Any]:
     """Return what was averaged, in plain values; paths are relative to ``folder``."""
     record = mean.newest.header.get(checkpoint_keys.EMA)
-    weights = record.get("state_dict") if isinstance(record, Mapping) else None
+    told = record if isinstance(record, Mapping) else {}
+    weights = told.get("state_dict")
     return {
         "version": 1,
         "files": [
@@ -134,6 +135,7 @@ def _manifest(mean: CheckpointMean, folder: Path) -> dict[str, Any]:
         "left_out": sorted(mean.differences.unshared),
         "replaced": sorted(mean.replace),
         "ema": ema_of(mean),
+        "ema_name": told.get("name") if weights == "average" and isinstance(told.get("name"), str) else None,
         "weights": weights if weights in ("average", "raw") else "raw" if ema_of(mean) is None else None,
     }
 

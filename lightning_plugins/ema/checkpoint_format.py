@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core import torch_file
+from lightning_plugins.core import checkpoint_keys, torch_file
 from lightning_plugins.core.module_state import averaged_tensors, clean_name, fill, misfits, named_tensors
 from lightning_plugins.core.stand_ins import UnreadableError
 from lightning_plugins.core.validation import a_path, one_of, shown, whole_number
 
-RECORD_KEY = "lightning_plugins_ema"
+RECORD_KEY = checkpoint_keys.EMA
 RECORD_VERSION = 1
 
 
@@ -241,6 +241,9 @@ def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, sour
     Raises:
         ValueError: If the checkpoint lacks the set.
     """
+    manifest = checkpoint_keys.mean_manifest(checkpoint)
+    if manifest is not None:
+        return _mean(checkpoint, manifest, which, name, source)
     contents = read_contents(checkpoint) or Contents("raw", None)
     state: dict[str, Tensor] = dict(checkpoint["state_dict"])
     if which == "raw":
@@ -258,6 +261,21 @@ def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, sour
         raise ValueError(f"`name` must be that of an average in {source}, got {shown(name)}; {has}.")
     fill(state, average)
     return state
+
+
+def _mean(
+    checkpoint: Mapping[str, Any], manifest: Mapping[str, Any], which: str, name: str, source: str
+) -> dict[str, Tensor]:
+    """Return the weights of a mean of checkpoints, which is an average, and of no single moment of the training."""
+    described = checkpoint_keys.mean_described(manifest)
+    if which == "raw":
+        raise ValueError(
+            f"`which` must be 'average' for {source}: it is the {described}, and holds no trained weights."
+        )
+    there = manifest.get("ema_name")
+    if there is not None and there != name:
+        raise ValueError(f"`name` must be {shown(there)} for {source}, got {shown(name)}: it is the {described}.")
+    return dict(checkpoint["state_dict"])
 
 
 def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:

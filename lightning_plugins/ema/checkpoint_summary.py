@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.ema.checkpoint_format import load_checkpoint, read_contents
 
 
@@ -21,8 +22,9 @@ def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> 
     Returns:
         ``path``, ``file_bytes``, ``kind`` (``"full"`` or ``"weights only"``), ``epoch``, ``global_step``,
         ``lightning`` (the version that wrote it), ``state_dict`` (``weights``: which set it is; ``tensors``,
-        ``elements``, ``bytes``, ``types``), ``beside`` (other sets of weights -> bytes), ``callbacks`` (the keys of
-        their states), ``optimizers`` (how many), and ``other`` (further keys).
+        ``elements``, ``bytes``, ``types``), ``sources`` (the checkpoints that it is the mean of), ``beside`` (other
+        sets of weights -> bytes), ``callbacks`` (the keys of their states), ``optimizers`` (how many), and ``other``
+        (further keys).
 
     Raises:
         ValueError: If it is no checkpoint, or needs trust that it is not given.
@@ -44,6 +46,7 @@ def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> 
             "bytes": _bytes(state),
             "types": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state}),
         },
+        "sources": _sources(checkpoint),
         "beside": _beside(checkpoint),
         "callbacks": sorted(checkpoint.get("callbacks", {})),
         "optimizers": len(checkpoint.get("optimizer_states", [])),
@@ -52,12 +55,14 @@ def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> 
 
 
 _KNOWN = {
+    checkpoint_keys.EMA,
+    checkpoint_keys.MEAN,
+    checkpoint_keys.POSTHOC_EMA,
+    checkpoint_keys.RUN,
     "callbacks",
     "current_model_state",
     "epoch",
     "global_step",
-    "lightning_plugins_ema",
-    "lightning_plugins_posthoc_ema",
     "loops",
     "lr_schedulers",
     "optimizer_states",
@@ -66,7 +71,15 @@ _KNOWN = {
 }
 
 
+def _sources(checkpoint: Mapping[str, Any]) -> list[str]:
+    manifest = checkpoint_keys.mean_manifest(checkpoint)
+    return [str(file.get("path", "?")) for file in manifest["files"]] if manifest else []
+
+
 def _which(checkpoint: Mapping[str, Any]) -> str:
+    manifest = checkpoint_keys.mean_manifest(checkpoint)
+    if manifest is not None:
+        return checkpoint_keys.mean_described(manifest)
     contents = read_contents(checkpoint)
     if contents is None or contents.state_dict == "raw":
         return "trained weights"
@@ -80,7 +93,7 @@ def _beside(checkpoint: Mapping[str, Any]) -> dict[str, int]:
         found["raw weights"] = _bytes(_tensors(contents.raw.values()))
     for name, average in (contents.averages if contents else {}).items():
         found[f"average of EMA {name!r}"] = _bytes(_tensors(average.values()))
-    for key, averages in checkpoint.get("lightning_plugins_posthoc_ema", {}).items():
+    for key, averages in checkpoint.get(checkpoint_keys.POSTHOC_EMA, {}).items():
         found[key] = sum(_bytes(_tensors(average.values())) for average in averages)
     return found
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -36,7 +37,7 @@ from lightning_plugins.ema.snapshots import (
     write_snapshot,
 )
 
-POSTHOC_KEY = "lightning_plugins_posthoc_ema"
+POSTHOC_KEY = checkpoint_keys.POSTHOC_EMA
 _FOLDER = "posthoc_ema"
 
 

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.torch_file import reason
 from lightning_plugins.core.validation import printable
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 """Where a state dict lies inside a checkpoint: Lightning's name, then those of Fabric and of plain training loops."""
-
-
-EMA_RECORD = "lightning_plugins_ema"
-"""Where a run with this package's EMA says what a file's ``state_dict`` is; read here, never written."""
 
 
 class CheckpointError(ValueError):
@@ -113,7 +110,7 @@ def ema_note(header: Mapping[str, Any], names: Container[str]) -> str | None:
         header: A checkpoint without its state dict.
         names: The state dict's names.
     """
-    record = header.get(EMA_RECORD)
+    record = header.get(checkpoint_keys.EMA)
     if isinstance(record, Mapping) and record.get("state_dict") in ("average", "raw"):
         kind = "EMA's averaged weights" if record["state_dict"] == "average" else "the raw weights, not EMA's average"
         return f"`state_dict`, which is averaged, holds {kind}"
