@@ -6,8 +6,9 @@ began is a multiple of the accumulation, and at the epoch's last batch. A Traine
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -270,9 +271,8 @@ def run_ahead(trainer: Any, batch_idx: int | None = None) -> RunAhead:
         trainer: The Trainer, in ``on_train_start`` or later.
         batch_idx: Batches of the current epoch that are over, where the hook knows; ``None``: from the progress.
     """
-    batches = trainer.num_training_batches
     return RunAhead(
-        None if math.isinf(batches) else int(batches),
+        _batches_per_epoch(trainer),
         _accumulation(trainer)[0],
         trainer.current_epoch,
         _batches_over(trainer) if batch_idx is None else batch_idx,
@@ -282,9 +282,9 @@ def run_ahead(trainer: Any, batch_idx: int | None = None) -> RunAhead:
 
 def source_of_length(trainer: Any) -> str:
     """Return where a Trainer's length comes from, for a log line or an error message."""
-    batches, end = trainer.num_training_batches, run_end(trainer)
+    batches, end = _batches_per_epoch(trainer), run_end(trainer)
     by_steps = f"max_steps={end.max_steps}"
-    if math.isinf(batches):
+    if batches is None:
         return "the length of the training data is unknown" if end.max_steps is None else by_steps
     if end.max_epochs is None:
         return "max_epochs=-1: the run has no end" if end.max_steps is None else by_steps
@@ -292,7 +292,21 @@ def source_of_length(trainer: Any) -> str:
     if end.max_steps is not None and end.max_steps < (ahead.total_steps(RunEnd(end.max_epochs, None)) or 0):
         return by_steps
     default = " (what an unset max_epochs means)" if end.max_epochs == 1000 else ""
-    return f"max_epochs={end.max_epochs}{default} of {int(batches)} batches, {_accumulation(trainer)[1]}"
+    return f"max_epochs={end.max_epochs}{default} of {batches} batches, {_accumulation(trainer)[1]}"
+
+
+def _batches_per_epoch(trainer: Any) -> int | None:
+    """Return how many batches this epoch has, or ``None`` when that is not known.
+
+    Lightning asks a loader once; one that becomes shorter by itself (batches of so many tokens) ends its epoch earlier.
+    """
+    batches, loader = trainer.num_training_batches, trainer.train_dataloader
+    if math.isinf(batches):
+        return None
+    if not isinstance(loader, (Sequence, Mapping)):
+        with contextlib.suppress(TypeError, NotImplementedError):
+            return min(int(batches), len(loader))
+    return int(batches)
 
 
 def _batches_over(trainer: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +10,10 @@ from torch.optim import Optimizer
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.lightning import (
     LightningModule,
-    LRSchedulerConfig,
     MisconfigurationException,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
-    torch_optimizers,
 )
 from lightning_plugins.core.run_length import RunAhead, RunEnd, run_ahead, run_end, source_of_length
 from lightning_plugins.core.validation import (
@@ -27,15 +24,12 @@ from lightning_plugins.core.validation import (
     true_or_false,
     whole_number,
 )
+from lightning_plugins.schedules.attached_schedulers import AttachedSchedulers
 from lightning_plugins.schedules.continuation import Course, resolve
 from lightning_plugins.schedules.durations import RunLengthUnknownError, ScheduleTooLongError
-from lightning_plugins.schedules.other_schedulers import drives_rates_of, holds, rewrites_base_rates
 from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
-from lightning_plugins.schedules.ramps import Constant
 from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.scheduler import ScheduleLR, check_base_lr, check_schedule
-
-_NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which follows the optimizer by itself
 
 
 class LearningRateScheduler(Callback):
@@ -125,10 +119,10 @@ class LearningRateScheduler(Callback):
         super().__init__(optimizer=self.optimizer)
         self.lrs: list[float | tuple[float, ...]] = []
         self.resolved: Schedule | None = None
-        self._schedulers: list[ScheduleLR] = []
-        self._optimizers: list[Optimizer] = []  # the Trainer's list as last seen: another one may hold others
-        self._left: list[Optimizer] = []  # those whose rates another scheduler has taken over in mid-fit
+        options = {"base_lr": self.base_lr, "min_lr": self.min_lr, "clock": self.clock}
+        self._attached = AttachedSchedulers(self.optimizer, self.existing, options)
         self._course: Course | None = None
+        self._planned_end: RunEnd | None = None
         self._accumulation = 0
         self._epoch_begins = True
         self._announces = False  # whether steps may be skipped unseen: manual optimization under a gradient scaler
@@ -145,10 +139,7 @@ class LearningRateScheduler(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put a scheduler beside each optimizer; it is told its schedule when the run's length is known."""
-        self._optimizers, self._left = trainer.strategy.optimizers, []
-        for optimizer in self._chosen(trainer):
-            self._displace(trainer.strategy.lr_scheduler_configs, optimizer)
-            self._attach(trainer, optimizer)
+        self._attached.attach(trainer)
         self.when_nothing_is_left(trainer, lambda: self.on_train_start(trainer, pl_module))  # for the rate at the end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,11 +151,11 @@ class LearningRateScheduler(Callback):
         self.resolved = None  # every fit logs its schedule
         if taken == 0:
             self.lrs.clear()
-        elif any(scheduler.restored is False for scheduler in self._schedulers):
+        elif any(scheduler.restored is False for scheduler in self._attached):
             rank_zero_info("LearningRateScheduler does not load the state of the scheduler that was here before it.")
-        elif not all(scheduler.restored for scheduler in self._schedulers):
+        elif not all(scheduler.restored for scheduler in self._attached):
             rank_zero_info(f"LearningRateScheduler joins a run that has taken {taken} steps, and starts there.")
-        for scheduler in self._schedulers:
+        for scheduler in self._attached:
             if taken == 0:
                 scheduler.rebase()
             scheduler.scale = 1.0 if self._watch is None else self._watch.state.factor
@@ -185,11 +176,12 @@ class LearningRateScheduler(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Announce the step; before it, notice other accumulation, other optimizers and other schedulers."""
-        if self._epoch_begins or trainer.strategy.optimizers is not self._optimizers:
+        if self._epoch_begins or trainer.strategy.optimizers is not self._attached.optimizers:
+            self._epoch_begins = False
             self._follow_optimizers(trainer, pl_module)
         if trainer.accumulate_grad_batches != self._accumulation:
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
-        for scheduler in self._schedulers:
+        for scheduler in self._attached:
             if not self._announces:
                 scheduler.expected = True
             elif scheduler.optimizer is optimizer:
@@ -200,7 +192,7 @@ class LearningRateScheduler(Callback):
     ) -> None:
         """In automatic optimization, catch up with a step that the gradient scaler skipped."""
         if pl_module.automatic_optimization and self.clock == "attempted":
-            for scheduler in self._schedulers:
+            for scheduler in self._attached:
                 if scheduler.last_epoch != trainer.global_step:
                     scheduler.skip_to(trainer.global_step)
 
@@ -225,9 +217,7 @@ class LearningRateScheduler(Callback):
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take every hook off the optimizers."""
-        for scheduler in self._schedulers:
-            scheduler.close()
-        self._schedulers, self._optimizers, self._left = [], [], []
+        self._attached.release()
 
     # -- state
 
@@ -245,84 +235,19 @@ class LearningRateScheduler(Callback):
 
     # -- optimizers
 
-    def _chosen(self, trainer: Trainer) -> list[Optimizer]:
-        optimizers = torch_optimizers(trainer)
-        if self.optimizer is None:
-            return optimizers
-        if self.optimizer >= len(optimizers):
-            raise MisconfigurationException(
-                f"`optimizer` must be the index of one of the module's {len(optimizers)} optimizers, "
-                f"got {self.optimizer}."
-            )
-        return [optimizers[self.optimizer]]
-
-    def _attach(self, trainer: Trainer, optimizer: Optimizer) -> ScheduleLR:
-        """Put a scheduler beside an optimizer, where the Trainer saves it and monitors see it."""
-        base_lr = self.base_lr
-        if isinstance(base_lr, tuple) and trainer.ckpt_path is not None:  # groups that came later may be there already
-            base_lr = base_lr + (None,) * (len(optimizer.param_groups) - len(base_lr))
-        scheduler = ScheduleLR(optimizer, Constant(), base_lr=base_lr, min_lr=self.min_lr, clock=self.clock)
-        scheduler.held = True
-        self._schedulers.append(scheduler)
-        trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
-        return scheduler
+    def _follow_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow optimizers that were set up anew in mid-fit, from where the run stands."""
+        for new, position in self._attached.follow(trainer):
+            self._start(new, position, pl_module)
+        if pl_module.automatic_optimization and self.clock == "attempted":
+            for scheduler in self._attached:
+                scheduler.go_to(trainer.global_step)  # a checkpoint may have been restored
 
     def _start(self, scheduler: ScheduleLR, position: int, pl_module: LightningModule) -> None:
         scheduler.seek(position)
         # only from here on: to load the state of a sharded optimizer, torch takes a step that is none of the run's
         scheduler.lrs = self.lrs if self.record else None
         scheduler.follow(every_step=not pl_module.automatic_optimization)
-
-    def _displace(self, configs: list[Any], optimizer: Optimizer) -> None:
-        """Refuse or remove schedulers of the same rates."""
-        for config in [config for config in configs if drives_rates_of(config.scheduler, optimizer)]:
-            name = type(config.scheduler).__name__
-            if self.existing == "refuse":
-                raise MisconfigurationException(
-                    f"the {type(optimizer).__name__} is already scheduled, by a {name}. Either return the optimizer "
-                    "without a scheduler from `configure_optimizers`, or pass "
-                    "`LearningRateScheduler(..., existing='replace')`, which takes that scheduler away."
-                )
-            if self.base_lr is None and rewrites_base_rates(config.scheduler):
-                raise MisconfigurationException(
-                    f"`base_lr` must be given to replace a {name}, which has overwritten the optimizer's own rates."
-                )
-            configs.remove(config)
-            rank_zero_info(f"LearningRateScheduler replaces the module's {name}.")
-
-    def _follow_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow optimizers that were set up anew, and leave those whose rates another scheduler has taken over.
-
-        Lightning's SWA callback puts a scheduler in our place; a finetuning callback may exchange the optimizer.
-        """
-        self._epoch_begins, self._optimizers = False, trainer.strategy.optimizers
-        chosen, configs = self._chosen(trainer), trainer.strategy.lr_scheduler_configs
-        known = [*self._left, *(scheduler.optimizer for scheduler in self._schedulers)]
-        new = [optimizer for optimizer in chosen if not holds(known, optimizer)]
-        for scheduler in list(self._schedulers):
-            if holds(chosen, scheduler.optimizer):
-                if not any(config.scheduler is scheduler for config in configs):
-                    self._leave(scheduler, scheduler.optimizer)
-                continue
-            optimizer = new.pop(0) if new else scheduler.optimizer
-            if not holds(chosen, optimizer) or (
-                self.existing == "refuse" and any(drives_rates_of(config.scheduler, optimizer) for config in configs)
-            ):
-                self._leave(scheduler, optimizer)
-                continue
-            self._schedulers.remove(scheduler)
-            scheduler.close()
-            self._displace(configs, optimizer)
-            other = self._attach(trainer, optimizer)
-            other.schedule, other.scale, position = scheduler.schedule, scheduler.scale, scheduler.position
-            self._start(other, position, pl_module)
-            rank_zero_info(f"LearningRateScheduler follows an optimizer that was set up anew, from step {position} on.")
-
-    def _leave(self, scheduler: ScheduleLR, optimizer: Optimizer) -> None:
-        scheduler.close()
-        self._schedulers.remove(scheduler)
-        self._left.append(optimizer)
-        rank_zero_info("LearningRateScheduler leaves an optimizer to the scheduler that has replaced its own.")
 
     # -- the run's length
 
@@ -341,7 +266,7 @@ class LearningRateScheduler(Callback):
         before = self._course or Course(now, now)
         course = before.goes_on(now, end, self.schedule)
         total, source = now.total_steps(end), source_of_length(trainer)
-        if self.resolved is not None and (course is before or total is None):
+        if self.resolved is not None and end == self._planned_end and (course is before or total is None):
             return  # a length that is not known any more leaves what was planned
         resolved = _resolve(self.schedule, course.curve if course.curve == course.latest else now, end, source)
         followed = course.follow(self.schedule, end)
@@ -351,14 +276,14 @@ class LearningRateScheduler(Callback):
             if known != total:
                 steps += f", before: {known}; it goes on from where it stands"
             self._show(resolved, steps, source)
-        self._course, self.resolved = course, resolved
+        self._course, self._planned_end, self.resolved = course, end, resolved
         self._follow(followed)
 
     def _show(self, resolved: Schedule, steps: str, source: str) -> None:
         rank_zero_info(f"Learning-rate schedule: {resolved}. Steps of the run: {steps} ({source}).")
 
     def _follow(self, schedule: Schedule) -> None:
-        for scheduler in self._schedulers:
+        for scheduler in self._attached:
             scheduler.schedule = schedule
             scheduler.refresh()
 
@@ -371,7 +296,7 @@ class LearningRateScheduler(Callback):
             return
         if watch.show(value):
             rank_zero_info(f"{watch.plateau.monitor} stalls: the schedule is scaled by {watch.state.factor:g}.")
-        for scheduler in self._schedulers:
+        for scheduler in self._attached:
             scheduler.scale = watch.state.factor
             scheduler.refresh()
 

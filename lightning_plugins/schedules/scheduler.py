@@ -105,6 +105,7 @@ class ScheduleLR(LRScheduler):
         self._own_base: set[int] = set()  # groups whose base rate is not the argument's any more
         self._factor = 1.0  # of the rates that were last written
         self._last_lr: list[Any] = []
+        self._groups: list[dict[str, Any]] = []
         self._filled: dict[int, tuple[Tensor, int]] = {}  # rates that are tensors, and their versions
         self._origin = 0  # position at which the clock read 0
         self._attempted = self._attempted_before = 0
@@ -223,6 +224,11 @@ class ScheduleLR(LRScheduler):
             self._record(self.lrs)
         self._write(position)
 
+    def go_to(self, position: int) -> None:
+        """Go to a position, if this is another one, without a step."""
+        if position != self.last_epoch:
+            self._write(position)
+
     def refresh(self) -> None:
         """Write the rates of this position again: the schedule or the scale has changed."""
         self._write(self.position)
@@ -285,6 +291,7 @@ class ScheduleLR(LRScheduler):
             else:
                 group[self.parameter] = rates[-1]
         self.last_epoch, self._factor, self._last_lr = position, factor, rates
+        self._groups = list(self.optimizer.param_groups)
 
     def _is_foreign(self, index: int, group: dict[str, Any]) -> bool:
         """Return whether a group's rate is not the one that was written last."""
@@ -298,6 +305,8 @@ class ScheduleLR(LRScheduler):
 
     def _take_over(self, index: int, group: dict[str, Any]) -> None:
         """Let a rate that was written elsewhere be the group's rate at this step."""
+        if index < len(self._groups) and group is not self._groups[index] and self._base_name in group:
+            return  # the optimizer has loaded a state, with its base rates
         self._check_group(group)
         group[self._base_name] = self._base_of(group, self._factor * self._lr_scale(group))
         self._own_base.add(index)

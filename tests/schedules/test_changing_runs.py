@@ -9,6 +9,7 @@ import math
 import lightning.pytorch as unified
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.utils.data import DataLoader
 
 from lightning_plugins import (
     GradientAccumulation,
@@ -240,6 +241,46 @@ def test_an_epoch_that_was_left_early_counts_as_it_was(tmp_path):
     assert callback.resolved == Linear(13, 1, 0)
     assert used[:3] == [1 - step / 20 for step in range(3)]
     assert used[3:] == pytest.approx([0.85 * (1 - step / 10) for step in range(10)])
+
+
+def test_a_loader_that_becomes_shorter_by_itself_is_asked_again(tmp_path):
+    class Batches:
+        """A batch sampler whose batches of so many tokens are fewer from the second epoch on."""
+
+        epoch = 0
+
+        def __len__(self):
+            return 8 if self.epoch < 1 else 5
+
+        def __iter__(self):
+            return iter([[index] for index in range(len(self))])
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    module, callback = make_module(lr=1.0), LearningRateScheduler(Linear(None, 1, 0))
+    data = loader(8).dataset
+    batches = Batches()
+    batches.sampler = batches
+    trainer = make_trainer(tmp_path, callbacks=[callback], max_epochs=3)
+    trainer.fit(module, DataLoader(data, batch_sampler=batches))
+    used = rates(module)
+    assert len(used) == 8 + 5 + 5
+    assert used[8:] == pytest.approx(falling_line(used[8], len(used) - 8))
+
+
+def falling_line(value, steps):
+    return [value * (1 - step / steps) for step in range(steps)]
+
+
+def test_a_number_of_epochs_that_is_raised_in_mid_fit_is_followed(tmp_path):
+    class Raise(unified.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.fit_loop.max_epochs = 4
+
+    used, callback = fit(tmp_path, Linear(None, 1, 0), 5, callbacks=[Raise()], max_epochs=2)
+    assert used[5:] == pytest.approx([Linear(20, 1, 0)(step) for step in range(5, 20)])
+    assert callback.resolved == Linear(20, 1, 0)
 
 
 def test_a_limit_of_steps_stays_the_length_whatever_the_loader(tmp_path):

@@ -197,6 +197,43 @@ def test_a_group_that_was_added_right_before_the_checkpoint_keeps_its_rate():
     assert [used[1] for used in optimizer.used[5:]] == pytest.approx([0.01, 0.01 * 0.4 / 0.5])
 
 
+def test_an_optimizers_state_that_is_loaded_is_no_rate_that_was_written():
+    optimizer = RecordingSGD(weights(), lr=0.1)
+    scheduler = ScheduleLR(optimizer, Linear(10, 1, 0))
+    train(optimizer, scheduler, 2)
+    best = optimizer.state_dict()
+    train(optimizer, scheduler, 3)
+    optimizer.load_state_dict(best)
+    train(optimizer, scheduler, 2)
+    assert scheduler.get_last_lr() == pytest.approx([0.1 * 0.3])
+
+
+class RestoreAt(unified.Callback):
+    """Restores the last epoch's checkpoint in mid-fit: weights, optimizers and schedulers, not the loops."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            connector = trainer._checkpoint_connector
+            connector.resume_start(str(self.path))
+            connector.restore_model()
+            connector.restore_optimizers_and_schedulers()
+            connector.resume_end()
+
+
+@pytest.mark.parametrize("base_lr", [None, 0.1])
+def test_a_checkpoint_that_is_restored_in_mid_fit_leaves_the_schedule_where_the_run_stands(tmp_path, base_lr):
+    callback = LearningRateScheduler(Linear(12, 1, 0), base_lr=base_lr, record=True)
+    module = fit(tmp_path, callback, callbacks=[RestoreAt(tmp_path / "best.ckpt")], max_epochs=3)
+    assert rates(module) == callback.lrs == pytest.approx([0.1 * (1 - step / 12) for step in range(12)])
+
+
 # -- timm's scale of a group
 
 

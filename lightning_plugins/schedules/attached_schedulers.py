@@ -1,0 +1,143 @@
+"""The schedulers that a callback puts beside a Trainer's optimizers, where they are saved and monitors see them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_plugins.core.lightning import (
+    LRSchedulerConfig,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    torch_optimizers,
+)
+from lightning_plugins.schedules.ramps import Constant
+from lightning_plugins.schedules.scheduler import ScheduleLR
+
+_NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which follows the optimizer by itself
+_REWRITE_BASE_RATES = ("CyclicLR", "OneCycleLR")  # torch's; the user's own rate is lost in their groups
+
+
+class AttachedSchedulers:
+    """One scheduler beside each chosen optimizer, for the length of a fit.
+
+    Args:
+        index: Of the optimizer to schedule; ``None``: all.
+        existing: ``"refuse"`` or ``"replace"`` schedulers that the module brings.
+        options: Keyword arguments of :class:`ScheduleLR`.
+
+    Attributes:
+        optimizers: The Trainer's list as last seen: another list may hold other optimizers.
+    """
+
+    def __init__(self, index: int | None, existing: str, options: dict[str, Any]) -> None:
+        self._index, self._existing, self._options = index, existing, options
+        self._schedulers: list[ScheduleLR] = []
+        self._left: list[Optimizer] = []  # those whose rates another scheduler has taken over in mid-fit
+        self.optimizers: list[Optimizer] = []
+
+    def __iter__(self) -> Iterator[ScheduleLR]:
+        return iter(self._schedulers)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Put a scheduler beside each chosen optimizer; it is told its schedule later.
+
+        Raises:
+            MisconfigurationException: If an optimizer is scheduled already, or there is none of that index.
+        """
+        self.optimizers = trainer.strategy.optimizers
+        for optimizer in self._chosen(trainer):
+            self._displace(trainer.strategy.lr_scheduler_configs, optimizer)
+            self._put_beside(trainer, optimizer)
+
+    def follow(self, trainer: Trainer) -> list[tuple[ScheduleLR, int]]:
+        """Leave optimizers whose rates another scheduler has taken over, and go on beside those that are set up anew.
+
+        Lightning's SWA callback puts a scheduler in our place; a finetuning callback may exchange the optimizer.
+
+        Returns:
+            The new schedulers and their positions.
+        """
+        self.optimizers = trainer.strategy.optimizers
+        chosen, configs = self._chosen(trainer), trainer.strategy.lr_scheduler_configs
+        known = [*self._left, *(scheduler.optimizer for scheduler in self)]
+        new = [optimizer for optimizer in chosen if not _holds(known, optimizer)]
+        begun = []
+        for scheduler in list(self):
+            stays = _holds(chosen, scheduler.optimizer)
+            if stays and any(config.scheduler is scheduler for config in configs):
+                continue
+            scheduler.close()
+            self._schedulers.remove(scheduler)
+            optimizer = scheduler.optimizer if stays or not new else new.pop(0)
+            taken = self._existing == "refuse" and any(_drives_rates(config.scheduler, optimizer) for config in configs)
+            if stays or taken or not _holds(chosen, optimizer):
+                self._left.append(optimizer)
+                rank_zero_info("LearningRateScheduler leaves an optimizer to the scheduler that has replaced its own.")
+                continue
+            self._displace(configs, optimizer)
+            other, position = self._put_beside(trainer, optimizer), scheduler.position
+            other.schedule, other.scale = scheduler.schedule, scheduler.scale
+            begun.append((other, position))
+            rank_zero_info(f"LearningRateScheduler follows an optimizer that was set up anew, from step {position} on.")
+        return begun
+
+    def release(self) -> None:
+        """Take every hook off the optimizers."""
+        for scheduler in self:
+            scheduler.close()
+        self._schedulers, self._left, self.optimizers = [], [], []
+
+    def _chosen(self, trainer: Trainer) -> list[Optimizer]:
+        optimizers = torch_optimizers(trainer)
+        if self._index is None:
+            return optimizers
+        if self._index >= len(optimizers):
+            raise MisconfigurationException(
+                f"`optimizer` must be the index of one of the module's {len(optimizers)} optimizers, got {self._index}."
+            )
+        return [optimizers[self._index]]
+
+    def _put_beside(self, trainer: Trainer, optimizer: Optimizer) -> ScheduleLR:
+        options, rates = self._options, self._options["base_lr"]
+        if isinstance(rates, tuple) and trainer.ckpt_path is not None:  # groups that came later may be there already
+            options = {**options, "base_lr": rates + (None,) * (len(optimizer.param_groups) - len(rates))}
+        scheduler = ScheduleLR(optimizer, Constant(), **options)
+        scheduler.held = True
+        self._schedulers.append(scheduler)
+        trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
+        return scheduler
+
+    def _displace(self, configs: list[Any], optimizer: Optimizer) -> None:
+        """Refuse or remove schedulers of the same rates."""
+        for config in [config for config in configs if _drives_rates(config.scheduler, optimizer)]:
+            name = type(config.scheduler).__name__
+            if self._existing == "refuse":
+                raise MisconfigurationException(
+                    f"the {type(optimizer).__name__} is already scheduled, by a {name}. Either return the optimizer "
+                    "without a scheduler from `configure_optimizers`, or pass "
+                    "`LearningRateScheduler(..., existing='replace')`, which takes that scheduler away."
+                )
+            if self._options["base_lr"] is None and _rewrites_base_rates(config.scheduler):
+                raise MisconfigurationException(
+                    f"`base_lr` must be given to replace a {name}, which has overwritten the optimizer's own rates."
+                )
+            configs.remove(config)
+            rank_zero_info(f"LearningRateScheduler replaces the module's {name}.")
+
+
+def _drives_rates(scheduler: Any, optimizer: Optimizer) -> bool:
+    return getattr(scheduler, "optimizer", None) is optimizer and getattr(scheduler, "parameter", "lr") == "lr"
+
+
+def _rewrites_base_rates(scheduler: Any) -> bool:
+    kinds = {type(part).__name__ for part in (scheduler, *getattr(scheduler, "_schedulers", ()))}
+    return bool(kinds.intersection(_REWRITE_BASE_RATES))
+
+
+def _holds(optimizers: Sequence[Optimizer], optimizer: Optimizer) -> bool:
+    return any(found is optimizer for found in optimizers)
