@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lightning_plugins.core.append_only_file import AppendOnlyFile
-from lightning_plugins.core.files import free_name, is_full_disk, move_aside, replace_file
+from lightning_plugins.core.files import free_name, is_full_disk, move_aside, open_regular, replace_file
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.statistics.rows import TRAIN, StatisticsRow
 from lightning_plugins.statistics.running import S4TF_NAMES
@@ -90,7 +90,8 @@ class CSVFile:
             return [f"{self.path.name} was moved to {aside.name}."] if aside else []
         if not self.path.exists():
             return [f"{self.path} is not there any more: the {self._rows} rows before the checkpoint are missing."]
-        return self._find_place(self.path.read_bytes())
+        with open_regular(self.path) as file:
+            return self._find_place(file.read())
 
     def close(self) -> None:
         """Close the file; rows that never found room are counted in a warning."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.validation import shortened
 from lightning_plugins.statistics.confusion import Report
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION
@@ -51,7 +53,7 @@ def read_curves(path: str | Path) -> Curves:
         ValueError: If it is not such a file, or has no rows.
         OSError: If it cannot be read.
     """
-    with Path(path).open(newline="", encoding="utf-8", errors="replace") as handle:
+    with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8", errors="replace", newline="") as handle:
         try:
             found = list(csv.DictReader(handle, skipinitialspace=True))
         except csv.Error as error:

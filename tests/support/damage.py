@@ -94,7 +94,7 @@ def bounded(seconds=60, gigabytes=3):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, hangs)
-    resource.setrlimit(resource.RLIMIT_AS, (used + gigabytes * 2**30, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 2**30), limits[1]))
     signal.alarm(seconds)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:

@@ -1,0 +1,73 @@
+"""Messages show any value in one short line, and texts of states are one printable line."""
+
+import collections
+import dataclasses
+
+import pytest
+import torch
+
+from lightning_plugins.core.validation import plain_text, shown
+from tests.support.damage import bounded
+
+
+def shared(made, depth=60):
+    for _ in range(depth):
+        made = type(made)([made, made]) if not isinstance(made, dict) else type(made)({"a": made, "b": made})
+    return made
+
+
+@dataclasses.dataclass
+class Pair:
+    one: object
+    other: object
+
+
+def pairs(depth=60):
+    made = None
+    for _ in range(depth):
+        made = Pair(made, made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        shared([1]),
+        shared((1,)),
+        shared({"a": 1}),
+        shared(collections.OrderedDict(a=1)),
+        shared(collections.deque([1])),
+        [shared((1,)), shared([1])],
+        pairs(),
+        {"a": [pairs()]},
+        ["x" * 10_000_000] * 100,
+        "x" * 100_000_000,
+        b"x" * 100_000_000,
+        list(range(1_000_000)),
+        10**100_000,
+        [10**100_000],
+        torch.zeros(1).expand(10**12),
+        "\x1b]0;x\x07\n" * 1000,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_message_shows_any_value_in_one_short_line(value):
+    with bounded(10, 1):
+        text = shown(value)
+    assert len(text) < 700
+    assert text.isprintable()
+    with pytest.raises((TypeError, ValueError)) as caught, bounded(10, 1):
+        plain_text("stamp", value)
+    assert len(str(caught.value)) < 900
+    assert str(caught.value).isprintable()
+
+
+def test_lists_that_hold_themselves_are_shown():
+    cyclic = [1]
+    cyclic.append(cyclic)
+    assert shown(cyclic).isprintable()
+
+
+def test_ordinary_values_are_shown_as_they_are():
+    for value in ("5%", 0.1, ["a", {"b": (1, None)}], {"x": {1}}, Pair(1, "a"), collections.OrderedDict(a=1)):
+        assert shown(value) == repr(value)
