@@ -185,7 +185,8 @@ class GradientAccumulation(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the backward by the batch's count; a batch that runs in pieces has several."""
-        if not self._counted:  # counted here, since a `training_step` that returned None must not count
+        # counted here, since a `training_step` that returned None must not count
+        if not self._counted:
             self._counted = True
             self._weight = self._window.add(self._count)
             if isinstance(self._count, Tensor):
@@ -200,7 +201,8 @@ class GradientAccumulation(Callback):
         if ranks > 1:
             total = _sum(trainer, total)
         factor = self._window.factor(total, batches=trainer.accumulate_grad_batches, ranks=ranks)
-        if isinstance(factor, Tensor) or factor != 1:  # equal, full windows pay nothing
+        # equal, full windows pay nothing
+        if isinstance(factor, Tensor) or factor != 1:
             scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
         if not self._check.counted:
             self._check.add_window(total)
@@ -253,17 +255,23 @@ class GradientAccumulation(Callback):
     # what the hooks are made of
 
     def _load_data(self, trainer: Trainer, original: Callable[[], None]) -> None:
-        """Load the training data, and set the first window when that has happened for the first time."""
+        """Load the training data, and set the window again if another loader has another batch size."""
         original()
-        if self._plan is None:
-            trainer.accumulate_grad_batches = self.accumulation_plan(trainer).changes[0][1]
+        batches, before = self._batches_of_loader(trainer), self._plan
+        if before is None or before.changes[0][1] != batches:
+            self._plan = AccumulationPlan(((0, batches),), unit="step", carry=self.carry)
+            trainer.accumulate_grad_batches = batches
+        if before is not None and before is not self._plan:
+            rank_zero_info(f"GradientAccumulation: the loader has changed; {self._describe(trainer)}.")
 
     def _begin_scheduled(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin a window where the last one has ended: the number of batches may change here."""
-        if trainer.fit_loop._skip_backward:  # the epoch in which stochastic weight averaging refreshes statistics
+        # the epoch in which stochastic weight averaging refreshes statistics
+        if trainer.fit_loop._skip_backward:
             return
         batches = trainer.accumulate_grad_batches = self._batches_now(trainer)
-        if batch_idx % batches:  # Lightning zeroes gradients at multiples only; this window begins at a joint
+        # Lightning zeroes gradients at multiples only; this window begins at a joint
+        if batch_idx % batches:
             pl_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, trainer.optimizers[0])
             self._window.total = 0
 

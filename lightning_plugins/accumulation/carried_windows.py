@@ -56,7 +56,8 @@ class CarriedWindows:
 
         A full window without a step ends, too: Lightning zeroes gradients by its count of batches.
         """
-        if trainer.fit_loop._skip_backward:  # the epoch in which stochastic weight averaging refreshes statistics
+        # the epoch in which stochastic weight averaging refreshes statistics
+        if trainer.fit_loop._skip_backward:
             return False
         done = self.done(trainer)
         begins = self.stepped or not 0 < done < trainer.accumulate_grad_batches

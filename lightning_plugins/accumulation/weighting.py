@@ -51,7 +51,8 @@ class Window:
         """
         expected = batches * ranks * (self.reference or 1)
         if isinstance(total, Tensor):
-            total = wide(total, total.device)  # whole numbers would divide in single precision
+            # whole numbers would divide in single precision
+            total = wide(total, total.device)
             return torch.where(total > 0, expected / total, torch.ones_like(total))
         return expected / total if total not in (0, expected) else 1
 
@@ -60,7 +61,8 @@ def weigh_backward(loss: Tensor, weight: Count) -> None:
     """Make the coming backward of ``loss`` count ``weight`` times; the value of the loss stays."""
     if isinstance(weight, Tensor):
         weight = weight.to(loss.dtype)
-    if loss.requires_grad:  # else the backward fails by itself, and says why
+    # else the backward fails by itself, and says why
+    if loss.requires_grad:
         loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]  # torch's own
 
 

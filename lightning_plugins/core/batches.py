@@ -92,7 +92,8 @@ class SampleCounter:
             return 0
         parts = Parts().add(batch, "batch")
         known = set(parts.rows.values())
-        if not known:  # a list whose items have unequal lengths holds samples; at the top it may be several batches
+        # a list whose items have unequal lengths holds samples; at the top it may be several batches
+        if not known:
             known = {found.items for found in parts.lists if not found.as_fields() and found.path != "batch"}
         if len(known) == 1 and parts.fits(*known):
             return self._decided(parts, known.pop())
@@ -125,7 +126,8 @@ class SampleCounter:
         if as_samples is None:
             raise UnclearBatchError(_disagreement(batch, parts))
         if as_fields is None and any(not found.holds_rows() and found.path != "batch" for found in parts.lists):
-            return as_samples  # a list of dictionaries in a field, whose sizes differ from those of another one
+            # a list of dictionaries in a field, whose sizes differ from those of another one
+            return as_samples
         if as_fields is None:
             what = f"{_disagreement(batch, parts)[:-1]}, unless they are {as_samples} samples."
             raise UnclearBatchError(what)
@@ -292,7 +294,8 @@ class _Cut:
     def _nested(self, value: Any) -> Any:
         if value.layout is not torch.jagged:
             return value.narrow(0, self._part.start, self._size())
-        if value.lengths() is not None or isinstance(value.shape[1], int):  # with holes, or ragged further inside
+        # with holes, or ragged further inside
+        if value.lengths() is not None or isinstance(value.shape[1], int):
             return torch.nested.as_nested_tensor(list(value.unbind()[self._part]), layout=torch.jagged)
         # one tensor of offsets for all that shared one, or torch takes their lengths for different ones
         whole = value.offsets()
@@ -358,10 +361,12 @@ def record_like(value: Any, items: list[Any]) -> Any:
         if not isinstance(value, MutableMapping):
             return type(value)(content)  # type: ignore[call-arg]  # a read-only mapping is built from another
         clone: Any = copy.copy(value)
-        for key, item in content.items():  # some have no `update`
+        # some have no `update`
+        for key, item in content.items():
             clone[key] = item
         return clone
     clone = copy.copy(value)
     for part, item in zip(dataclasses.fields(value), items, strict=True):
-        object.__setattr__(clone, part.name, item)  # a frozen one too
+        # a frozen one too
+        object.__setattr__(clone, part.name, item)
     return clone

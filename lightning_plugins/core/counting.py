@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +18,8 @@ Count = int | float | Tensor
 CountedBy: TypeAlias = Literal["samples"] | Callable[[Any], Any]
 """How to count; not just any text, so that a configuration's import path is known for a function."""
 
-_LEAST = -(2**63)  # of an index or a label
+# of an index or a label
+_LEAST = -(2**63)
 
 
 class Tokens:
@@ -46,7 +48,8 @@ class Tokens:
         labels = look_up(batch, self.key)
         if not isinstance(labels, Tensor):
             raise TypeError(f"`key` must name a tensor of labels, but {self.key!r} is a {type(labels).__name__}.")
-        if labels.is_nested and labels.layout is torch.strided:  # it knows no comparison
+        # it knows no comparison
+        if labels.is_nested and labels.layout is torch.strided:
             return torch.stack([(part != self.ignore_index).sum() for part in labels.unbind()]).sum()
         return (labels != self.ignore_index).sum()
 
@@ -70,13 +73,24 @@ def counter(
     """
     if isinstance(count, str):
         one_of("count", count, ("samples",))
-        own = getattr(module, "get_batch_size", None)
-        if not callable(own):
+        own: Any = getattr(module, "get_batch_size", None)
+        if not _takes_a_batch(own):
             return SampleCounter(full)
         count = own
     if not callable(count):
         raise TypeError(f'`count` must be "samples", Tokens(key) or a function of the batch, got {shown(count)}.')
     return lambda batch: as_count(count(batch))
+
+
+def _takes_a_batch(function: Any) -> bool:
+    """Return whether ``function`` can be called with a batch alone; one without arguments tells the loader's size."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def as_count(value: Any) -> Count:
@@ -91,7 +105,8 @@ def as_count(value: Any) -> Count:
             raise TypeError(f"`count` must return one number, got a tensor of shape {tuple(value.shape)}.")
         value = value.detach().reshape(())
         return value if value.device.type != "cpu" else as_count(value.item())
-    if hasattr(value, "item"):  # a NumPy number
+    # a NumPy number
+    if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`count` must return one number, got {shown(value)}.")
@@ -115,7 +130,8 @@ class CountCheck:
         counted: Whether any item is known to have been counted; :meth:`add_window` is not needed any more then.
     """
 
-    _WINDOWS = 100  # so many windows without a single item are a mistake, also in an epoch that takes a week
+    # so many windows without a single item are a mistake, also in an epoch that takes a week
+    _WINDOWS = 100
 
     def __init__(self) -> None:
         self._lowest: Tensor | None = None

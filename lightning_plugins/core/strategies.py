@@ -23,10 +23,10 @@ SUPPORTED: dict[str, tuple[str, ...]] = {
 # Subclasses of DDPStrategy that keep parameters or gradients in another place, so they are no DDP.
 _NO_DDP = ("DeepSpeedStrategy", "XLAStrategy")
 
-# These steer the batches of a step, which a strategy must not do by itself.
-_STEER_WINDOWS = ("Cancelling", "GradientAccumulation", "GradientAccumulation(carry=True)", "MicroBatching")
 # These count or split the batch of a process, which must be its own.
-_NEED_OWN_BATCHES = _STEER_WINDOWS[1:]
+_NEED_OWN_BATCHES = ("GradientAccumulation", "GradientAccumulation(carry=True)", "MicroBatching")
+# These steer the batches of a step, which a strategy must not do by itself.
+_STEER_WINDOWS = ("Cancelling", *_NEED_OWN_BATCHES)
 
 # What comes nearest to a strategy that is not supported: first those that shard as it does.
 _NEAREST = {
@@ -51,9 +51,10 @@ def check_strategy(trainer: Trainer, technique: str) -> None:
     strategy: Any = trainer.strategy
     name, supported = type(strategy).__name__, SUPPORTED[technique]
     known = _known_as(type(strategy))
-    if strategy.handles_gradient_accumulation and technique in _STEER_WINDOWS:
+    accumulates = strategy.handles_gradient_accumulation and technique in _STEER_WINDOWS
+    if accumulates and technique in _NEED_OWN_BATCHES:
         problem = f"does not work under {name}, which accumulates gradients by itself"
-    elif known not in supported:
+    elif accumulates or known not in supported:
         problem = f"was not tested under {name}"
     elif technique in _NEED_OWN_BATCHES and _shares_batches(strategy):
         raise MisconfigurationException(

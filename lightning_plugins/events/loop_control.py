@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_plugins.core.lightning import MisconfigurationException, Trainer, torch_optimizers
+from lightning_plugins.core.lightning import Trainer, torch_optimizers
 from lightning_plugins.core.patching import Patches
-
-_TESTED = ("DDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy")
+from lightning_plugins.core.strategies import check_strategy
 
 
 class LoopControl:
@@ -44,7 +43,7 @@ class LoopControl:
         Where it would have ended a window, the hook before the step drops the gradients of the window's other batches,
         which no rank has seen of the others yet.
         """
-        self._check_strategy()
+        check_strategy(self._trainer, "Cancelling")
         optimization = self._epoch.automatic_optimization
 
         def run(_: Any, optimizer: Any, batch_idx: int, *__: Any) -> dict[str, Any]:
@@ -65,7 +64,7 @@ class LoopControl:
 
     def skip_batch(self) -> None:
         """Let the batch at hand, which is the epoch's last now, pass without even an attempt at a step."""
-        self._check_strategy()
+        check_strategy(self._trainer, "Cancelling")
         if not self._epoch._should_accumulate():  # else its window goes on in the next epoch
             self.drop_gradients()
         self._until_next_batch.wrap(self._epoch, "_should_accumulate", lambda _: True)
@@ -74,7 +73,7 @@ class LoopControl:
 
     def drop_gradients(self) -> None:
         """Leave the optimizers nothing to step with."""
-        self._check_strategy()
+        check_strategy(self._trainer, "Cancelling")
         for optimizer in torch_optimizers(self._trainer):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -139,14 +138,6 @@ class LoopControl:
     def intercept(self, name: str, wrapper: Callable[..., Any]) -> None:
         """Let the strategy's step of that name run as ``wrapper(step, *args)`` until the fit ends."""
         self._until_fit_ends.wrap(self._trainer.strategy, name, wrapper)
-
-    def _check_strategy(self) -> None:
-        strategy = self._trainer.strategy
-        bases = {base.__name__ for base in type(strategy).__mro__}
-        if strategy.handles_gradient_accumulation or not bases & set(_TESTED):
-            raise MisconfigurationException(
-                f"Cancelling was not tested under {type(strategy).__name__}; it works under {', '.join(_TESTED)}."
-            )
 
 
 def _no_step(*args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ARG001  # in the place of several methods

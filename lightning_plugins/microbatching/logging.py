@@ -116,7 +116,8 @@ def _merge(metric: Any, before: MetricState) -> None:
     if not metric.update_called:
         before.restore(metric)
         return
-    if metric._forward_cache is not None:  # the step called `forward`, so it wants the batch's value
+    # the step called `forward`, so it wants the batch's value
+    if metric._forward_cache is not None:
         metric._to_sync, to_sync = False, metric._to_sync
         try:
             metric._forward_cache = metric.compute()

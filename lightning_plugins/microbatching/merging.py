@@ -97,7 +97,10 @@ def merge(
         return _merge_tensors([value.detach() for value in values], weights, sizes, path)
     if not all(isinstance(value, type(first)) for value in values):
         raise TypeError(f"`{path}` must have one type, got {', '.join(type(value).__name__ for value in values)}.")
-    if isinstance(first, Mapping) and rows(first) is None:
+    if isinstance(getattr(first, "batch_size", None), torch.Size):
+        # a TensorDict
+        return torch.cat(list(values))
+    if isinstance(first, Mapping):
         return _merge_mappings(values, weights, sizes, path, dropped)
     if fields_of(first) is not None or is_list(first):
         return _merge_containers(values, weights, sizes, path)
@@ -173,14 +176,12 @@ def _merge_plain(values: Sequence[Any], weights: Sequence[Count], sizes: Sequenc
 
 
 def _merge_rows(values: Sequence[Any], weights: Sequence[Count], sizes: Sequence[int], path: str) -> Any:
-    """Merge what has a number of samples and is no tensor: arrays, packed sequences, TensorDicts."""
+    """Merge what has a number of samples and is no tensor: arrays and packed sequences."""
     if isinstance(values[0], PackedSequence):
         return pack_sequence([part for value in values for part in unpack_sequence(value)], enforce_sorted=False)
     if hasattr(values[0], "__array__"):
         merged = _merge_tensors([torch.as_tensor(value) for value in values], weights, sizes, path)
         return merged.numpy()
-    if isinstance(getattr(values[0], "batch_size", None), torch.Size):
-        return torch.cat(list(values))
     raise TypeError(f"`{path}` must be something that can be put together, got {type(values[0]).__name__}.")
 
 

@@ -144,7 +144,8 @@ class StateBeforeBatch:
         """Put everything back; may be called again after another attempt."""
         self._random.restore()
         for buffers, name, buffer, value in self._buffers:
-            buffers[name] = buffer.copy_(value)  # a forward may have replaced it
+            # a forward may have replaced it
+            buffers[name] = buffer.copy_(value)
         for metric, state in self._metrics:
             state.restore(metric)
         for parameter, gradient in zip(self._parameters, self._gradients or (), strict=False):

@@ -28,7 +28,8 @@ class SizeSearch:
         size: A size found before, ``None`` to begin with whole batches.
     """
 
-    SETTLED = 10  # batches at one size after which DDP runs unguarded
+    # batches at one size after which DDP runs unguarded
+    SETTLED = 10
 
     def __init__(self, trainer: Trainer, metrics: BatchMetrics, size: int | None) -> None:
         self.size = size
@@ -67,14 +68,16 @@ class SizeSearch:
             wanted = None
             try:
                 batch.attempt(self.size)
-            except Exception as error:  # the types are many
+            except Exception as error:
+                # the types are many
                 if not is_out_of_memory(error):
                     raise
                 wanted = halved(batch.largest())
                 if wanted == 0:
                     agree(0)
                     raise
-            wanted = agree(wanted)  # outside of `except`, whose error holds the memory of the attempt
+            # outside of `except`, whose error holds the memory of the attempt
+            wanted = agree(wanted)
             if wanted is None:
                 return
             if wanted == 0:
@@ -93,7 +96,8 @@ class Ranks:
         trainer: A Trainer whose strategy is DDP.
     """
 
-    _CONTENT = 2**62  # what a rank asks for that did not fail: no limit
+    # what a rank asks for that did not fail: no limit
+    _CONTENT = 2**62
 
     def __init__(self, trainer: Trainer) -> None:
         self._model: Any = trainer.strategy.model
@@ -108,7 +112,8 @@ class Ranks:
             yield
         if synchronize:
             self._average_gradients()
-        self._model.require_forward_param_sync = synchronize  # what DDP's forward sets by itself otherwise
+        # what DDP's forward sets by itself otherwise
+        self._model.require_forward_param_sync = synchronize
 
     def agree(self, wanted: int | None) -> int | None:
         """Return the smallest size that any rank wants, ``None`` if all succeeded; all ranks call it."""

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from lightning_plugins import GradientAccumulation, MicroBatching
 from tests.support.accumulation_runs import (
+    Dictionaries,
     Probe,
     Recorder,
     SaveAfterFirstEpoch,
@@ -21,6 +23,13 @@ from tests.support.accumulation_runs import (
 
 EQUAL = (5, 5, 5, 5, 5, 5)
 UNEQUAL = (4, 7, 2, 5, 3, 6)
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class StepsOnSome(Probe):
@@ -213,3 +222,39 @@ def test_a_batch_takes_few_calls():
 
     fit(Probe(), [GradientAccumulation(1), Watches()], data_of(EQUAL))
     assert len(calls) <= 8, calls
+
+
+def test_another_loader_has_another_number_of_batches(caplog):
+    """12 samples a step: 3 batches of 4 in the first epoch, 2 of 6 in the second."""
+
+    class Reloads(Probe):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(Dictionaries(24), batch_size=4 if self.trainer.current_epoch == 0 else 6)
+
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((len(batch["labels"]), trainer.accumulate_grad_batches, trainer.global_step))
+
+    with caplog.at_level("INFO"):
+        trainer = pl.Trainer(
+            callbacks=[GradientAccumulation(effective_batch_size=12), Watch()],
+            max_epochs=2,
+            reload_dataloaders_every_n_epochs=1,
+            **QUIET,
+        )
+        trainer.fit(Reloads())
+    assert seen == [(4, 3, step) for step in (0, 0, 1, 1, 1, 2)] + [(6, 2, step) for step in (2, 3, 3, 4)]
+    assert "GradientAccumulation: the loader has changed; 2 batches of 6 samples per optimizer step" in caplog.text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_says_how_many_samples_all_processes_take(ranks):
+    accumulation = GradientAccumulation(3)
+    trainer = SimpleNamespace(
+        world_size=ranks, train_dataloader=SimpleNamespace(batch_size=4, batch_sampler=None), callbacks=[]
+    )
+    each = " on each of 2 processes" if ranks == 2 else ""
+    line = f"3 batches of 4 samples{each} per optimizer step (effective batch size {12 * ranks})"
+    assert accumulation._describe(trainer) == line
