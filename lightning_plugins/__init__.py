@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         CancelValidation as CancelValidation,
         Event as Event,
         EventCallback as EventCallback,
+        TrainingLoop as TrainingLoop,
         on_events as on_events,
     )
     from lightning_plugins.microbatching import MicroBatching as MicroBatching
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         Constant as Constant,
         Cosine as Cosine,
         CosineRestarts as CosineRestarts,
+        Duration as Duration,
         Exponential as Exponential,
         InverseSqrt as InverseSqrt,
         Join as Join,

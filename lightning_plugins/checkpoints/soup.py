@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_plugins.checkpoints.average import average_checkpoints
 from lightning_plugins.checkpoints.formats import open_checkpoint
@@ -17,7 +17,11 @@ StateDict = OrderedDict[str, Any]
 
 
 def greedy_soup(
-    paths: Iterable[str | Path], score: Callable[[StateDict], float], mode: str = "max", *, trust: bool = False
+    paths: Iterable[str | Path],
+    score: Callable[[StateDict], float],
+    mode: Literal["max", "min"] = "max",
+    *,
+    trust: bool = False,
 ) -> tuple[StateDict, list[Path], float]:
     """Average checkpoints one by one, best first, and keep each one that makes the average better.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_plugins.core import checkpoint_keys, torch_file
 from lightning_plugins.core.module_state import averaged_tensors, clean_name, fill, misfits, named_tensors
 from lightning_plugins.core.stand_ins import UnreadableError
-from lightning_plugins.core.validation import a_path, one_of, shown, whole_number
+from lightning_plugins.core.validation import a_path, one_of, shown, true_or_false, whole_number
 
 RECORD_KEY = checkpoint_keys.EMA
 RECORD_VERSION = 1
@@ -212,7 +212,7 @@ def replace_raw(state: dict[str, Any], raw: Mapping[str, Tensor], average: Mappi
 
 
 def extract_weights(
-    checkpoint_path: str | Path, which: str = "average", name: str = "ema", *, trust: bool = False
+    checkpoint_path: str | Path, which: Literal["average", "raw"] = "average", name: str = "ema", *, trust: bool = False
 ) -> dict[str, Tensor]:
     """Return one complete set of weights out of a checkpoint, to be given to ``module.load_state_dict``.
 
@@ -289,6 +289,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         ValueError: If it is no checkpoint file, or needs more than tensors and plain values to load without trust.
     """
     path = Path(a_path("checkpoint_path", path))
+    true_or_false("trust", trust)
     if not path.is_file():
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
     try:

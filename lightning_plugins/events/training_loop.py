@@ -16,7 +16,10 @@ _OUTPUT_KEYS = ("logits", "preds")
 
 
 class TrainingLoop:
-    """The state of a fit, for functions of events.
+    """The state of a fit, which functions of events are given.
+
+    Args:
+        trainer: The Trainer, in a fit.
 
     Attributes:
         trainer: The Trainer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
@@ -101,8 +101,8 @@ class LearningRateScheduler(Callback):
         min_lr: float = 0.0,
         optimizer: int | None = None,
         plateau: Plateau | None = None,
-        existing: str = "refuse",
-        clock: str = "attempted",
+        existing: Literal["refuse", "replace"] = "refuse",
+        clock: Literal["attempted", "applied"] = "attempted",
         record: bool = False,
     ) -> None:
         check_schedule(schedule)
@@ -114,7 +114,8 @@ class LearningRateScheduler(Callback):
         self.optimizer = None if optimizer is None else whole_number("optimizer", optimizer)
         self.plateau = plateau
         self.existing = one_of("existing", existing, ("refuse", "replace"))
-        self.clock = one_of("clock", clock, ("attempted", "applied"))
+        one_of("clock", clock, ("attempted", "applied"))
+        self.clock = clock
         self.record = true_or_false("record", record)
         super().__init__(optimizer=self.optimizer)
         self.lrs: list[float | tuple[float, ...]] = []

@@ -6,10 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_plugins.core.validation import a_list, real_number, whole_number
 from lightning_plugins.schedules.durations import Horizon, check_duration, is_open
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform  # in `typing` from Python 3.11 on
 
 _MISSING = dataclasses.MISSING
 
@@ -54,6 +57,18 @@ def parts() -> Any:
 def curve(*, default: Any = _MISSING) -> Any:
     """Declare a field as a curve: a name, a callable or an import path, which is code."""
     return _field(None, default, curve=True)
+
+
+if TYPE_CHECKING:
+
+    @dataclass_transform(
+        frozen_default=True, field_specifiers=(duration, durations, factor, factors, number, whole, parts, curve)
+    )
+    class Declared:
+        """Tells type checkers that the functions above declare fields, and which of them have a default."""
+
+else:
+    Declared = object
 
 
 def field_items(item: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

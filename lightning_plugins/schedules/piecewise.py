@@ -12,6 +12,7 @@ from lightning_plugins.core.validation import shown, true_or_false
 from lightning_plugins.schedules.curves import Curve, progress_along
 from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps
 from lightning_plugins.schedules.fields import (
+    Declared,
     check_fields,
     curve,
     duration,
@@ -114,7 +115,7 @@ class Join(Schedule):
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Declared):
     """A piece of :class:`Segments`: from ``start`` to ``end`` in ``steps`` along a shape.
 
     Args:

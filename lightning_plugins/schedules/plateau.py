@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning_plugins.core.validation import a_list, one_of, real_number, shown, whole_number
 from lightning_plugins.schedules.fields import keep
@@ -81,7 +81,7 @@ class Plateau:
     """
 
     monitor: str
-    mode: str = "min"
+    mode: Literal["min", "max"] = "min"
     factor: float = 0.1
     patience: int = 10
     threshold: float = 1e-4

@@ -11,12 +11,12 @@ from typing import Any, TypeVar, cast
 from lightning_plugins.core.imports import by_import_path
 from lightning_plugins.core.validation import real_number, shown, whole_number
 from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError
-from lightning_plugins.schedules.fields import check_fields, keep, resolve_fields
+from lightning_plugins.schedules.fields import Declared, check_fields, keep, resolve_fields
 
 Self = TypeVar("Self", bound="Schedule")
 
 
-class Schedule(ABC):
+class Schedule(ABC, Declared):
     """A learning-rate schedule: ``schedule(step)`` is the factor on the base rate that the step with that index uses.
 
     Steps count optimizer steps from 0, which is the first step. Every step >= 0 has a value; past its end a schedule
@@ -52,7 +52,7 @@ class Schedule(ABC):
     def _factor(self, step: float) -> float:
         """Return the factor at ``step`` >= 0; every length is known."""
 
-    def _check(self) -> None:  # noqa: B027  # most have nothing to add
+    def _check(self) -> None:  # most have nothing to add
         """Raise when the arguments alone show a fault."""
 
     def _prepare(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -84,7 +84,7 @@ class ScheduleLR(LRScheduler):
         base_lr: float | Sequence[float | None] | None = None,
         min_lr: float = 0.0,
         parameter: str = "lr",
-        clock: str = "attempted",
+        clock: Literal["attempted", "applied"] = "attempted",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {shown(optimizer)}.")

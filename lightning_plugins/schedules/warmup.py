@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from lightning_plugins.core.validation import one_of
 from lightning_plugins.schedules.curves import NAMED_CURVES, Progress
@@ -14,7 +14,7 @@ from lightning_plugins.schedules.schedule import Schedule
 Self = TypeVar("Self", bound="_WarmupThenDecay")
 
 
-class _WarmupThenDecay(Schedule):
+class _WarmupThenDecay:
     """Linear from ``start`` to 1, a plateau of 1, then a decay to ``end`` that finishes at step ``total``."""
 
     warmup: Duration
@@ -67,7 +67,7 @@ class _WarmupThenDecay(Schedule):
 
 
 @dataclass(frozen=True)
-class WarmupCosine(_WarmupThenDecay):
+class WarmupCosine(_WarmupThenDecay, Schedule):
     """Linear warm-up, a hold at 1, half a cosine wave down.
 
     With w = warmup, h = hold, N = total:
@@ -109,7 +109,7 @@ class WarmupCosine(_WarmupThenDecay):
 
 
 @dataclass(frozen=True)
-class WarmupLinear(_WarmupThenDecay):
+class WarmupLinear(_WarmupThenDecay, Schedule):
     """Linear warm-up to 1, then a straight line to ``end`` at step ``total``: BERT's schedule.
 
     With w = warmup, N = total: start + (1 - start) * t / w for t < w, then 1 + (end - 1) * (t - w) / (N - w), then
@@ -142,7 +142,7 @@ class WarmupLinear(_WarmupThenDecay):
 
 
 @dataclass(frozen=True)
-class WarmupStableDecay(_WarmupThenDecay):
+class WarmupStableDecay(_WarmupThenDecay, Schedule):
     """Linear warm-up, a stable phase at 1, and a decay over the last ``decay`` steps: the trapezoid, WSD.
 
     With w = warmup, d = decay, N = total, x = (t - N + d) / d in the decay: ``"1-sqrt"`` follows
@@ -172,7 +172,7 @@ class WarmupStableDecay(_WarmupThenDecay):
     warmup: Duration = duration()
     decay: Duration = duration()
     total: Duration = duration(rest=True, default=None)
-    shape: str = "1-sqrt"
+    shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt"
     start: float = factor(default=0.0)
     end: float = factor(default=0.0)
     _stated = ("warmup", "decay")
@@ -219,7 +219,7 @@ class OneCycle(Schedule):
     peak_at: float = number(at_least=0, at_most=1, default=0.3)
     start: float = factor(default=1 / 25)
     end: float = factor(default=1e-4 / 25)
-    shape: str = "cosine"
+    shape: Literal["cosine", "linear"] = "cosine"
 
     _peak: ClassVar[float]  # set by _prepare, on the instance
     _last: ClassVar[int]

@@ -2,10 +2,11 @@
 
 import enum
 import inspect
-import io
-import pickle
 import sys
+import types
 import typing
+from collections.abc import Iterator
+from functools import partial
 
 import lightning.pytorch as unified
 import pytest
@@ -118,7 +119,8 @@ def writable_classes():
 
 
 def test_every_class_has_its_row():
-    assert writable_classes() - {"Segment"} == set(ROWS)  # that stands inside `Segments` and needs no class path
+    # a segment stands inside `Segments` and needs no class path; a loop is given, not made
+    assert writable_classes() - {"Segment", "TrainingLoop"} == set(ROWS)
 
 
 def test_annotations_can_be_evaluated():
@@ -168,18 +170,29 @@ def says(text, written):
     return text == written
 
 
-class Portrait(pickle.Pickler):
-    """Everything an object is made of, as bytes that compare: a pickle without references and addresses."""
+def portrait(thing, above=()):  # noqa: PLR0911
+    """Return what an object is made of, as text that compares: by how it is pickled, without addresses."""
+    if id(thing) in above:
+        return f"what holds it, {len(above) - above.index(id(thing))} up"
+    inside = partial(portrait, above=(*above, id(thing)))
+    if thing is None or isinstance(thing, (bool, int, float, str, bytes)):
+        return repr(thing)
+    if isinstance(thing, torch.Tensor):
+        return f"tensor {thing.tolist()}"
+    if isinstance(thing, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
+        return f"{thing.__module__}.{thing.__qualname__}" if hasattr(thing, "__qualname__") else thing.__name__
+    if isinstance(thing, dict):
+        return f"dict {[(inside(key), inside(value)) for key, value in thing.items()]}"
+    if isinstance(thing, (list, tuple)):
+        return f"{type(thing).__name__} {[inside(part) for part in thing]}"
+    if isinstance(thing, (set, frozenset)):
+        return f"set {sorted(map(inside, thing))}"
+    parts = thing.__reduce_ex__(4)
+    return parts if isinstance(parts, str) else f"{type(thing)} {[inside(_listed(part)) for part in parts]}"
 
-    def reducer_override(self, thing):
-        return (list, (thing.tolist(),)) if isinstance(thing, torch.Tensor) else NotImplemented
 
-
-def portrait(thing):
-    pickler = Portrait(buffer := io.BytesIO())
-    pickler.fast = True
-    pickler.dump(thing)
-    return buffer.getvalue()
+def _listed(part):
+    return list(part) if isinstance(part, Iterator) else part
 
 
 @pytest.mark.usefixtures("_same_moment")

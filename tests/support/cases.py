@@ -65,6 +65,7 @@ _HERE = __name__
 _LABELS = "{class_path: lightning_plugins.Tokens, init_args: {key: labels, ignore_index: 0}}"
 _MEAN = "{class_path: torchmetrics.MeanMetric}"
 _BASES = {"Schedule", "DecayRule"}
+_TYPES = {"Duration", "TrainingLoop"}  # for annotations
 _WITHOUT_ARGUMENTS = {"CancelBatch", "CancelEpoch", "CancelFit", "CancelTraining", "CancelValidation", "Event"}
 
 CALLBACKS = {
@@ -207,11 +208,17 @@ CALLBACKS = {
     "StatisticsRecorder": case(
         ("{}", {}),
         (
-            f"{{metrics: [accuracy, {_MEAN}], predictions: head, targets: {_HERE}.truth, every: epoch, log: true}}",
+            (
+                f"{{metrics: [accuracy, {_MEAN}], predictions: head, targets: {_HERE}.truth, task: multiclass, "
+                "ignore_index: 255, progress_bar: [accuracy], every: epoch, log: true}"
+            ),
             {
                 "metrics": ["accuracy", MeanMetric()],
                 "predictions": "head",
                 "targets": f"{_HERE}.truth",
+                "task": "multiclass",
+                "ignore_index": 255,
+                "progress_bar": ["accuracy"],
                 "every": "epoch",
                 "log": True,
             },
@@ -255,7 +262,7 @@ FUNCTIONS = {
     "synthesize_ema": {"dirpath": "snapshots", "sigma_rel": 0.1, "step": None, "progress": False},
 }
 
-WITHOUT_ROWS = _BASES | _WITHOUT_ARGUMENTS
+WITHOUT_ROWS = _BASES | _TYPES | _WITHOUT_ARGUMENTS
 
 
 def kind_of(name):
