@@ -30,6 +30,30 @@ class Sharded(Regressor):
             torch.distributed.fsdp.fully_shard(part, mesh=mesh)
 
 
+class Returning(Regressor):
+    """Returns its validation loss and logs other numbers, one of them on rank zero alone."""
+
+    def validation_step(self, batch, batch_idx):
+        if self.global_rank == 0:
+            self.log("of_zero", 1.0, rank_zero_only=True)
+        self.log("largest", batch[0].max(), reduce_fx="max", batch_size=len(batch[0]))
+        self.log("rows", float(len(batch[0])), reduce_fx="sum", batch_size=len(batch[0]))
+        return self._loss(batch)
+
+
+UNEVEN = loader(count=20, batch=4, seed=1)  # a rank has batches of 4, 4 and 2
+
+
+def compare_uneven(folder: str, monitor: str | None) -> dict:
+    """Compare by a number that no rank knows alone."""
+    torch.manual_seed(0)
+    averaging = CheckpointAveraging(**({"last": 3} if monitor is None else {"best": 3}))
+    saving = unified.callbacks.ModelCheckpoint(dirpath=folder, save_top_k=-1, monitor=monitor)
+    run = trainer(folder, callbacks=[averaging, saving], **options_of("ddp"))
+    run.fit(Returning(), loader(), UNEVEN)
+    return {"path": str(averaging.path), "scores": averaging.scores, "metric": averaging.metric}
+
+
 def options_of(kind: str) -> dict:
     if kind == "ddp":
         return {"devices": 2, "strategy": unified.strategies.DDPStrategy(process_group_backend="gloo")}
@@ -76,6 +100,8 @@ def fit_all(kind: str, folder: str) -> dict:
     """Three fits in one pair of processes, which take longer to start than to train."""
     found = {case: fit(kind, f"{folder}/{case}", *options) for case, options in CASES.items()}
     kept = f"{folder}/kept by ModelCheckpoint"
+    if kind == "ddp":
+        found["uneven"] = {str(name): compare_uneven(f"{folder}/{name}", name) for name in (None, "largest", "rows")}
     return {**found, "resumed at its end": fit(kind, kept, -1, False, select_checkpoints(kept)[-1])}
 
 
@@ -83,6 +109,8 @@ def fit_all(kind: str, folder: str) -> dict:
 def test_ranks_agree_and_rank_zero_writes_the_mean(tmp_path, kind):
     first, second = run_ranks(fit_all, kind, str(tmp_path))
     assert first == second
+    if kind == "ddp":
+        check_uneven(first["uneven"])
     at_end, before = first["resumed at its end"], first["kept by ModelCheckpoint"]
     assert at_end == {"path": before["path"], "scores": before["scores"], "step": 8}
     for case, (_, batch_norm) in CASES.items():
@@ -108,6 +136,20 @@ def test_ranks_agree_and_rank_zero_writes_the_mean(tmp_path, kind):
             check_score(module, found["scores"]["average"], tmp_path)
             if batch_norm:
                 check_statistics(path)
+
+
+def check_uneven(found: dict) -> None:
+    """The loss is the mean over 20 samples, the largest that of both ranks, the rows those of both."""
+    by_loss = found["None"]
+    module = Regressor.load_from_checkpoint(by_loss["path"])
+    with torch.no_grad():
+        inputs, targets = UNEVEN.dataset.tensors
+        loss = torch.nn.functional.mse_loss(module(inputs), targets).item()
+    assert by_loss["metric"] == "returned loss"
+    assert by_loss["scores"]["average"] == pytest.approx(loss, rel=1e-5)
+    largest = inputs.max().item()
+    assert found["largest"]["scores"] == {name: pytest.approx(largest) for name in ("average", "best_single")}
+    assert found["rows"]["scores"] == {"average": 20.0, "best_single": 20.0}
 
 
 def check_score(module, score: float, folder: Path) -> None:
