@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -12,37 +11,21 @@ from torch import nn
 
 from lightning_plugins import CheckpointAveraging, select_checkpoints
 from lightning_plugins.checkpoints import plan_average, read_manifest
-from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support import conditions
 from tests.support.checkpoints_models import (
     NAMESPACES,
+    VALIDATION,
     Regressor,
     assert_is_mean,
     float64_mean,
     load_state,
     loader,
+    model_checkpoint,
     module_class,
+    sources,
     trainer,
 )
-
-VALIDATION = {"val_dataloaders": loader(seed=1)}
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """What rank zero says."""
-    lines: list[str] = []
-    monkeypatch.setattr("lightning_plugins.checkpoints.callback.rank_zero_info", lines.append)
-    return lines
-
-
-def model_checkpoint(folder: Path, namespace=NAMESPACES["lightning.pytorch"], **options):
-    return namespace.callbacks.ModelCheckpoint(dirpath=folder, **options)
-
-
-def sources(path: Path) -> list[Path]:
-    return [(path.parent / file["path"]).resolve() for file in read_manifest(path)["files"]]
 
 
 @pytest.mark.parametrize("name", NAMESPACES)
@@ -307,156 +290,3 @@ def test_with_ema_the_files_state_dict_is_averaged_and_that_is_said(tmp_path, sa
     assert_is_mean(load_state(averaging.path), float64_mean(files))
     assert "current_model_state" in torch.load(files[0], weights_only=False)
     assert not {"current_model_state", "averaging_state"} & set(torch.load(averaging.path))
-
-
-# --- batch normalisation ---
-
-
-def test_batch_norm_statistics_are_those_of_the_averaged_weights(tmp_path):
-    """Against torch's own update_bn, which runs the same data through the same weights."""
-    averaging = CheckpointAveraging(last=3)
-    trainer(tmp_path, callbacks=[averaging]).fit(Regressor(batch_norm=True), loader(), **VALIDATION)
-    state = load_state(averaging.path)
-    reference = Regressor.load_from_checkpoint(averaging.path)
-    torch.optim.swa_utils.update_bn(loader(), reference)
-    for name in ("net.1.running_mean", "net.1.running_var"):
-        assert torch.allclose(state[name], reference.state_dict()[name], rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(state[name].double(), torch.from_numpy(float64_mean(sources(averaging.path))[name]))
-    rest = {name: value for name, value in float64_mean(sources(averaging.path)).items() if "running" not in name}
-    assert_is_mean(state, rest)
-    assert state["net.1.num_batches_tracked"] == load_state(sources(averaging.path)[-1])["net.1.num_batches_tracked"]
-
-
-@pytest.mark.parametrize("refresh", [False, "auto"])
-def test_statistics_are_averaged_without_refresh_or_when_frozen(tmp_path, refresh):
-    class Frozen(Regressor):
-        def on_train_epoch_start(self):
-            if refresh == "auto":
-                self.net[1].eval()
-
-    averaging = CheckpointAveraging(last=2, refresh_batch_norm=refresh)
-    trainer(tmp_path, callbacks=[averaging]).fit(Frozen(batch_norm=True), loader(), **VALIDATION)
-    assert read_manifest(averaging.path)["replaced"] == []
-    assert_is_mean(load_state(averaging.path), float64_mean(sources(averaging.path)))
-
-
-class Manual(Regressor):
-    def __init__(self, **more):
-        super().__init__(**more)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self._loss(batch))
-        optimizer.step()
-
-
-def test_manual_optimization_averages_the_statistics_and_warns_or_is_refused(tmp_path):
-    averaging = CheckpointAveraging(last=2)
-    with pytest.warns(LightningPluginsWarning, match="cannot estimate them anew in manual optimization"):
-        trainer(tmp_path, callbacks=[averaging]).fit(Manual(batch_norm=True), loader(), **VALIDATION)
-    assert read_manifest(averaging.path)["replaced"] == []
-    insisting = CheckpointAveraging(last=2, refresh_batch_norm=True)
-    with pytest.raises(MisconfigurationException, match="manual optimization and `dataloader_iter` do not allow"):
-        trainer(tmp_path, callbacks=[insisting]).fit(Manual(batch_norm=True), loader(), **VALIDATION)
-
-
-class Endless(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(0)
-        while True:
-            yield torch.randn(3, generator=generator), torch.randn(1, generator=generator)
-
-
-def test_data_without_a_length_give_statistics_from_a_bounded_number_of_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_plugins.checkpoints.isolated_validation.UNSIZED_BATCHES", 3)
-    steps = []
-
-    class Counting(Regressor):
-        def training_step(self, batch, batch_idx):
-            steps.append(batch_idx)
-            return super().training_step(batch, batch_idx)
-
-    averaging = CheckpointAveraging(last=2)
-    checkpoint = model_checkpoint(tmp_path, save_top_k=-1, every_n_train_steps=2)
-    data = torch.utils.data.DataLoader(Endless(), batch_size=4)
-    run = trainer(tmp_path, callbacks=[averaging, checkpoint], max_epochs=-1, max_steps=6)
-    run.fit(Counting(batch_norm=True), data, **VALIDATION)
-    assert len(sources(averaging.path)) == 2
-    assert steps == [0, 1, 2, 3, 4, 5, 0, 1, 2]
-
-
-# --- arguments and refusals ---
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"last": 2, "best": 2}, ValueError, "`last` and `best` cannot be given together, got last=2 and best=2"),
-        ({"last": 1}, ValueError, "`last` must be at least 2 checkpoints, got 1"),
-        ({"best": "3"}, TypeError, "`best` must be a whole number of checkpoints, got '3'"),
-        ({"output": "x.pt"}, ValueError, r"`output` must end in .ckpt or .safetensors, got 'x.pt'"),
-        ({"refresh_batch_norm": "yes"}, ValueError, "`refresh_batch_norm` must be one of 'auto', got 'yes'"),
-    ],
-)
-def test_wrong_arguments_are_refused_at_construction(options, error, message):
-    with pytest.raises(error, match=message):
-        CheckpointAveraging(**options)
-
-
-def test_what_clashes_with_the_trainer_is_refused_at_setup(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"CheckpointAveraging\(best=2\) needs a ModelCheckpoint with"):
-        trainer(tmp_path, callbacks=[CheckpointAveraging(best=2)]).fit(Regressor(), loader(), **VALIDATION)
-    (tmp_path / "mine.ckpt").write_bytes(b"PK\x03\x04 something else")
-    mine = trainer(tmp_path, callbacks=[CheckpointAveraging(output=str(tmp_path / "mine.ckpt"))])
-    with pytest.raises(MisconfigurationException, match="is a file that it did not write"):
-        mine.fit(Regressor(), loader(), **VALIDATION)
-    torch.save({"state_dict": Regressor().state_dict()}, tmp_path / "mine.ckpt")
-    with pytest.raises(MisconfigurationException, match="is a file that it did not write"):
-        mine.fit(Regressor(), loader(), **VALIDATION)
-    run = trainer(tmp_path, callbacks=[CheckpointAveraging()])
-    run.strategy.__class__ = type("DeepSpeedStrategy", (type(run.strategy),), {})
-    with pytest.raises(MisconfigurationException, match="CheckpointAveraging was not tested under DeepSpeedStrategy"):
-        run.fit(Regressor(), loader(), **VALIDATION)
-
-
-def test_two_instances_need_different_outputs(tmp_path):
-    both = [CheckpointAveraging(last=2), CheckpointAveraging(last=3, output="three.ckpt")]
-    trainer(tmp_path, callbacks=list(both)).fit(Regressor(), loader(), **VALIDATION)
-    assert [len(sources(averaging.path)) for averaging in both] == [2, 3]
-    twins = [CheckpointAveraging(last=2), CheckpointAveraging(last=3)]
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        trainer(tmp_path, callbacks=twins)
-    disguised = [CheckpointAveraging(last=2), CheckpointAveraging(last=3, output="./averaged.ckpt")]
-    with pytest.raises(MisconfigurationException, match=r"callbacks would write averaged\.ckpt; give"):
-        trainer(tmp_path, callbacks=disguised).fit(Regressor(), loader(), **VALIDATION)
-
-
-def test_pickle_and_state_before_and_after_a_fit(tmp_path):
-    averaging = pickle.loads(pickle.dumps(CheckpointAveraging(best=3)))
-    assert (averaging.by_score, averaging.count) == (True, 3)
-    assert averaging.state_key == "CheckpointAveraging(output='averaged.ckpt')"
-    fitted = CheckpointAveraging(last=2)
-    trainer(tmp_path, callbacks=[fitted]).fit(Regressor(), loader(), **VALIDATION)
-    torch.save(fitted.state_dict(), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["version"] == 2
-    assert set(state["history"]) == {4, 8, 12, 16}
-    fresh = CheckpointAveraging(last=2)
-    fresh.load_state_dict(state)
-    assert fresh.state_dict() == fitted.state_dict()
-
-
-def test_a_yaml_can_write_it():
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(NAMESPACES["pytorch_lightning"].Callback, "callback")
-    text = {
-        "class_path": "lightning_plugins.CheckpointAveraging",
-        "init_args": {"best": 3, "refresh_batch_norm": False},
-    }
-    made = parser.instantiate(parser.parse_object({"callback": text})).callback
-    assert isinstance(made, CheckpointAveraging)
-    assert (made.count, made.by_score, made.refresh_batch_norm) == (3, True, False)

@@ -11,9 +11,8 @@ from lightning_plugins import CheckpointAveraging
 from lightning_plugins.checkpoints import averaged_file, read_manifest
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.core.validation import LightningPluginsWarning
-from tests.support.checkpoints_models import NAMESPACES, Regressor, loader, trainer
+from tests.support.checkpoints_models import NAMESPACES, VALIDATION, Regressor, loader, model_checkpoint, trainer
 
-VALIDATION = {"val_dataloaders": loader(seed=1)}
 LIGHTNING = NAMESPACES["lightning.pytorch"]
 
 
@@ -23,10 +22,6 @@ class Steps(LIGHTNING.Callback):
 
     def on_train_batch_end(self, trainer, *args):
         self.steps = trainer.global_step
-
-
-def model_checkpoint(folder, **options):
-    return LIGHTNING.callbacks.ModelCheckpoint(dirpath=folder, **options)
 
 
 def below_a_file(folder):

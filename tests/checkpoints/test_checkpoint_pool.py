@@ -14,25 +14,19 @@ from lightning_plugins.checkpoints import plan_average, read_manifest
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.checkpoints_models import (
     NAMESPACES,
+    VALIDATION,
     Regressor,
     assert_is_mean,
     float64_mean,
     load_state,
     loader,
+    model_checkpoint,
     module_class,
+    sources,
     trainer,
 )
 
-VALIDATION = {"val_dataloaders": loader(seed=1)}
 LIGHTNING = NAMESPACES["lightning.pytorch"]
-
-
-def model_checkpoint(folder, namespace=LIGHTNING, **options):
-    return namespace.callbacks.ModelCheckpoint(dirpath=folder, **options)
-
-
-def sources(path: Path) -> list[Path]:
-    return [(path.parent / file["path"]).resolve() for file in read_manifest(path)["files"]]
 
 
 class Slashed(Regressor):

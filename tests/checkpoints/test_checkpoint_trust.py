@@ -16,6 +16,7 @@ from lightning_plugins.checkpoints.run_files import RunFiles, digest
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.checkpoints_models import (
     NAMESPACES,
+    VALIDATION,
     Regressor,
     assert_is_mean,
     float64_mean,
@@ -24,7 +25,6 @@ from tests.support.checkpoints_models import (
     trainer as make_trainer,
 )
 
-VALIDATION = {"val_dataloaders": loader(seed=1)}
 LIGHTNING = NAMESPACES["lightning.pytorch"]
 
 
@@ -48,13 +48,6 @@ class Crash(Regressor):
 
 class Kind:
     """Hyper-parameters that weights-only loading refuses."""
-
-
-@pytest.fixture
-def said(monkeypatch):
-    lines: list[str] = []
-    monkeypatch.setattr("lightning_plugins.checkpoints.callback.rank_zero_info", lines.append)
-    return lines
 
 
 def fit(folder, *more, crash_at=-1, hyper_parameters=None, save_top_k=-1, last=9, **options):

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_plugins.checkpoints import read_manifest
+
 NAMESPACES = {"lightning.pytorch": unified, "pytorch_lightning": classic}
 
 
@@ -67,6 +69,18 @@ def trainer(root: Path, namespace: Any = unified, **options: Any) -> Any:
         "default_root_dir": root,
     }
     return namespace.Trainer(**{**defaults, **options})
+
+
+VALIDATION = {"val_dataloaders": loader(seed=1)}
+
+
+def model_checkpoint(folder: Path, namespace: Any = unified, **options: Any) -> Any:
+    return namespace.callbacks.ModelCheckpoint(dirpath=folder, **options)
+
+
+def sources(path: Path) -> list[Path]:
+    """The checkpoints that an average is made of, by its manifest."""
+    return [(path.parent / file["path"]).resolve() for file in read_manifest(path)["files"]]
 
 
 def float64_mean(paths: list[Path], weights: list[float] | None = None) -> dict[str, np.ndarray]:

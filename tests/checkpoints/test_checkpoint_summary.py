@@ -12,6 +12,7 @@ from lightning_plugins.core.checkpoint_keys import mean_manifest
 from lightning_plugins.ema import describe_checkpoint
 from tests.support.checkpoints_models import (
     NAMESPACES,
+    VALIDATION,
     Regressor,
     assert_is_mean,
     float64_mean,
@@ -19,8 +20,6 @@ from tests.support.checkpoints_models import (
     loader,
     trainer,
 )
-
-VALIDATION = {"val_dataloaders": loader(seed=1)}
 
 
 def averaged(folder, *more):
