@@ -114,6 +114,7 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         "ema",
         ("torch", "_foreach_copy_ _foreach_lerp_", "one kernel updates all tensors"),
         ("torch.Tensor", "_version", "whether a tensor was written to since"),
+        ("torch.nn.Module()", "_modules", "whether a part that has averaged tensors was exchanged"),
         (
             "trainer.strategy",
             "lightning_module_state_dict save_checkpoint load_model_state_dict",

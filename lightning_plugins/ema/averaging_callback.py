@@ -227,8 +227,8 @@ class AveragingCallback(Callback):
         for rule, shadow in zip(rules, self._shadows, strict=True):
             # the unchecked form: these numbers are right
             shadow.update(rule._over(due[0], steps))
-            if shadow.changes is not None or clock.news:
-                self._report()
+        if clock.news or self._shadows[0].changes is not None:
+            self._report()
         self._updated(trainer, due[0])
 
     def _catch_up_all(self) -> None:

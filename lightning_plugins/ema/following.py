@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lightning_plugins.core.module_state import NamedTensor, averaged_tensors, shorten
 from lightning_plugins.core.sharding import is_sharded, local, reshard
 
+_PARAMETRIZED = "parametrizations."  # where torch.nn.utils.parametrize moves a tensor to
+
 
 @dataclass
 class Changes:
@@ -42,7 +44,8 @@ class FollowedTensors:
         index: Every name, tied ones too, -> number of its tensor.
         joined: Names that :meth:`look_again` found to be new.
         pruned: Numbers of tensors whose pruning it found to be made permanent.
-        places: Of every parameter the table that it lies in, its key there, and itself.
+        places: Of every parameter, and of every module on the way to one, the table that it lies in, its key there,
+            and itself.
     """
 
     def __init__(self, module: nn.Module, *, buffers: bool) -> None:
@@ -54,7 +57,7 @@ class FollowedTensors:
         self._buffers = buffers
         self._shapes: list[Any] = []
         self._pointers: list[int] = []
-        self.places: tuple[list[Any], list[str], list[Tensor]] = ([], [], [])
+        self.places: tuple[list[Any], list[str], list[Any]] = ([], [], [])
 
     @property
     def sharded(self) -> bool:
@@ -90,14 +93,15 @@ class FollowedTensors:
         """
         before, names_before = self.tensors, self.index
         known = {_identity(found): number for number, found in enumerate(before)}
-        self.tensors = averaged_tensors(
+        tensors = averaged_tensors(
             self.module,
             buffers=self._buffers,
             also=lambda found: (
                 _identity(found) in known or any(name in names_before or name in also for name in found.names)
             ),
         )
-        self._refuse_removal(before, names_before)
+        _refuse_removal(tensors, before, names_before)
+        self.tensors = tensors
         self.index = {name: number for number, found in enumerate(self.tensors) for name in found.names}
         origins, self.pruned = [], []
         for number, found in enumerate(self.tensors):
@@ -124,12 +128,14 @@ class FollowedTensors:
         parts = [local(found.tensor) for found in self.tensors]
         self._shapes = [part.shape for part in parts]
         self._pointers = [part.data_ptr() for part in parts]
-        places = [(place, found.tensor) for found in self.tensors if not found.is_buffer for place in found.places]
-        self.places = (
-            [place.table for place, _ in places],
-            [place.key for place, _ in places],
-            [tensor for _, tensor in places],
-        )
+        places: list[tuple[Any, str, Any]] = [
+            (place.table, place.key, found.tensor)
+            for found in self.tensors
+            if not found.is_buffer
+            for place in found.places
+        ]
+        places += _links(self.module, {id(place.owner) for found in self.tensors for place in found.places})
+        self.places = ([table for table, _, _ in places], [key for _, key, _ in places], [held for *_, held in places])
         return parts
 
     def read_buffer(self, number: int) -> Tensor:
@@ -147,25 +153,14 @@ class FollowedTensors:
             self.tensors[number] = NamedTensor(tensor, found.names, found.places)
         return tensor
 
-    def _refuse_removal(self, before: list[NamedTensor], names_before: dict[str, int]) -> None:
-        names = {name for found in self.tensors for name in found.names}
-        here = {_identity(found) for found in self.tensors}
-        removed = [name for name, number in names_before.items() if name not in names]
-        removed = [name for name in removed if _identity(before[names_before[name]]) not in here]
-        if removed:
-            raise RuntimeError(
-                f"The module's tensor {shorten([repr(name) for name in removed])} was removed while it was averaged, "
-                "or made one that cannot be averaged. Change the module before the fit, or freeze what is not needed."
-            )
-
     def _is_another(self, found: NamedTensor, origin: int, before: list[NamedTensor]) -> bool:
-        """Return whether a known tensor was given other contents under other names, as parametrizations do."""
+        """Return whether a known tensor has another shape, or was given other contents by a parametrization."""
         part = local(found.tensor)
         if self._shapes[origin] != part.shape:
             return True
         names = before[origin].names
-        moved = found.names != names and not _pruning_ended(names, found.names)
-        return moved and not found.is_buffer and part.data_ptr() != self._pointers[origin]
+        parametrized = found.names != names and any(_PARAMETRIZED in name for name in (*names, *found.names))
+        return parametrized and part.data_ptr() != self._pointers[origin]
 
     def _note_move(self, number: int, before: tuple[str, ...], changes: Changes) -> None:
         found = self.tensors[number]
@@ -175,9 +170,39 @@ class FollowedTensors:
             self.pruned.append(number)
 
 
+def _refuse_removal(now: list[NamedTensor], before: list[NamedTensor], names_before: dict[str, int]) -> None:
+    names = {name for found in now for name in found.names}
+    here = {_identity(found) for found in now}
+    removed = [name for name in names_before if name not in names]
+    removed = [name for name in removed if _identity(before[names_before[name]]) not in here]
+    if removed:
+        raise RuntimeError(
+            f"The module's tensor {shorten([repr(name) for name in removed])} was removed while it was averaged, or "
+            "made one that cannot be averaged. Change the module before the fit, or freeze what is not needed."
+        )
+
+
 def joined_line(names: list[str]) -> str:
     """Return the line that says that tensors joined."""
     return f"{shorten(names)} joined: the average begins at the present value."
+
+
+def _links(module: nn.Module, owners: set[int]) -> list[tuple[Any, str, nn.Module]]:
+    """Return (table, key, module) of every module on the way to one of ``owners``."""
+    links: list[tuple[Any, str, nn.Module]] = []
+    leads: dict[int, bool] = {}
+
+    def look(part: nn.Module) -> bool:
+        if id(part) not in leads:
+            leads[id(part)] = id(part) in owners
+            for key, child in part._modules.items():
+                if child is not None and look(child):
+                    links.append((part._modules, key, child))
+                    leads[id(part)] = True
+        return leads[id(part)]
+
+    look(module)
+    return links
 
 
 def _identity(found: NamedTensor) -> Any:

@@ -181,14 +181,13 @@ class Shadow:
         return self._followed.joined
 
     def rebind(self) -> None:
-        """Look the module's tensors up again: after it moved or was cast, or when they may have been replaced."""
+        """Find the module's tensors where they are now, after it was moved or cast."""
         self._finish()
         if self.sharded:
             reshard(self.module)
+        # what was replaced meanwhile is followed when it is used
         if self._followed.is_current():
             self._bind(self._stashes())
-        else:
-            self.follow()
 
     def _check(self) -> None:
         """Follow the module if a parameter is not where it was."""

@@ -11,8 +11,9 @@ import torch
 from lightning_plugins import EMA, DecayRule, HalfLife, WarmupDecay
 from lightning_plugins.core.lightning import MisconfigurationException
 from tests.support.ema_runs import (
+    NAMESPACES,
     THETA,
-    ClassicScripted,
+    WARMUP,
     Net,
     Scripted,
     clone_state,
@@ -22,19 +23,6 @@ from tests.support.ema_runs import (
     same,
     trainer,
 )
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:`.*` has no `.*_step` but has"),
-]
-
-WARMUP = follow(THETA, [WarmupDecay(0.9)(n) for n in range(1, 11)])  # equals the golden table: test_ema_decay.py
-NAMESPACES = pytest.mark.parametrize(
-    ("trainer_class", "module_class"),
-    [(unified.Trainer, Scripted), (classic.Trainer, ClassicScripted)],
-    ids=["lightning.pytorch", "pytorch_lightning"],
-)
-
 
 # -- what is evaluated, and what stays
 

@@ -2,7 +2,6 @@
 
 import lightning.pytorch as unified
 import pytest
-import pytorch_lightning as classic
 import torch
 from torch import nn
 
@@ -10,7 +9,7 @@ from lightning_plugins import EMA, ConstantDecay, HalfLife, WarmupDecay
 from lightning_plugins.core.lightning import MisconfigurationException
 from tests.support.ema_runs import (
     THETA,
-    ClassicScripted,
+    WARMUP,
     Net,
     Script,
     Scripted,
@@ -19,18 +18,6 @@ from tests.support.ema_runs import (
     regression,
     same,
     trainer,
-)
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:`.*` has no `.*_step` but has"),
-]
-
-WARMUP = follow(THETA, [WarmupDecay(0.9)(n) for n in range(1, 11)])  # equals the golden table: test_ema_decay.py
-NAMESPACES = pytest.mark.parametrize(
-    ("trainer_class", "module_class"),
-    [(unified.Trainer, Scripted), (classic.Trainer, ClassicScripted)],
-    ids=["lightning.pytorch", "pytorch_lightning"],
 )
 
 

@@ -7,11 +7,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.callbacks import ModelCheckpoint as ClassicModelCheckpoint
 
-from lightning_plugins import EMA, ConstantDecay, WarmupDecay, extract_weights
+from lightning_plugins import EMA, ConstantDecay, extract_weights
 from lightning_plugins.core.lightning import CallbackOfBoth
 from lightning_plugins.ema.checkpoint_format import RECORD_KEY
 from tests.support.ema_runs import (
     THETA,
+    WARMUP,
     ClassicNet,
     Net,
     Scripted,
@@ -22,15 +23,6 @@ from tests.support.ema_runs import (
     same,
     trainer,
 )
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
-    pytest.mark.filterwarnings(r"ignore:`.fit\(ckpt_path=None\)` was called without a model"),
-    pytest.mark.filterwarnings(r"ignore:.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
-]
-WARMUP = follow(THETA, [WarmupDecay(0.9)(n) for n in range(1, 11)])
 
 
 def load(path):

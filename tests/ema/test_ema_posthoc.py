@@ -23,11 +23,6 @@ from lightning_plugins.ema.snapshots import (
 )
 from tests.support.ema_runs import THETA, Net, Scripted, follow, numbers, regression, same, trainer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
-]
-
 PROFILES = [(step, sigma) for sigma in (0.05, 0.10) for step in (2, 4, 6, 8, 10)]
 # Computed with the authors' own formulas: the normalised shares for sigma 0.08 at step 10, and the two results.
 NORMALISED = [

@@ -27,12 +27,6 @@ from tests.support.ema_runs import (
     trainer,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used"),
-]
-
 
 class Cut(unified.Callback):
     """Writes a file at a certain moment and dies a little later."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import lightning.pytorch as unified
+import pytest
 import pytorch_lightning as classic
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_plugins import WarmupDecay
 
 THETA = [1.0, 2.0, 4.0, 3.0, 5.0, 8.0, 7.0, 9.0, 6.0, 10.0]  # the weights of the golden tables
 
@@ -20,6 +23,9 @@ def follow(theta: Iterable[float], decays: Iterable[float], start: float = 0.0) 
         shadow = decay * shadow + (1 - decay) * weight
         out.append(shadow)
     return out
+
+
+WARMUP = follow(THETA, [WarmupDecay(0.9)(n) for n in range(1, 11)])  # equals the golden table: test_ema_decay.py
 
 
 class Script(torch.optim.Optimizer):
@@ -117,6 +123,13 @@ class Scripted(_Scripted, unified.LightningModule):
 
 class ClassicScripted(_Scripted, classic.LightningModule):
     """and in the other."""
+
+
+NAMESPACES = pytest.mark.parametrize(
+    ("trainer_class", "module_class"),
+    [(unified.Trainer, Scripted), (classic.Trainer, ClassicScripted)],
+    ids=["lightning.pytorch", "pytorch_lightning"],
+)
 
 
 class Net(_Net, unified.LightningModule):

@@ -85,7 +85,7 @@ def look(folder: Path) -> Evidence:
         if name.endswith(".csv"):
             found.rows[name] = read_rows(path)
         elif name.endswith(".pt"):
-            found.snapshots[name] = opened(path)
+            found.snapshots[name] = {key: value for key, value in opened(path).items() if key != "run"}
         elif name.endswith(".ckpt"):
             found.checkpoints[name] = opened(path)
     for stamp in sorted(path for path in (folder / "tensorboard").glob("*") if path.is_dir()):
@@ -160,6 +160,8 @@ def _short(value: Any) -> str:
 
 # What of a checkpoint is not the run's, but a clock's or a path's;
 NOT_THE_RUNS = {"seconds", "stamp", "directory", "foreign", "time"}
+# the names that a run gives itself, and those of its files;
+NOT_THE_RUNS |= {"run", "fits", "files"}
 # a count of Lightning's, the x axis of its own loggers, that loses one when a run goes on from a batch's end;
 NOT_THE_RUNS |= {"_batches_that_stepped"}
 # and metrics of training, which Lightning does not save: a run that goes on inside a validation has the latter's only.
