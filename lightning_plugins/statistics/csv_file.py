@@ -258,6 +258,8 @@ def number_cells(row: StatisticsRow) -> Cells:
     }
     for name, value in (row.values or {}).items():
         cells[name] = repr(value)
+    if row.loss_step is not None:
+        cells["loss_step"] = repr(row.loss_step)
     cells["time"] = f"{row.seconds:.3f}"
     return cells
 
@@ -308,7 +310,7 @@ def batch_columns(names: tuple[str, ...], layout: str) -> tuple[str, ...]:
     """Return every column that a row of a batch has for statistics called ``names``."""
     if layout == "s4tf":
         return (*BASE_COLUMNS[layout], *(S4TF_NAMES.get(name, name) for name in names))
-    return (*BASE_COLUMNS[layout], *names, "time")
+    return (*BASE_COLUMNS[layout], *names, "loss_step", "time")
 
 
 def shortest_float32(value: float) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_plugins.core.validation import a_list, a_path, one_of, real_number, shown
+from lightning_plugins.core.writable import check_writable
 from lightning_plugins.statistics.csv_file import (
     LAYOUTS,
     SEPARATORS,
@@ -21,6 +21,7 @@ from lightning_plugins.statistics.csv_file import (
 from lightning_plugins.statistics.fsspec_file import RemoteFile, is_remote
 from lightning_plugins.statistics.row_writer import RowWriter
 from lightning_plugins.statistics.rows import TRAIN, StatisticsRow
+from lightning_plugins.statistics.saved_states import checked_place_in_csv
 
 
 class CSVStatisticsLogger(RowWriter):
@@ -107,11 +108,11 @@ class CSVStatisticsLogger(RowWriter):
         same = [c for c in trainer.callbacks if isinstance(c, CSVStatisticsLogger) and _same_place(c.path, self.path)]  # type: ignore[attr-defined]
         if len(same) > 1:
             raise MisconfigurationException(
-                f"`path` must be another for each CSVStatisticsLogger, got {shown(self.path)}."
+                f"Two CSVStatisticsLogger callbacks write to {shown(self.path)}; give each its own `path`."
             )
         self._check_columns()
         if self._writes and not is_remote(self.path):
-            _check_writable(Path(self.path))
+            check_writable("path", self.path)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the file, or go on with it."""
@@ -166,6 +167,10 @@ class CSVStatisticsLogger(RowWriter):
         self._upload()
         mark = {"rows": 0, "last": []} if self._file is None else self._file.mark()
         return {"pending": dict(self._pending), **mark}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Keep the place until the fit begins."""
+        super().set_state(state | checked_place_in_csv(type(self).__name__, state))
 
     # the file
 
@@ -226,14 +231,3 @@ def _same_place(one: str, other: str) -> bool:
     if is_remote(one) or is_remote(other):
         return one == other
     return Path(one).resolve() == Path(other).resolve()
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a directory")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise MisconfigurationException(f"`path` must be a file that can be written, got '{path}': {error}.") from error

@@ -40,6 +40,7 @@ class EventFile:
         folder: The run's directory; it and the file are made with the first event.
         purge_from: The step from which on everything in the directory's older files is void, as after a resume;
             ``None`` for a new run.
+        summaries: What plugins show of the run, written before the first event.
 
     Example:
         >>> import tempfile
@@ -52,8 +53,9 @@ class EventFile:
         [(1, 0.5), (2, 0.25)]
     """
 
-    def __init__(self, folder: Path, *, purge_from: int | None = None) -> None:
+    def __init__(self, folder: Path, *, purge_from: int | None = None, summaries: Sequence[Any] = ()) -> None:
         self.folder = folder
+        self._summaries = summaries
         self._purge_from = purge_from
         self._path: Path | None = None
         self._file: AppendOnlyFile | None = None
@@ -72,11 +74,6 @@ class EventFile:
                 values.add(tag=tag, simple_value=value)
             records.append(event.SerializeToString())
         self._write(records)
-
-    def add_summary(self, *summaries: Any) -> None:
-        """Append an event without a step that carries what a plugin wrote."""
-        made = [Summary.FromString(given.SerializeToString()) for given in summaries]
-        self._write([Event(wall_time=time.time(), summary=summary).SerializeToString() for summary in made])
 
     def close(self) -> None:
         """Write what is left and close the file; the next event opens it again."""
@@ -130,25 +127,23 @@ class EventFile:
         if self._purge_from is not None:
             start = SessionLog(status=SessionLog.START)
             records.append(Event(wall_time=now, step=self._purge_from, session_log=start).SerializeToString())
+        for given in self._summaries:
+            summary = Summary.FromString(given.SerializeToString())
+            records.append(Event(wall_time=now, summary=summary).SerializeToString())
         # as one: of half of them a reader would think that nothing is void
         return [b"".join(frame(records))]
 
 
 def hyperparameter_summaries(hyperparameters: Mapping[str, Any], tags: Sequence[str], run: str) -> list[Any]:
-    """Return what the HPARAMS page needs to show a run, to be written above its directories of phases.
+    """Return what the HPARAMS page needs to show a run.
 
     Args:
         hyperparameters: Name -> value; what is no number, text or truth value is shown as text.
-        tags: The scalars to show beside them, of both phases.
+        tags: The scalars to show beside them.
         run: The run's name.
     """
     plain = {str(k): v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hyperparameters.items()}
-    metrics = [
-        hparams.Metric(tag, group=phase, display_name=f"{tag} ({phase})")
-        for tag in tags
-        for phase in ("train", "validation")
-    ]
-    config = hparams.hparams_config_pb([hparams.HParam(name) for name in plain], metrics)
+    config = hparams.hparams_config_pb([hparams.HParam(name) for name in plain], [hparams.Metric(tag) for tag in tags])
     return [config, hparams.hparams_pb(plain, trial_id=run)]
 
 

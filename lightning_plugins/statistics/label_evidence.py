@@ -24,6 +24,8 @@ def decided(columns: Columns, reading: str, task: str) -> dict[str, Tensor]:
         task: What the user said that the targets are.
     """
     found = dict(columns)
+    if reading == "rows of numbers":
+        return found | _of_numbers(columns)
     if reading not in ("score per label", "rows"):
         return found
     logits = columns["outside"] > 0
@@ -43,6 +45,20 @@ def decided(columns: Columns, reading: str, task: str) -> dict[str, Tensor]:
         wide = value if value.dim() == multi_hot.dim() else _padded(value, of_rows.shape[-1])
         choose = multi_hot if value.dim() == multi_hot.dim() else multi_hot.unsqueeze(-1)
         found[name] = torch.where(choose, wide, of_rows)
+    return found
+
+
+def _of_numbers(columns: Columns) -> dict[str, Tensor]:
+    """Return the counts of rows where all were one-hot, else those of their entries."""
+    one_hot = columns["one_hot"] == columns["rows"]
+    found = {
+        "labels": torch.where(one_hot, columns["rows"], columns["labels"]),
+        "right": torch.where(one_hot, columns["rows_right"], columns["right"]),
+    }
+    for name in ("by_label", "by_prediction"):
+        if name in columns:
+            wide = _padded(columns[f"rows_{name}"], columns[name].shape[-1])
+            found[name] = torch.where(one_hot.unsqueeze(-1), wide, columns[name])
     return found
 
 

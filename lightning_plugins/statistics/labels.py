@@ -32,7 +32,7 @@ def checked_ignore_index(value: int | None) -> int | None:
     return None if value is None else whole_number("ignore_index", value, at_least=-sys.maxsize)
 
 
-Reading = Literal["scores of classes", "class numbers", "score per label", "rows"]
+Reading = Literal["scores of classes", "class numbers", "score per label", "rows", "rows of numbers"]
 
 _MOST_NUMBERS = 1024  # classes that are told apart where only their numbers are known
 NO_TOP_5 = "`top5_accuracy` needs a score for every class, and one class for every label."
@@ -47,7 +47,8 @@ class LabelledBatch:
         reading: What they are. ``"scores of classes"``: ``predictions`` is ``[labels, classes]``, ``targets`` one
             class number per label, or a row like the predictions'. ``"class numbers"``: one class number per label in
             both. ``"score per label"``: one logit or probability per label, and targets of 0 and 1. ``"rows"``: both
-            are ``[rows, classes]``, and the targets may be one-hot, soft or multi-hot.
+            are ``[rows, classes]``, and the targets may be one-hot, soft or multi-hot. ``"rows of numbers"``: both are
+            ``[rows, columns]`` of whole numbers, which may be class numbers, one-hot or multi-hot.
         predictions: See above.
         targets: See above.
         ignore_index: The target that does not count; NaN never does. ``None``: all others count.
@@ -63,7 +64,8 @@ class LabelledBatch:
     @cached_property
     def labels(self) -> Tensor:
         """The class number of every label; for rows the first of the largest entries."""
-        return self.targets.argmax(1) if self.targets.dim() == 2 else self.targets
+        targets = self.targets.byte() if self.targets.dtype == torch.bool else self.targets
+        return targets.argmax(1) if targets.dim() == 2 else targets
 
     @cached_property
     def classes(self) -> Tensor:
@@ -124,6 +126,10 @@ class LabelledBatch:
     def right_entries(self, *, logits: bool) -> Tensor:
         """Return which entries that count are predicted right."""
         return (self.predicted(logits=logits) == self.positive) & self.counted_entries
+
+    def flattened(self) -> LabelledBatch:
+        """Return rows of numbers as what they are if they are class numbers."""
+        return LabelledBatch("class numbers", self.predictions.reshape(-1), self.targets.reshape(-1), self.ignore_index)
 
     # evidence
 
@@ -191,6 +197,8 @@ def read_batch(
 
 def _same_shape(predictions: Tensor, targets: Tensor, task: str, ignore_index: int | None) -> LabelledBatch:
     if not predictions.is_floating_point() and task in ("auto", "multiclass"):
+        if predictions.dim() == 2 and predictions.shape[1] > 1 and not targets.is_floating_point():
+            return LabelledBatch("rows of numbers", predictions, targets, ignore_index)
         return LabelledBatch("class numbers", predictions.reshape(-1), targets.reshape(-1), ignore_index)
     axis = -1 if predictions.dim() < 4 else 1
     if predictions.dim() < 2 or predictions.shape[axis] == 1 or task == "binary":
@@ -287,6 +295,8 @@ class LabelCounter:
         batch = read_batch(predictions, targets, self.task, self.ignore_index)
         if batch.reading in ("score per label", "rows"):
             groups, vectors = self._two_readings(batch)
+        elif batch.reading == "rows of numbers":
+            groups, vectors = self._rows_of_numbers(batch)
         else:
             groups, vectors = [self._labels(batch)], self._by_class(batch)
         parts = [torch.stack(list(masks.values())).sum(1, dtype=widest(predictions.device)) for masks in groups]
@@ -326,6 +336,19 @@ class LabelCounter:
         kinds = dict(zip(("soft", "multi_hot", "other"), batch.row_kinds, strict=True))
         return [self._labels(batch) | kinds, entries], self._by_class(batch)
 
+    def _rows_of_numbers(self, batch: LabelledBatch) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        flat = LabelledBatch(
+            "class numbers", batch.predictions.reshape(-1), batch.targets.reshape(-1), self.ignore_index
+        )
+        whole = (batch.predictions == batch.targets).all(1)
+        one_hot = is_one_hot(batch.predictions) & is_one_hot(batch.targets)
+        rows = {"rows": torch.ones_like(whole), "rows_right": whole, "one_hot": one_hot}
+        vectors = self._by_class(flat)
+        if vectors:
+            for name, numbers in (("rows_by_label", batch.targets), ("rows_by_prediction", batch.predictions)):
+                vectors[name] = (numbers == 1).sum(0, dtype=widest(numbers.device))
+        return [self._labels(flat), rows], vectors
+
     def _entries(self, batch: LabelledBatch) -> dict[str, Tensor]:
         masks = {
             "entries": batch.counted_entries,
@@ -339,6 +362,11 @@ class LabelCounter:
             masks["predicted_by_logits"] = batch.predicted(logits=True)
             masks["predicted_by_probabilities"] = batch.predicted(logits=False)
         return {name: mask.reshape(-1) for name, mask in masks.items()}
+
+
+def is_one_hot(rows: Tensor) -> Tensor:
+    """Return which rows have a single 1 and otherwise 0."""
+    return ((rows == 1).sum(1) == 1) & ((rows == 0).sum(1) == rows.shape[1] - 1)
 
 
 def count_by_class(numbers: Tensor, counted: Tensor, size: int) -> Tensor:

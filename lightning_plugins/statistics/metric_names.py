@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_plugins.core.validation import a_list, shown
 from lightning_plugins.statistics.running import BY_NAME, LOSS, Statistic, StatisticSet
 
-_ALIASES = {alias: name for name, statistic in BY_NAME.items() for alias in statistic.aliases}
+_ALIASES = {alias.replace("_", ""): name for name, statistic in BY_NAME.items() for alias in statistic.aliases}
 _TORCHMETRICS = {
     "f1": "F1Score",
     "f1_score": "F1Score",
@@ -89,7 +89,7 @@ def _by_name(name: str) -> Statistic:
     if name == "loss":
         raise ValueError("`metrics` must not name 'loss': it always comes first.")
     lowered = name.lower().replace("-", "_").replace(" ", "_")
-    known = _ALIASES.get(lowered) or next(iter(difflib.get_close_matches(lowered, BY_NAME, n=1)), None)
+    known = _ALIASES.get(lowered.replace("_", "")) or next(iter(difflib.get_close_matches(lowered, BY_NAME, n=1)), None)
     kind = _TORCHMETRICS.get(lowered)
     hint = f"; did you mean {known!r}?" if known else "."
     if kind:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.validation import shortened
-from lightning_plugins.statistics.confusion import Report
+from lightning_plugins.statistics.report_text import Report
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION
 
 _NOT_CURVES = {"epoch", "batch", "phase", "step", "lr", "time"}
@@ -115,7 +115,9 @@ def plot_log(path: str | Path, output: str | Path | None = None) -> Path:
 def plot_confusion_matrix(report: Report, path: Path) -> None:
     """Draw the confusion matrix of the classes in a report, each row as shares of its label's samples."""
     labels = report.shown_labels()
-    counts = report.counts[np.ix_(labels, labels)]
+    if report.totals.matrix is None:
+        raise OSError("several labels at once have no confusion matrix")
+    counts = report.totals.matrix[np.ix_(labels, labels)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = max(4.0, 1.5 + 0.45 * len(labels))
     figure = _figure(side + 1, side)

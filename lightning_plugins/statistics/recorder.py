@@ -16,6 +16,7 @@ from lightning_plugins.statistics.metric_names import statistic_set
 from lightning_plugins.statistics.recording import Recording
 from lightning_plugins.statistics.recording_callback import RecordingCallback
 from lightning_plugins.statistics.rows import RowReader
+from lightning_plugins.statistics.saved_states import checked_recording
 from lightning_plugins.statistics.trainer_metrics import TrainerMetrics
 
 
@@ -159,7 +160,7 @@ class StatisticsRecorder(RecordingCallback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Keep the state until the model is on its device."""
-        self.recording.load(state)
+        self.recording.load(checked_recording(type(self).__name__, state))
 
 
 def _checked_progress_bar(given: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -14,14 +15,26 @@ from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.files import replace_file
 from lightning_plugins.core.lightning import LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
 from lightning_plugins.core.step_outputs import StepSources
-from lightning_plugins.core.validation import a_list, a_path, real_number, shown, whole_number
-from lightning_plugins.statistics.confusion import ConfusionMatrix, Report
+from lightning_plugins.core.validation import (
+    LightningPluginsWarning,
+    a_list,
+    a_path,
+    one_of,
+    real_number,
+    shown,
+    whole_number,
+)
+from lightning_plugins.core.writable import check_writable
+from lightning_plugins.statistics.class_counts import ClassCounts
+from lightning_plugins.statistics.labels import IGNORED, TASKS, checked_ignore_index
+from lightning_plugins.statistics.report_text import Report
 
 _SUFFIXES = (".txt", ".json", ".csv", ".png")
+_MOST_PICTURED = 1000  # classes of a confusion matrix: a million cells
 
 
 class ClassificationReport(Callback):
-    """Precision, recall, F1 and support of every class: scikit-learn's report, from a streamed confusion matrix.
+    """Precision, recall, F1 and support of every class: scikit-learn's report, from streamed counts.
 
     After every validation (not the sanity check's) and every test the report is printed, above the progress bar, and
     saved. Text and dict are identical to ``sklearn.metrics.classification_report``, which need not be installed.
@@ -35,25 +48,30 @@ class ClassificationReport(Callback):
         The counts of all ranks are added up; rank 0 prints and saves. A sampler that repeats samples to give every
         rank the same number is counted as it samples.
     Cost:
-        One whole number per pair of classes; a few small kernels per batch, no synchronization.
+        A few numbers per class, and one per pair of classes only where a picture is asked for; a few small kernels per
+        batch, no synchronization.
     Does not compose with:
         Another one with the same labels and paths in one Trainer, which Lightning refuses.
 
     Args:
-        num_classes: Number of classes; labels and predictions are 0 to ``num_classes - 1``. A label of -100 is left
-            out, as torch's cross-entropy does.
+        num_classes: Number of classes; labels and predictions are 0 to ``num_classes - 1``.
         labels: The classes to report, in order; ``None`` for those present in labels or predictions.
         target_names: A name for each of ``labels``; with ``labels=None`` one for each class.
         digits: Digits after the point, in the text.
         zero_division: What 0 / 0 is: 0, 1 or NaN; averages leave NaN out.
-        predictions: Where predictions come from: a key of what the step returns, the name of a submodule whose last
-            output is meant, or ``f(outputs, batch)`` or its import path. By default ``outputs["logits"]`` or
-            ``outputs["preds"]``, else what the module's ``forward`` returned last.
-        targets: A key of what the step returns, or ``f(outputs, batch)`` or its import path. By default
-            ``outputs["target"]``, else ``batch[1]``.
+        predictions: Where predictions come from: a key of what the step returns or of the batch, the name of a
+            submodule whose last output is meant, or ``f(outputs, batch)`` or its import path. By default
+            ``outputs["logits"]`` or ``outputs["preds"]``, else what the module's ``forward`` returned last.
+        targets: A key of what the step returns or of the batch, or ``f(outputs, batch)`` or its import path. By
+            default ``outputs["target"]``, else ``batch[1]``, else the batch's ``target``, ``targets``, ``label`` or
+            ``labels``.
+        task: What the targets are. ``"auto"`` decides by types, shapes and what was counted, and refuses where two
+            readings remain. ``"multiclass"``: class numbers, or rows whose largest entry is the class. ``"binary"``: 0
+            and 1. ``"multilabel"``: rows of 0 and 1, for scikit-learn's report of several labels at once.
+        ignore_index: The target that does not count; NaN never does. ``None``: all others count.
         path: Where to save: one path or several; the suffix chooses the form: ``.txt``, ``.json``, ``.csv``, or
-            ``.png`` for a picture of the confusion matrix (needs matplotlib). ``{phase}`` and ``{epoch}`` in it are
-            filled in; without ``{phase}`` a test's file has ``-test`` before its suffix.
+            ``.png`` for a picture of the confusion matrix (needs matplotlib; up to 1000 classes). ``{phase}`` and
+            ``{epoch}`` in it are filled in; without ``{phase}`` a test's file has ``-test`` before its suffix.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -83,6 +101,8 @@ class ClassificationReport(Callback):
         zero_division: float = 0,
         predictions: str | Callable[[Any, Any], Any] | None = None,
         targets: str | Callable[[Any, Any], Any] | None = None,
+        task: Literal["auto", "multiclass", "binary", "multilabel"] = "auto",
+        ignore_index: int | None = IGNORED,
         path: Sequence[str | Path] | str | Path | None = None,
     ) -> None:
         self.num_classes = whole_number("num_classes", num_classes, at_least=2)
@@ -93,7 +113,18 @@ class ClassificationReport(Callback):
         self.paths = _checked_paths(path)
         super().__init__(labels=self.labels, path=self.paths)
         self._sources = StepSources(predictions, targets, type(self).__name__)
-        self._matrix = ConfusionMatrix(self.num_classes)
+        self.task = one_of("task", task, TASKS)
+        self.ignore_index = checked_ignore_index(ignore_index)
+        pictured = any(one.endswith(".png") for one in self.paths)
+        if pictured and self.num_classes > _MOST_PICTURED:
+            raise ValueError(
+                f"`path` must not end in '.png' with more than {_MOST_PICTURED} classes, whose confusion matrix no "
+                f"picture can show, got {self.num_classes} classes."
+            )
+        self._counts = ClassCounts(
+            self.num_classes, task=self.task, ignore_index=self.ignore_index, chosen=self.labels, matrix=pictured
+        )
+        self._complained: set[str] = set()
 
     # by hand
 
@@ -101,13 +132,13 @@ class ClassificationReport(Callback):
         """Count a batch.
 
         Args:
-            predictions: Class numbers of the targets' shape, or scores with one more dimension for the classes.
-            targets: Class numbers.
+            predictions: Class numbers, or scores (logits or probabilities).
+            targets: Class numbers, 0 and 1, or rows with an entry per class.
 
         Raises:
             ValueError: If the shapes do not belong together.
         """
-        self._matrix.update(predictions, targets)
+        self._counts.update(predictions, targets)
 
     def compute(self, output_dict: bool = False) -> str | dict[str, Any]:  # noqa: FBT001, FBT002  # scikit-learn's way
         """Return the report of what this process has counted, as text or as a dict.
@@ -115,20 +146,23 @@ class ClassificationReport(Callback):
         Raises:
             ValueError: If nothing was counted, or something that is not a class.
         """
-        report = self._report(self._matrix.cells)
-        if not report.counts.any():
+        report = self._report(self._counts.vector)
+        if not report.totals.true.any() and not report.totals.rows:
             raise ValueError("There is nothing to report: no label has been counted.")
         return report.to_dict() if output_dict else report.text()
 
     def reset(self) -> None:
         """Count from zero."""
-        self._matrix.reset()
+        self._counts.reset()
 
     # hooks, in the order in which they fire
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start to listen for predictions."""
         super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero and stage != "predict":
+            for path in self.paths:
+                check_writable("path", _filled(path, "test" if stage == "test" else "validation", 1))
         if stage != "predict":
             self._sources.listen(pl_module)
 
@@ -152,7 +186,9 @@ class ClassificationReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch."""
-        if trainer.sanity_checking or any(callback.batch_cancelled for callback in cancelling_callbacks(trainer)):
+        counts = outputs is not None or (batch is not None and (self._sources.heard or not self._sources.listens))
+        cancelled = any(callback.batch_cancelled for callback in cancelling_callbacks(trainer))
+        if trainer.sanity_checking or cancelled or not counts:
             self._sources.forget()
             return
         self.update(*self._sources.find(outputs, batch))
@@ -162,12 +198,14 @@ class ClassificationReport(Callback):
         if trainer.sanity_checking:
             return
         add_up = sum_over_ranks(trainer)
-        cells = self._matrix.cells
-        report = self._report(cells if add_up is None else add_up(cells))
-        if trainer.is_global_zero and report.counts.any():
+        vector = self._counts.vector
+        report = self._report(vector if add_up is None else add_up(vector))
+        if trainer.is_global_zero and (report.totals.true.any() or report.totals.rows):
             pl_module.print(report.text())
             for path in self.paths:
-                _save(report, _filled(path, "test" if trainer.testing else "validation", trainer.current_epoch + 1))
+                self._save(
+                    report, _filled(path, "test" if trainer.testing else "validation", trainer.current_epoch + 1)
+                )
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
@@ -177,9 +215,23 @@ class ClassificationReport(Callback):
         """Take the hook off the module."""
         self._sources.close()
 
-    def _report(self, cells: Tensor) -> Report:
-        counts = self._matrix.counts(cells)
-        return Report(counts, self.labels, self.target_names, self.digits, self.zero_division)
+    def _report(self, vector: Tensor) -> Report:
+        totals = self._counts.totals(vector)
+        return Report(totals, self.labels, self.target_names, self.digits, self.zero_division)
+
+    def _save(self, report: Report, path: Path) -> None:
+        try:
+            _save(report, path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if str(path) not in self._complained:
+                self._complained.add(str(path))
+                warnings.warn(
+                    f"ClassificationReport: {path} could not be written ({reason}). That report is lost; training "
+                    "goes on.",
+                    LightningPluginsWarning,
+                    stacklevel=2,
+                )
 
 
 def _save(report: Report, path: Path) -> None:

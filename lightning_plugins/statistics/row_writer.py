@@ -14,6 +14,7 @@ from lightning_plugins.statistics.recorder import StatisticsRecorder
 from lightning_plugins.statistics.recording import Recording
 from lightning_plugins.statistics.recording_callback import RecordingCallback
 from lightning_plugins.statistics.rows import StatisticsRow
+from lightning_plugins.statistics.saved_states import checked_recording
 
 
 class RowWriter(RecordingCallback):
@@ -97,7 +98,7 @@ class RowWriter(RecordingCallback):
         """Keep the place until the fit begins."""
         self._restored = state
         if "train" in state:
-            self.recording.load({name: state[name] for name in ("train", "samples", "seconds")})
+            self.recording.load(checked_recording(type(self).__name__, state))
 
     @abstractmethod
     def place(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_plugins.core.metric_state import load_plain_state, plain_state
-from lightning_plugins.core.validation import first_line
+from lightning_plugins.core.validation import first_line, shown, whole_number
 from lightning_plugins.statistics.label_evidence import decided
 from lightning_plugins.statistics.labels import Columns, LabelCounter, widest
 
@@ -271,9 +271,10 @@ class PhaseSums:
             self._loss = sums[0] if self.batches else None
             self._counts = sums[1:] if len(sums) > 1 else None
             self.labels.reading = state["reading"]
-            self.labels.layout = tuple((name, size) for name, size in state["layout"])
+            self.labels.layout = tuple(tuple(entry) for entry in state["layout"])
         for name, metric in self._metric_objects(device).items():
             if name in state["metrics"]:
+                _check_metric_state(name, metric, state["metrics"][name])
                 load_plain_state(metric, state["metrics"][name], device)
 
     def _metric_objects(self, device: torch.device) -> dict[str, Metric]:
@@ -314,3 +315,18 @@ def named(counts: Tensor, layout: Iterable[tuple[str, int]]) -> dict[str, Tensor
         found[name] = counts[..., place] if size == 1 else counts[..., place : place + size]
         place += size
     return found
+
+
+def _check_metric_state(name: str, metric: Metric, state: Any) -> None:
+    """Raise unless a saved state has the names, kinds and shapes that a metric's own states have."""
+    found = state.get("states") if isinstance(state, Mapping) else None
+    defaults = metric.metric_state
+    if not isinstance(found, Mapping) or found.keys() != defaults.keys():
+        raise ValueError(f"The saved state of the metric {name!r} must have its states, got {shown(state)}.")
+    whole_number("updates", state.get("updates"))
+    for part, value in found.items():
+        default = defaults[part]
+        parts = value if isinstance(value, list) else [value]
+        fits = all(isinstance(tensor, Tensor) for tensor in parts)
+        if not fits or (isinstance(default, Tensor) and (isinstance(value, list) or value.shape != default.shape)):
+            raise ValueError(f"The saved state of the metric {name!r} must fit its state {part!r}, got {shown(value)}.")

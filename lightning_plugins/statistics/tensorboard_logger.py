@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
-from lightning_plugins.core.validation import a_path, one_of, shown
+from lightning_plugins.core.validation import a_path, one_of, shown, whole_number
+from lightning_plugins.core.writable import check_writable
 from lightning_plugins.statistics.event_file import EventFile, Scalars, hyperparameter_summaries
 from lightning_plugins.statistics.fsspec_file import is_remote
 from lightning_plugins.statistics.row_writer import RowWriter
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, StatisticsRow
 
-_STAMP = re.compile(r"[\w-]{0,200}")  # one name below the root, whatever a file says; empty in a file of before the fit
+_NAME = re.compile(r"(?!\.+(?:/|$))[\w.,+=@ -]{1,100}(?:/(?!\.+(?:/|$))[\w.,+=@ -]{1,100}){0,4}")  # below the root
 
 
 class TensorBoardStatisticsLogger(RowWriter):
@@ -23,9 +24,10 @@ class TensorBoardStatisticsLogger(RowWriter):
 
     A run of the Trainer is two runs of TensorBoard, ``<root>/<time stamp>/train`` and ``.../validation``, with the
     same tags: ``epoch_<statistic>`` in both at the end of each phase, and in ``train`` ``batch_<statistic>`` and
-    ``batch_lr`` for each optimizer step. Statistics are those of the :class:`StatisticsRecorder` in the same Trainer;
-    without one, ``loss`` and whatever the module logs, less the prefixes ``train_`` and ``val_``. The module's
-    ``hparams``, if it saved any, are on the HPARAMS page beside both phases' values (in ``<root>/<time stamp>``).
+    ``batch_loss_step`` (the batch's own loss) and ``batch_lr`` for each optimizer step. Statistics are those of the
+    :class:`StatisticsRecorder` in the same Trainer, and ``loss`` without one; with either, whatever the module logs is
+    there too, less the prefixes ``train_`` and ``val_`` where the shorter name is free. The module's ``hparams``, if it
+    saved any, are on the HPARAMS page, for each of the two runs.
 
     When:
         Events are written every five seconds, at phase ends, when a checkpoint is cut and on exceptions.
@@ -42,13 +44,15 @@ class TensorBoardStatisticsLogger(RowWriter):
 
     Args:
         root: Directory of all runs, the one for ``tensorboard --logdir``.
+        name: The run's directory below ``root``, with ``-1``, ``-2``, ... behind it if it is taken; ``None`` for a time
+            stamp.
         axis: What the x axis counts: ``"step"``, optimizer steps; ``"epoch"``, epochs from 1 (then there are only the
             ``epoch_`` charts, with ``epoch_lr``); ``"samples"``, training samples of all ranks; ``"time"``, whole
             seconds since the run began.
 
     Raises:
         TypeError: If ``root`` is not a path.
-        ValueError: If ``axis`` is none of these, or ``root`` is not local.
+        ValueError: If ``axis`` is none of these, ``root`` is not local, or ``name`` is no plain name.
 
     Example:
         >>> TensorBoardStatisticsLogger(axis="hours")
@@ -66,14 +70,18 @@ class TensorBoardStatisticsLogger(RowWriter):
         self,
         root: str | Path = "run/tensorboard/stats",
         *,
+        name: str | None = None,
         axis: Literal["step", "epoch", "samples", "time"] = "step",
     ) -> None:
         self.root = a_path("root", root)
         if is_remote(self.root):
             raise ValueError(f"`root` must be a local directory, got {shown(self.root)}.")
+        if name is not None and not _is_name(name):
+            raise ValueError(f"`name` must be a plain name of a directory below `root`, got {shown(name)}.")
+        self.name = name
         self.axis = one_of("axis", axis, ("step", "epoch", "samples", "time"))
         self.needs_samples = self.axis == "samples"
-        super().__init__(root=self.root, axis=self.axis)
+        super().__init__(root=self.root, axis=self.axis, **({} if name is None else {"name": name}))
         self._stamp = ""
         self._files: dict[str, EventFile] = {}
         self._last = {TRAIN: -1, VALIDATION: -1}  # places on the x axis
@@ -91,10 +99,9 @@ class TensorBoardStatisticsLogger(RowWriter):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or self._stamp:
             return
-        root = Path(self.root)
-        if self._writes and not _can_be_directory(root):
-            raise MisconfigurationException(f"`root` must be a directory, got '{root}', which is a file or below one.")
-        self._stamp = trainer.strategy.broadcast(_free_stamp(root))
+        if self._writes:
+            check_writable("root", self.root, directory=True)
+        self._stamp = trainer.strategy.broadcast(_free_name(Path(self.root), self.name))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint was cut, or name the run's hyper-parameters."""
@@ -107,15 +114,15 @@ class TensorBoardStatisticsLogger(RowWriter):
             self._files = {}
         if not self._writes or self._files:
             return  # a second fit goes on
-        folder = Path(self.root) / self._stamp
+        hyperparameters = dict(getattr(pl_module, "hparams", {})) if resumed is None else {}
+        tags = [] if self._recording is None else [f"epoch_{name}" for name in self._recording.statistics.names]
         for phase in (TRAIN, VALIDATION):
-            self._files[phase] = EventFile(folder / phase, purge_from=self._last[phase] + 1 if resumed else None)
-        hyperparameters = dict(getattr(pl_module, "hparams", {}))
-        if hyperparameters and resumed is None and self._recording is not None:
-            tags = [f"epoch_{name}" for name in self._recording.statistics.names]
-            above = EventFile(folder)
-            above.add_summary(*hyperparameter_summaries(hyperparameters, tags, self._stamp))
-            above.close()
+            run = f"{self._stamp}/{phase}"
+            self._files[phase] = EventFile(
+                Path(self.root) / run,
+                purge_from=self._last[phase] + 1 if resumed else None,
+                summaries=hyperparameter_summaries(hyperparameters, tags, run) if hyperparameters else (),
+            )
 
     def write(self, rows: Sequence[StatisticsRow]) -> None:
         """Write the batches that made an optimizer step."""
@@ -126,6 +133,8 @@ class TensorBoardStatisticsLogger(RowWriter):
             if row.phase == TRAIN and row.step != self._last_step:
                 self._last_step = row.step
                 scalars = {f"batch_{name}": value for name, value in _shared_names(row).items()}
+                if row.loss_step is not None:
+                    scalars["batch_loss_step"] = row.loss_step
                 if row.lr is not None:
                     scalars["batch_lr"] = float(row.lr)
                 events.append((self._place(row), row.wall_time, scalars))
@@ -154,13 +163,21 @@ class TensorBoardStatisticsLogger(RowWriter):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Keep the place until the fit begins, if it lies in the directory of the runs."""
-        stamp = state["stamp"]
-        if not isinstance(stamp, str) or _STAMP.fullmatch(stamp) is None:
+        stamp = state.get("stamp")
+        if stamp != "" and not _is_name(stamp):
             raise MisconfigurationException(
                 "The checkpoint's `stamp` of TensorBoardStatisticsLogger must be the name of a run, "
                 f"got {shown(stamp)}."
             )
-        super().set_state(state)
+        last = state.get("last")
+        if not isinstance(last, dict) or set(last) != {TRAIN, VALIDATION}:
+            raise MisconfigurationException(
+                "The checkpoint's `last` of TensorBoardStatisticsLogger must have a place for train and validation, "
+                f"got {shown(last)}."
+            )
+        places = {phase: whole_number("last", place, at_least=-1) for phase, place in last.items()}
+        step = whole_number("last_step", state.get("last_step"))
+        super().set_state({**state, "last": places, "last_step": step})
 
     def _place(self, row: StatisticsRow) -> int:
         """Return the row's place on the x axis, and remember that the phase got there."""
@@ -171,21 +188,31 @@ class TensorBoardStatisticsLogger(RowWriter):
 
 
 def _shared_names(row: StatisticsRow) -> dict[str, float]:
-    """Return the row's values without the prefixes by which modules tell phases apart; the recorder's own win."""
+    """Return the row's values without the prefixes by which modules tell phases apart.
+
+    Where that would give two values one name, the module's keeps its prefix; one that is the recorder's own is left
+    out.
+    """
     values = row.values or {}
-    shared = {name.removeprefix("train_").removeprefix("val_"): value for name, value in values.items()}
-    return shared | {name: value for name, value in values.items() if name in shared}
+    shared: dict[str, float] = {}
+    for name, value in values.items():
+        short = name.removeprefix("train_").removeprefix("val_")
+        taken = values[short] if short != name and short in values else shared.get(short)
+        if taken is None:
+            shared[short] = value
+        elif taken != value:
+            shared[name] = value
+    return shared
 
 
-def _can_be_directory(path: Path) -> bool:
-    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
-    return nearest.is_dir()
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
-def _free_stamp(root: Path) -> str:
-    stamp = f"{datetime.now().astimezone():%Y-%m-%d_%H-%M-%S-%f}"
-    number = 1
-    free = stamp
+def _free_name(root: Path, name: str | None) -> str:
+    """Return the run's name, or the moment, with a number behind it where that is taken."""
+    wanted = name or f"{datetime.now().astimezone():%Y-%m-%d_%H-%M-%S-%f}"
+    free, number = wanted, 1
     while (root / free).exists():
-        free, number = f"{stamp}-{number}", number + 1
+        free, number = f"{wanted}-{number}", number + 1
     return free

@@ -232,4 +232,4 @@ def test_an_update_does_not_wait_for_the_device(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda *args, **kwargs: pytest.fail("read from the device"))
     report.update(logits, targets)
     monkeypatch.undo()
-    assert int(report._matrix.counts().sum()) == 16
+    assert int(report._counts.totals().true.sum()) == 16

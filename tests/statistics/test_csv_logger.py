@@ -30,13 +30,14 @@ METRICS = ["accuracy", "top5_accuracy", "perplexity"]
 def test_a_row_per_batch_equals_a_recomputation():
     _, model = fit([StatisticsRecorder(METRICS), CSVStatisticsLogger("log.csv")])
     rows = read("log.csv")
-    assert list(rows[0]) == ["epoch", "batch", "phase", "step", "lr", "loss", *METRICS, "time"]
+    assert list(rows[0]) == ["epoch", "batch", "phase", "step", "lr", "loss", *METRICS, "loss_step", "time"]
     expected = expected_rows(model.seen)
     assert len(rows) == len(expected) == 10
     for row, (phase, batch, values) in zip(rows, expected, strict=True):
         assert (row["phase"], row["batch"]) == (phase, str(batch))
         assert row["lr"] == ("0.1" if phase == "train" else "")
         assert {name: float(row[name]) for name in values} == pytest.approx(values, rel=1e-6)
+    assert [float(row["loss_step"]) for row in rows] == pytest.approx([loss for _, loss, *_ in model.seen], rel=1e-6)
     assert [row["epoch"] for row in rows] == ["1"] * 5 + ["2"] * 5
     assert [row["step"] for row in rows] == list("1233345666")
     times = [float(row["time"]) for row in rows]
@@ -165,6 +166,7 @@ def test_without_a_recorder_there_is_the_loss_and_what_the_module_logs():
         "loss",
         "train_margin",
         "both",
+        "loss_step",
         "time",
         "val_margin",
     ]
@@ -250,7 +252,7 @@ def test_a_path_that_cannot_be_written_is_refused_at_setup(path):
 
 
 def test_two_loggers_on_one_path_are_refused(tmp_path):
-    with pytest.raises((MisconfigurationException, RuntimeError), match="`path` must be another for each CSVStat"):
+    with pytest.raises((MisconfigurationException, RuntimeError), match="Two CSVStatisticsLogger callbacks write to"):
         fit([CSVStatisticsLogger("log.csv"), CSVStatisticsLogger(tmp_path / "x" / ".." / "log.csv")])
     keys = {CSVStatisticsLogger("a.csv").state_key, CSVStatisticsLogger("b.csv").state_key}
     assert len(keys) == 2

@@ -33,7 +33,7 @@ def test_a_batch_is_counted_without_a_synchronisation(classes):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sums.state()["batches"] == 3
-    assert int(report._matrix.counts().sum()) == 4 * 64
+    assert int(report._counts.totals().true.sum()) == 4 * 64
 
 
 def test_a_phase_without_a_loss_and_one_with_are_read_together():

@@ -1,93 +1,34 @@
-"""scikit-learn's classification report from a confusion matrix.
+"""scikit-learn's classification report, as text, dict and CSV, from three counts per class.
 
-The matrix is a sufficient statistic of the report, so predictions need not be kept. NumPy, because a report that is
-identical to scikit-learn's to the last bit must add in NumPy's order. Nothing here knows a Trainer.
+NumPy, because a report that is identical to scikit-learn's to the last bit must add in NumPy's order. Nothing here
+knows a Trainer.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lightning_plugins.statistics.labels import IGNORED, read_batch
+from lightning_plugins.statistics.class_counts import ClassTotals
 
 Floats = NDArray[np.float64]
 
 HEADERS = ("precision", "recall", "f1-score", "support")
 
 
-class ConfusionMatrix:
-    """Counts of label and prediction, on the device; a row per label.
-
-    Args:
-        num_classes: Number of classes.
-
-    Example:
-        >>> matrix = ConfusionMatrix(2)
-        >>> matrix.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
-        >>> matrix.counts().tolist()
-        [[1, 1], [0, 1]]
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self._cells: Tensor | None = None  # one row and column more, for numbers that are no classes
-
-    def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count a batch; a label of -100 is left out. Does not wait for the device."""
-        batch = read_batch(predictions.detach(), targets)
-        predicted, labels = batch.classes.long(), batch.labels.long()
-        beyond = self.num_classes
-        rows, columns = (torch.where((n >= 0) & (n < beyond), n, beyond) for n in (labels, predicted))
-        weights = (labels != IGNORED).long()
-        if self._cells is None:
-            self._cells = torch.zeros((beyond + 1) ** 2, dtype=torch.int64, device=labels.device)
-        self._cells = self._cells.to(labels.device)
-        self._cells.scatter_add_(0, rows * (beyond + 1) + columns, weights)
-
-    def counts(self, summed: Tensor | None = None) -> NDArray[np.int64]:
-        """Return the matrix.
-
-        Args:
-            summed: :attr:`cells` of all ranks, added up; ``None`` for this process's own.
-
-        Raises:
-            ValueError: If a label or a prediction was not a class.
-        """
-        cells = self.cells if summed is None else summed
-        table: NDArray[np.int64] = cells.reshape(self.num_classes + 1, -1).cpu().numpy()
-        for name, wrong in (("targets", table[-1].sum()), ("predictions", table[:-1, -1].sum())):
-            if wrong:
-                raise ValueError(
-                    f"All {name} must be from 0 to {self.num_classes - 1} with `num_classes` {self.num_classes}, got "
-                    f"{wrong} others."
-                )
-        return table[:-1, :-1]
-
-    @property
-    def cells(self) -> Tensor:
-        """All counts in one row, those of numbers that are no classes included."""
-        return torch.zeros((self.num_classes + 1) ** 2, dtype=torch.int64) if self._cells is None else self._cells
-
-    def reset(self) -> None:
-        """Count from zero."""
-        self._cells = None
-
-
 @dataclass(frozen=True)
 class Report:
-    """A classification report: the text and the dict that scikit-learn returns, and the matrix as CSV.
+    """A classification report: the text and the dict that scikit-learn returns, and the same as CSV.
 
     Args:
-        counts: Confusion matrix, a row per label.
+        totals: The counts of every class.
         labels: The classes to report, in order; ``None`` for those present in labels or predictions.
         target_names: Names for ``labels``; with ``labels=None`` one per class of the matrix, or per class present.
         digits: Digits after the point.
@@ -97,8 +38,8 @@ class Report:
         ValueError: If the number of ``target_names`` fits neither.
 
     Example:
-        >>> counts = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 2]])
-        >>> print(Report(counts, target_names=["class 0", "class 1", "class 2"]).text())
+        >>> totals = ClassTotals(np.array([1, 1, 3]), np.array([2, 1, 2]), np.array([1, 0, 2]))
+        >>> print(Report(totals, target_names=["class 0", "class 1", "class 2"]).text())
                       precision    recall  f1-score   support
         <BLANKLINE>
              class 0       0.50      1.00      0.67         1
@@ -115,7 +56,7 @@ class Report:
         class, absent classes are left out instead of refused.
     """
 
-    counts: NDArray[np.int64]
+    totals: ClassTotals
     labels: Sequence[int] | None = None
     target_names: Sequence[str] | None = None
     digits: int = 2
@@ -126,18 +67,18 @@ class Report:
         names = self.names()
         width = max(*[len(name) for name in names], len("weighted avg"), self.digits)
         row = "{:>{width}s} " + " {:>9.{digits}f}" * 3 + " {:>9}\n"
-        text = ("{:>{width}s} " + " {:>9}" * 4).format("", *HEADERS, width=width) + "\n\n"
+        lines = [("{:>{width}s} " + " {:>9}" * 4).format("", *HEADERS, width=width) + "\n\n"]
         for name, *numbers in zip(names, *self._by_class(), strict=True):
-            text += row.format(name, *numbers, width=width, digits=self.digits)
-        text += "\n"
+            lines.append(row.format(name, *numbers, width=width, digits=self.digits))
+        lines.append("\n")
         averages = self._averages()
         if "accuracy" in averages:  # shows F1 only, which equals it
             short = "{:>{width}s} " + " {:>9}" * 2 + " {:>9.{digits}f} {:>9}\n"
             *_, f1, support = averages.pop("accuracy")
-            text += short.format("accuracy", "", "", f1, support, width=width, digits=self.digits)
+            lines.append(short.format("accuracy", "", "", f1, support, width=width, digits=self.digits))
         for name, numbers in averages.items():
-            text += row.format(name, *numbers, width=width, digits=self.digits)
-        return text
+            lines.append(row.format(name, *numbers, width=width, digits=self.digits))
+        return "".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what scikit-learn returns with ``output_dict=True``."""
@@ -165,7 +106,9 @@ class Report:
         """Return the classes that the report has rows for."""
         if self.labels is not None:
             return list(self.labels)
-        return [int(label) for label in np.flatnonzero(self.counts.sum(0) + self.counts.sum(1))]
+        if self.totals.samples is not None:
+            return list(range(len(self.totals.true)))
+        return [int(label) for label in np.flatnonzero(self.totals.true + self.totals.predicted)]
 
     def names(self) -> list[str]:
         """Return the names of the rows of classes."""
@@ -173,40 +116,52 @@ class Report:
         names = self.target_names
         if names is None:
             return [str(label) for label in labels]
-        if self.labels is None and len(names) == len(self.counts):
+        if self.labels is None and len(names) == len(self.totals.true):
             return [names[label] for label in labels]
         if len(names) != len(labels):
             raise ValueError(
                 f"`target_names` must have one name for each of {len(labels)} classes in the report or of all "
-                f"{len(self.counts)}, got {len(names)}; `labels` chooses the classes."
+                f"{len(self.totals.true)}, got {len(names)}; `labels` chooses the classes."
             )
         return list(names)
 
     def _support(self) -> NDArray[Any]:
-        support: NDArray[Any] = self.counts.sum(1)[self.shown_labels()]
+        support: NDArray[Any] = self.totals.true[self.shown_labels()]
         # scikit-learn counts in floats when not a single prediction is right, and prints the support so
-        return support if np.trace(self.counts) else support.astype(np.float64)
+        whole = self.totals.samples is not None or self.totals.hits.any()
+        return support if whole else support.astype(np.float64)
 
     def _by_class(self) -> tuple[Floats, Floats, Floats, NDArray[Any]]:
         labels = self.shown_labels()
-        true, predicted = self.counts.sum(1)[labels], self.counts.sum(0)[labels]
-        hits = np.diag(self.counts)[labels]
+        true, predicted, hits = (part[labels] for part in (self.totals.true, self.totals.predicted, self.totals.hits))
         return (*self._scores(hits, predicted, true), self._support())
 
     def _averages(self) -> dict[str, list[Any]]:
         labels = self.shown_labels()
         *scores, support = self._by_class()
-        pooled = [
-            np.array([part.sum()]) for part in (np.diag(self.counts)[labels], self.counts.sum(0)[labels], support)
-        ]
+        pooled = [np.array([part.sum()]) for part in (self.totals.hits[labels], self.totals.predicted[labels], support)]
         total = support.sum()
-        present = set(np.flatnonzero(self.counts.sum(0) + self.counts.sum(1)).tolist())
-        micro = "accuracy" if self.labels is None or set(labels) >= present else "micro avg"
-        return {
+        present = set(np.flatnonzero(self.totals.true + self.totals.predicted).tolist())
+        one_label = self.totals.samples is None
+        micro = "accuracy" if one_label and (self.labels is None or set(labels) >= present) else "micro avg"
+        averages = {
             micro: [*(_average(score) for score in self._scores(*pooled)), total],
             "macro avg": [*(_average(score) for score in scores), total],
             "weighted avg": [*(_average(score, support) for score in scores), total],
         }
+        if self.totals.samples is not None:
+            averages["samples avg"] = [*self._over_samples(self.totals.samples), total]
+        return averages
+
+    def _over_samples(self, samples: Floats) -> list[float]:
+        """Return the means over samples; a sample where one is not defined counts as ``zero_division`` says."""
+        sums, undefined = samples[:3], samples[3:]
+        if math.isnan(self.zero_division):
+            with np.errstate(invalid="ignore"):
+                means = sums / (self.totals.rows - undefined)
+        else:
+            means = (sums + undefined * self.zero_division) / self.totals.rows
+        return [float(mean) for mean in means]
 
     def _scores(self, hits: NDArray[Any], predicted: NDArray[Any], true: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
         """Return precision, recall and F1; the latter as 2 hits / (predicted + true), not from the other two."""
