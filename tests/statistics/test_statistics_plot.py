@@ -1,5 +1,6 @@
 """Curves read from every layout, and pictures that can be opened."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder
+from lightning_plugins.statistics import plot
 from lightning_plugins.statistics.plot import plot_log, read_curves
 from tests.support.statistics_runs import fit, read
 
@@ -21,6 +23,7 @@ def test_rows_of_batches_become_a_line_and_validations_points():
     rows = read("log.csv")
     assert curves.axis == "optimizer step"
     assert list(curves.lines) == ["loss", "accuracy"]
+    assert curves.lines["loss"]["each batch"][1] == [float(row["loss_step"]) for row in rows if row["phase"] == "train"]
     training = [row for row in rows if row["phase"] == "train"]
     assert curves.lines["loss"]["train"] == (
         [float(row["step"]) for row in training],
@@ -86,3 +89,103 @@ def test_what_cannot_be_plotted_is_one_readable_line(content, message):
 def test_a_file_that_is_not_there():
     with pytest.raises(FileNotFoundError):
         plot_log("nowhere.csv")
+
+
+def test_two_columns_never_are_one_line():
+    """A module that logs `train_loss` beside the running mean, and several loaders."""
+    Path("log.csv").write_text(
+        "epoch,batch,phase,step,lr,loss,loss_step,train_loss,val_loss,loss/dataloader_idx_0\n"
+        "1,1,train,1,0.1,4.0,4.0,4.5,,\n"
+        "1,2,train,2,0.1,3.0,2.0,2.5,,\n"
+        "1,1,validation,2,,3.5,3.5,,3.25,3.75\n"
+    )
+    curves = read_curves("log.csv")
+    assert curves.lines == {
+        "loss": {
+            "train": ([1.0, 2.0], [4.0, 3.0]),
+            "each batch": ([1.0, 2.0], [4.0, 2.0]),
+            "train_loss": ([1.0, 2.0], [4.5, 2.5]),
+            "validation": ([2.0], [3.5]),
+            "val_loss": ([2.0], [3.25]),
+            "validation, loader 0": ([2.0], [3.75]),
+        }
+    }
+
+
+def small(path, loss=2.0, name="loss"):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"epoch,batch,phase,step,lr,{name}\n1,1,train,1,0.1,{loss}\n1,2,train,2,0.1,{loss / 2}\n")
+    return path
+
+
+def drawn(monkeypatch):
+    """Return a list of the figures that are drawn."""
+    figures = []
+    original = plot._drawn
+    monkeypatch.setattr(
+        plot, "_drawn", lambda *args, **options: figures.append(original(*args, **options)) or figures[-1]
+    )
+    return figures
+
+
+def test_several_runs_are_on_one_picture_with_a_legend(monkeypatch):
+    figures = drawn(monkeypatch)
+    first, second = small("runs/small/log.csv"), small("runs/large/log.csv", 4.0)
+    small("runs/large/log.1.csv")
+    small("runs/large/log.replaced.1.csv")
+    Path("runs/large/report.csv").write_text("class,precision\n")
+    for given in ([first, second], ["runs"], ["runs/small", "runs/large"]):
+        path = plot_log(given, "curves.png")
+        axis = figures[-1].axes[0]
+        assert sorted(text.get_text() for text in axis.get_legend().get_texts()) == ["large: train", "small: train"]
+        assert sorted(line.get_ydata()[0] for line in axis.get_lines()) == [2.0, 4.0]
+        assert "large" in figures[-1].get_suptitle()
+        assert 0.01 < np.mean(imread(path)[..., :3].min(axis=2) < 0.9) < 0.5
+    plot_log(first, "curves.png")
+    assert figures[-1].get_suptitle() == "small"
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="no log of CSVStatisticsLogger in the folder 'empty'"):
+        plot_log("empty")
+
+
+def test_axes_are_logarithmic_on_request_where_they_can_be(monkeypatch):
+    figures = drawn(monkeypatch)
+    plot_log(small("log.csv"), log=True)
+    assert [axis.get_yscale() for axis in figures[-1].axes] == ["log", "linear"]
+    plot_log(small("log.csv", 0.0), log=True)
+    plot_log(small("log.csv"))
+    assert [figure.axes[0].get_yscale() for figure in figures[1:]] == ["linear", "linear"]
+
+
+def test_the_default_picture_takes_no_file_and_no_picture_takes_the_log():
+    log = small("log.csv")
+    assert [plot_log(log).name for _ in range(3)] == ["log.png", "log.1.png", "log.2.png"]
+    before = log.read_text()
+    for output in ("log.csv", "../" + Path.cwd().name + "/log.csv"):
+        with pytest.raises(ValueError, match="`output` must be another file than the log"):
+            plot_log(log, output)
+    assert log.read_text() == before
+    with pytest.raises(ValueError, match=r"(?i)format"):
+        plot_log(log, "curves.nothing")
+    assert not Path("curves.nothing").exists()
+
+
+@pytest.mark.parametrize("name", [r"$\\frac{1}{", "a$b$c$", "$" * 999, "\x1b[2J"])
+def test_a_name_is_shown_as_it_is_and_never_drawn_as_a_formula(name):
+    assert plot_log(small("log.csv", name=name)).exists()
+
+
+def test_more_than_a_picture_can_show_is_one_readable_line():
+    rows = "".join(f"1,{n},phase {n},{n},0.1,1.0\n" for n in range(1, 20_001))
+    Path("log.csv").write_text(f"epoch,batch,phase,step,lr,loss\n{rows}")
+    with pytest.raises(ValueError, match=r"'log\.csv' has more than 40 statistics or lines of one, which do not fit"):
+        plot_log("log.csv")
+
+
+def test_a_pipe_is_not_waited_for():
+    os.mkfifo("log.csv")
+    with pytest.raises(ValueError, match=r"'log\.csv' is a device or a pipe"):
+        plot_log("log.csv")
+    with pytest.raises(ValueError, match="no log of CSVStatisticsLogger"):
+        plot_log(".")
