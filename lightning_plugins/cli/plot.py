@@ -19,7 +19,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "plot",
         help="draw the curves of CSV logs",
-        description="Draw the curves of CSVStatisticsLogger's files on one picture (needs matplotlib).",
+        description="Draw the curves of CSVStatisticsLogger's files (needs matplotlib).",
         epilog=_EPILOG,
     )
     parser.add_argument("logs", metavar="LOG.csv|DIR", nargs="+", help="a file, or a folder with such files in it")

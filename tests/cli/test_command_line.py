@@ -111,7 +111,7 @@ def test_wrong_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys
     ("arguments", "message"),
     [
         (["plot", "none.csv"], "none.csv: No such file or directory"),
-        (["plot", "."], ".: Is a directory"),
+        (["plot", "."], "no log of CSVStatisticsLogger in the folder"),
         (["schedule", "Linear(4, 1)", "--total", "9"], "missing 1 required positional argument: 'end'"),
         (["schedule", "Linea(4, 1, 0)", "--total", "9"], "did you mean Linear?"),
         (["schedule", "Linear(4, 1, 0)", "--total", "9", "--output", "lr.odd"], "Format 'odd' is not supported"),

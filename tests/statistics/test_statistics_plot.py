@@ -185,7 +185,7 @@ def test_more_than_a_picture_can_show_is_one_readable_line():
 
 def test_a_pipe_is_not_waited_for():
     os.mkfifo("log.csv")
-    with pytest.raises(ValueError, match=r"'log\.csv' is a device or a pipe"):
+    with pytest.raises(OSError, match=r"log\.csv is a device or a pipe"):
         plot_log("log.csv")
     with pytest.raises(ValueError, match="no log of CSVStatisticsLogger"):
         plot_log(".")

@@ -97,7 +97,7 @@ CALLBACKS = {
         (
             (
                 "{num_classes: 3, labels: [0, 2], target_names: [cat, dog], digits: 3, zero_division: 1, targets: y, "
-                "path: report.txt}"
+                "task: multiclass, ignore_index: 255, path: report.txt}"
             ),
             {
                 "num_classes": 3,
@@ -106,6 +106,8 @@ CALLBACKS = {
                 "digits": 3,
                 "zero_division": 1.0,
                 "targets": "y",
+                "task": "multiclass",
+                "ignore_index": 255,
                 "path": "report.txt",
             },
         ),
@@ -228,7 +230,10 @@ CALLBACKS = {
     ),
     "TensorBoardStatisticsLogger": case(
         ("{}", {}),
-        ("{root: a/tensorboard, axis: samples}", {"root": "a/tensorboard", "axis": "samples"}),
+        (
+            "{root: a/tensorboard, name: first, axis: samples}",
+            {"root": "a/tensorboard", "name": "first", "axis": "samples"},
+        ),
         pair=({"root": "a"}, {"root": "b"}),
     ),
 }
