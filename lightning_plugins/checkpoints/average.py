@@ -45,7 +45,7 @@ def average_checkpoints(
         output: A ``.ckpt`` (what ``load_from_checkpoint`` needs is taken from the newest file, optimizer and callback
             states are left out) or ``.safetensors`` file to write. It carries a manifest: files, steps, weights, and a
             digest of the averaged weights. ``None`` returns the state dict.
-        weights: One number of at least 0 for each path, normalised to sum 1. ``None`` weighs all alike.
+        weights: One number of at least 0 for each path, normalized to sum 1. ``None`` weighs all alike.
         dtype: What to add in: ``torch.float64`` (the default) or ``torch.float32``, which rounds at every file. The
             result's dtypes do not depend on it.
         strict: Refuse files whose names, shapes or dtypes differ. ``False`` averages the names that all files share
