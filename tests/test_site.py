@@ -14,6 +14,7 @@ import yaml
 
 import lightning_plugins
 from lightning_plugins.cli import main
+from tests.support import conditions
 from tests.support.snippets import ROOT
 
 
@@ -103,7 +104,11 @@ def test_what_the_table_says_to_write_exists(expression, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", sorted({text for row in migration() for text in code(row[1]) if row[0] == "Lightning"})
+    "text",
+    [
+        pytest.param(text, marks=conditions.ema_weight_averaging if "EMAWeightAveraging" in text else ())
+        for text in sorted({text for row in migration() for text in code(row[1]) if row[0] == "Lightning"})
+    ],
 )
 def test_lightning_has_what_the_table_says(text):
     assert_bound([lightning.pytorch, lightning.pytorch.callbacks, lightning.pytorch.loggers], text)

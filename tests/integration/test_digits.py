@@ -230,7 +230,7 @@ def test_a_refusal_is_one_line_and_status_2_and_leaves_nothing_behind(tmp_path):
         (["--lr", "nan"], "--lr must be a finite number above 0, got nan"),
         (["--lr", "inf"], "--lr must be a finite number above 0, got inf"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--seed", "-1"], "-1 is not in bounds, numpy accepts from 0 to 4294967295"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
         (["--data", "mnist"], "argument --data: invalid choice: 'mnist'"),
         (["--precision", "7-bit"], "Precision '7-bit' is invalid."),
         (["--accelerator", "cpu", "--devices", "0"], "`Trainer(devices='0')` value is not a valid input"),

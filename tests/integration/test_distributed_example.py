@@ -78,7 +78,7 @@ def program(monkeypatch, tmp_path):
         (["--lr", "nan"], "--lr must be a finite number above 0, got nan"),
         (["--accelerator", "abacus"], "You selected an invalid accelerator name"),
         (["--devices", "many"], "invalid literal for int() with base 10: 'many'"),
-        (["--seed", "-1"], "-1 is not in bounds"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(program, tmp_path, capsys, arguments, message):

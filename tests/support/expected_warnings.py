@@ -4,6 +4,7 @@ Every warning is an error in the tests. What no version should warn of is let th
 versions do stands here, so that a warning that a new version brings fails, and one that went away is not let through.
 """
 
+import sys
 from dataclasses import dataclass
 
 from tests.support.conditions import installed
@@ -31,6 +32,11 @@ EXPECTED = (
         r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
         TORCH >= (2, 7),
         "torch deprecates what Lightning calls in every Trainer.fit",
+    ),
+    Expected(
+        r"ignore:Guards may run slower on Python 3\.13\.0:RuntimeWarning",
+        sys.version_info[:3] == (3, 13, 0),
+        "torch.compile says that the next Python is faster",
     ),
 )
 
