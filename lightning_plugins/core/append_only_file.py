@@ -18,6 +18,7 @@ class AppendOnlyFile:
 
     Args:
         path: Where; the file is made if it is not there. Its directory must exist.
+        new: Whether a file that is there is an error.
 
     Attributes:
         size: Its length in bytes.
@@ -26,9 +27,9 @@ class AppendOnlyFile:
         OSError: If it cannot be opened, or is a device, a pipe or a link to a file that does not exist.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
-        self._handle: BinaryIO = os.fdopen(_opened(path), "r+b", buffering=0)
+        self._handle: BinaryIO = os.fdopen(_made(path) if new else _opened(path), "r+b", buffering=0)
         self.size = os.fstat(self._handle.fileno()).st_size
 
     def append(self, records: Sequence[bytes]) -> None:
@@ -67,13 +68,20 @@ class AppendOnlyFile:
         self._handle.close()
 
 
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK
+
+
+def _made(path: Path) -> int:
+    """Make a file for reading and appending. O_EXCL follows no link to nothing."""
+    return os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+
+
 def _opened(path: Path) -> int:
-    """Open a regular file for reading and appending; make it if there is none. O_EXCL follows no link to nothing."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_NONBLOCK
+    """Open a regular file for reading and appending; make it if there is none."""
     try:
-        handle = os.open(path, flags)
+        handle = os.open(path, _FLAGS)
     except FileNotFoundError:
-        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        return _made(path)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(f"{path} is a device or a pipe, not a file")

@@ -53,6 +53,7 @@ class CSVFile:
         self._fixed = columns is not None
         self._columns: list[str] = list(columns or ())
         self._file: AppendOnlyFile | None = None
+        self._is_new = False
         self._waiting: list[Mapping[str, str]] = []
         # the list of rows that was handed over last, and where the file ends with each of them
         self._sent: tuple[list[Mapping[str, str]], list[int]] = ([], [])
@@ -71,6 +72,7 @@ class CSVFile:
 
     def begin(self) -> Path | None:
         """Start a new file; return where an existing one was moved to."""
+        self._is_new = True
         return move_aside(self.path)
 
     def mark(self) -> dict[str, Any]:
@@ -146,7 +148,11 @@ class CSVFile:
     def _open(self) -> AppendOnlyFile:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = AppendOnlyFile(self.path)
+            if self._is_new:
+                # that of another run, which began in the same moment and writes on in the file that is moved
+                move_aside(self.path)
+            self._file = AppendOnlyFile(self.path, new=self._is_new)
+            self._is_new = False
         elif not self._file.is_in_place:
             self._complain_once(
                 "moved",

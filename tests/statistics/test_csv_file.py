@@ -248,8 +248,8 @@ def full_disk(monkeypatch, room):
             left["bytes"] -= taken
             return self._handle.write(data[:taken])
 
-    def init(self, path):
-        original(self, path)
+    def init(self, path, **options):
+        original(self, path, **options)
         self._handle = Handle(self._handle)
 
     monkeypatch.setattr(files.AppendOnlyFile, "__init__", init)
