@@ -12,6 +12,7 @@ from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.record import Record, read_record
 from lightning_plugins.checkpoints.selection import Limits, Selection, choose
 from lightning_plugins.core.module_state import shorten
+from lightning_plugins.core.validation import printable
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Plan:
         for row in self.rows:
             score = "-" if row.score is None else f"{row.score:.6g}"
             step, epoch = ("-" if number is None else str(number) for number in (row.step, row.epoch))
-            lines.append((step, epoch, score, f"{row.weight:.4f}", f"{row.nbytes / 1e6:.1f}", str(row.path)))
+            lines.append((step, epoch, score, f"{row.weight:.4f}", f"{row.nbytes / 1e6:.1f}", printable(str(row.path))))
         widths = [max(len(line[column]) for line in lines) for column in range(5)]
         return "\n".join(
             "  ".join([*(cell.rjust(width) for cell, width in zip(line[:5], widths, strict=True)), line[5]])
@@ -127,8 +128,13 @@ def plan_average(
 
 def _row(record: Record, selection: Selection, share: float) -> PlannedFile:
     score = selection.scores.get(record.path, record.score)
-    files = [path for path in record.path.rglob("*") if path.is_file()] if record.path.is_dir() else [record.path]
-    return PlannedFile(record.path, record.step, record.epoch, score, share, sum(path.stat().st_size for path in files))
+    return PlannedFile(record.path, record.step, record.epoch, score, share, size_on_disk(record.path))
+
+
+def size_on_disk(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a directory."""
+    files = [inner for inner in path.rglob("*") if inner.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def parse_steps(text: str | None) -> Limits:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lightning_plugins._version import __version__
 from lightning_plugins.cli import average, extract, inspect, plot, schedule, synthesize
 from lightning_plugins.cli.commands import BAD_INPUT, Parser
-from lightning_plugins.core.validation import printable
+from lightning_plugins.core.validation import first_line, printable
 
 _COMMANDS = (average, extract, synthesize, schedule, plot, inspect)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -33,14 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; ``None``: the process's own.
 
     Returns:
-        Exit status: 0, or 2 after one line about bad input on standard error. 130 after Ctrl-C, 141 when whoever
-        reads the output has stopped to.
+        Exit status: 0, or 2 after one line about bad input on standard error. 130 after Ctrl-C, 141 when the
+        output is no longer read.
     """
     parser = Parser(prog="lightning-plugins", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, help="each says more with --help"
-    )
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", help="each says more with --help")
     for command in _COMMANDS:
         command.add_parser(commands)
     arguments = parser.parse_args(argv)
@@ -53,14 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `lightning-plugins inspect CKPT | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
         return _UNREAD
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError, MemoryError, RuntimeError) as error:
         print(f"lightning-plugins: error: {printable(_reason(error))}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
     return 0
 
 
 def _reason(error: Exception) -> str:
-    """Return what an error says; the system's own begin with the file instead of a number."""
+    """Return what an error says; the system's own begin with the file instead of a number.
+
+    Of what torch raises the first line is told; among it is that there is not enough memory.
+    """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory."
+    return first_line(error) if isinstance(error, RuntimeError) else str(error)

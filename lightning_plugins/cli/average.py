@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lightning_plugins import checkpoints
-from lightning_plugins.cli.commands import Commands, add_trust
+from lightning_plugins.cli.commands import Commands, add_trust, checkpoint_file, say
+from lightning_plugins.core.files import check_output
+from lightning_plugins.core.validation import printable, shown
 
 _DESCRIPTION = """\
 Average checkpoints into one that loads: Lightning's, plain state dicts,
@@ -38,7 +41,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only show what would be averaged")
     add_trust(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--output", metavar="FILE", help="what to write: .ckpt or .safetensors")
+    parser.add_argument("--output", type=checkpoint_file, metavar="FILE", help="what to write: .ckpt or .safetensors")
     parser.set_defaults(run=run)
 
 
@@ -46,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Show what goes in, then average."""
     if arguments.output is None and not arguments.dry_run:
         raise ValueError("--output must name the file to write; or pass --dry-run.")
+    if arguments.output is not None:
+        check_output(Path(arguments.output), overwrite=arguments.overwrite)
     plan = checkpoints.plan_average(
         arguments.inputs,
         last=arguments.last,
@@ -53,13 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         weights=None if arguments.weights is None else _numbers(arguments.weights),
     )
-    print(plan.table(), *plan.notes, sep="\n", flush=True)  # noqa: T201
+    print(plan.table(), *map(printable, plan.notes), sep="\n", flush=True)  # noqa: T201
     if not arguments.dry_run:
-        print(plan.run(arguments.output, trust=arguments.trust, overwrite=arguments.overwrite))  # noqa: T201
+        say(plan.run(arguments.output, trust=arguments.trust, overwrite=arguments.overwrite))
 
 
 def _numbers(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError:
-        raise ValueError(f"--weights must be numbers with commas between them, got {text!r}.") from None
+        raise ValueError(f"--weights must be numbers with commas between them, got {shown(text)}.") from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lightning_plugins.core.validation import printable
+from lightning_plugins.core.validation import printable, shown
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
@@ -14,6 +15,9 @@ else:
     Commands = object
 
 BAD_INPUT = 2
+CHECKPOINTS = (".ckpt", ".safetensors")
+WEIGHTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,8 +33,14 @@ class Parser(argparse.ArgumentParser):
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a command that writes a state dict."""
-    parser.add_argument("--output", required=True, metavar="FILE", help="what to write: .safetensors, or by torch.save")
+    help_text = "what to write: .safetensors, or .ckpt, .pt, .pth, .bin by torch.save"
+    parser.add_argument("--output", type=weights_file, required=True, metavar="FILE", help=help_text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def say(value: object) -> None:
+    """Print one line on the output, with nothing in it that a terminal would act upon."""
+    print(printable(str(value)))  # noqa: T201  # this is a program
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +49,22 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def picture(text: str) -> str:
-    """Take the name of a picture: without a suffix nobody knows its format."""
-    if not Path(text).suffix:
-        raise argparse.ArgumentTypeError(f"must end in a picture's suffix such as .png, got {text!r}")
+    """Take the name of a picture, whose suffix is its format."""
+    return _with_suffix(text, "a picture's suffix", PICTURES)
+
+
+def weights_file(text: str) -> str:
+    """Take the name of a file of weights to write."""
+    return _with_suffix(text, "a suffix of weights", WEIGHTS)
+
+
+def checkpoint_file(text: str) -> str:
+    """Take the name of a checkpoint to write: one that Lightning loads, or weights alone."""
+    return _with_suffix(text, "a checkpoint's suffix", CHECKPOINTS)
+
+
+def _with_suffix(text: str, what: str, suffixes: Sequence[str]) -> str:
+    if Path(text).suffix not in suffixes:
+        listed = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+        raise argparse.ArgumentTypeError(f"must end in {what} ({listed}), got {shown(text)}")
     return text

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lightning_plugins import ema
-from lightning_plugins.cli.commands import Commands, add_output, add_trust
-from lightning_plugins.core.files import write_state_dict
+from lightning_plugins.cli.commands import Commands, add_output, add_trust, say
+from lightning_plugins.core.files import check_output, write_state_dict
 
 _DESCRIPTION = """\
 Write one set of weights of a checkpoint as a plain state dict: the trained
@@ -37,5 +38,6 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, choose, write."""
+    check_output(Path(arguments.output), overwrite=arguments.overwrite)
     weights = ema.extract_weights(arguments.checkpoint, arguments.weights, arguments.name, trust=arguments.trust)
-    print(write_state_dict(weights, arguments.output, overwrite=arguments.overwrite))  # noqa: T201
+    say(write_state_dict(weights, arguments.output, overwrite=arguments.overwrite))

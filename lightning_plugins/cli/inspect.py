@@ -1,38 +1,75 @@
-"""``lightning-plugins inspect``: what a checkpoint holds."""
+"""``lightning-plugins inspect``: what a checkpoint, or each in a directory, holds."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
-from lightning_plugins import ema
-from lightning_plugins.cli.commands import Commands, add_trust
-from lightning_plugins.core.validation import printable
+from lightning_plugins import checkpoints, ema
+from lightning_plugins.cli.commands import Commands, add_trust, say
+from lightning_plugins.core.validation import shortened
+
+_DESCRIPTION = """\
+Say what a checkpoint holds, without running what it names: Lightning's, plain
+state dicts, safetensors, sharded directories, and all in a directory.
+"""
+_EPILOG = """\
+examples:
+  lightning-plugins inspect last.ckpt
+  lightning-plugins inspect averaged.safetensors --json
+"""
 
 
 def add_parser(commands: Commands) -> None:
     """Declare the command."""
     parser = commands.add_parser(
-        "inspect",
-        help="say what a checkpoint holds",
-        description="Say what a Lightning checkpoint holds, without running what it names.",
+        "inspect", help="say what a checkpoint holds", description=_DESCRIPTION, epilog=_EPILOG
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint")
+    parser.add_argument("path", metavar="CKPT|DIR", help="a file of weights, or a directory")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_trust(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print a line for each thing that is there."""
-    found = ema.describe_checkpoint(arguments.checkpoint, trust=arguments.trust)
-    width = max(map(len, found))
-    for name, value in found.items():
-        print(f"{name.replace('_', ' '):<{width}}  {printable(_text(value))}")  # noqa: T201
+    """Print a line for each thing that is there, or for each checkpoint of a directory."""
+    path = Path(arguments.path)
+    if path.is_dir() and not (path / ".metadata").is_file():
+        found = checkpoints.describe_directory(path)
+        if not found:
+            raise ValueError(f"{path} holds no checkpoints.")
+        _print(found, as_json=arguments.json)
+        return
+    _print(_described(path, trust=arguments.trust), as_json=arguments.json)
+
+
+def _described(path: Path, *, trust: bool) -> dict[str, Any]:
+    if not path.is_dir() and path.suffix != ".safetensors":
+        try:
+            return ema.describe_checkpoint(path, trust=trust)
+        except ema.NoStateDictError:
+            pass
+    return checkpoints.describe_weights(path, trust=trust)
+
+
+def _print(found: dict[str, Any] | list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        # what is no plain value, as a version that a foreign program wrote, is shown as a text
+        print(json.dumps(found, indent=2, default=str))  # noqa: T201
+    elif isinstance(found, list):
+        for one in found:
+            say(_text(one))
+    else:
+        width = max(map(len, found))
+        for name, value in found.items():
+            say(f"{name.replace('_', ' '):<{width}}  {_text(value)}")
 
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_text(part)}" for name, part in value.items()) or "-"
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+        return ", ".join(map(_text, value)) or "-"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else shortened(str(value))

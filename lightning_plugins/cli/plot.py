@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lightning_plugins import statistics
-from lightning_plugins.cli.commands import Commands, picture
+from lightning_plugins.cli.commands import Commands, picture, say
 
 _EPILOG = """\
 examples:
@@ -30,4 +30,4 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw."""
-    print(statistics.plot_log(arguments.logs, arguments.output, log=arguments.log))  # noqa: T201
+    say(statistics.plot_log(arguments.logs, arguments.output, log=arguments.log))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from lightning_plugins.cli.commands import Commands, picture
+from lightning_plugins.cli.commands import Commands, picture, say
+from lightning_plugins.core.validation import printable
 from lightning_plugins.schedules import parse_schedule, plot_schedules, sketch
 
 _EPILOG = """\
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     schedules = {text: parse_schedule(text) for text in arguments.expressions}
     total, options = arguments.total, {"base_lr": arguments.base_lr, "steps_per_epoch": arguments.steps_per_epoch}
     if arguments.output is not None:
-        print(plot_schedules(schedules, total, arguments.output, **options))  # noqa: T201
+        say(plot_schedules(schedules, total, arguments.output, **options))
         return
     for text, schedule in schedules.items():
-        print(f"{text}\n\n{sketch(schedule, total, **options)}\n")  # noqa: T201
+        print(f"{printable(text)}\n\n{sketch(schedule, total, **options)}\n")  # noqa: T201

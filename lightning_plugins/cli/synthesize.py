@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lightning_plugins import ema
-from lightning_plugins.cli.commands import Commands, add_output
-from lightning_plugins.core.files import write_state_dict
+from lightning_plugins.cli.commands import Commands, add_output, say
+from lightning_plugins.core.files import check_output, write_state_dict
 
 _DESCRIPTION = """\
 Reconstruct an exponential moving average of any length from the snapshots that
@@ -35,5 +36,6 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Solve, sum, write."""
+    check_output(Path(arguments.output), overwrite=arguments.overwrite)
     weights = ema.synthesize_ema(arguments.directory, arguments.sigma_rel, arguments.step)
-    print(write_state_dict(weights, arguments.output, overwrite=arguments.overwrite))  # noqa: T201
+    say(write_state_dict(weights, arguments.output, overwrite=arguments.overwrite))

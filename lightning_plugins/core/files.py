@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_OTHER_KINDS = (
+    (rb"version https://git-lfs", "a Git LFS pointer; get the file with `git lfs pull`"),
+    (rb"\s*<(!doctype|html|\?xml|head)", "a web page; the download of the file has failed"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "compressed; unpack it first"),
+    (rb"\x89HDF|\x93NUMPY|GGUF", "of another program"),
+    (rb"(?s).{8}\s*\{", "a .safetensors file under another name"),
+    (rb"(?s).{257}ustar", "a tar archive, which torch before 0.2 wrote; load and save it with torch first"),
+    (rb"[\x20-\x7e\s]+\Z", "a text"),
+)
 _LONGEST_NAME = 200  # bytes of a name that a temporary name repeats; most systems take 255 in all
 
 
@@ -117,6 +127,18 @@ def open_regular(path: Path) -> BinaryIO:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(f"{path} is a device or a pipe, not a file.")
+
+
+def kind_of_file(start: bytes) -> str | None:
+    """Return what a file is that is evidently no file of weights, by its first 512 bytes; ``None`` if it may be one.
+
+    Example:
+        >>> kind_of_file(b""), kind_of_file(b"<!DOCTYPE html>")
+        ('empty', 'a web page; the download of the file has failed')
+    """
+    if not start:
+        return "empty"
+    return next((kind for pattern, kind in _OTHER_KINDS if re.match(pattern, start, re.IGNORECASE)), None)
 
 
 def is_special(path: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.files import open_regular
+from lightning_plugins.core.files import kind_of_file, open_regular
 from lightning_plugins.core.stand_ins import StoredTensor, UnreadableError
 from lightning_plugins.core.validation import shortened, shown
 
@@ -73,10 +73,12 @@ def read_header(path: Path) -> SafetensorsHeader:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(512)
+        file.seek(8)
+        length = int.from_bytes(start[:8], "little")
         text = file.read(length) if length <= min(_LARGEST_HEADER, size) else b""
     if size < 8 or len(text) != length:
-        raise UnreadableError("it is cut off, or no .safetensors file" if size else "it is empty")
+        raise UnreadableError(f"it is {kind_of_file(start) or 'cut off, or no .safetensors file'}")
     try:
         return _checked(_parsed_header(text), 8 + length, size)
     except UnreadableError:
@@ -223,6 +225,11 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     Raises:
         ValueError: As :class:`SafetensorsWriter`.
     """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise ValueError(
+                f"`{shortened(name)}` is no dense tensor, which .safetensors cannot hold; write a .pt instead."
+            )
     writer = SafetensorsWriter(file, tensors, metadata)
     for tensor in tensors.values():
         writer.add(bytes_of(tensor.detach().cpu().contiguous()))

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from lightning_plugins.core.files import open_regular
+from lightning_plugins.core.files import kind_of_file, open_regular
 from lightning_plugins.core.safe_unpickler import Unpickled, unpickle
 from lightning_plugins.core.stand_ins import StandIn, StoredTensor, UnreadableError
 from lightning_plugins.core.validation import first_line, shortened
@@ -28,15 +28,6 @@ _ENTRIES = 1_000_000  # files in an archive
 _SHARED = 64  # names that may share one tensor's bytes, on average
 _SMALL = 1 << 24  # bytes that a file may promise in any case: expanded buffers take no place
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_FOREIGN = (
-    (rb"version https://git-lfs", "a Git LFS pointer; get the file with `git lfs pull`"),
-    (rb"\s*<(!doctype|html|\?xml|head)", "a web page; the download of the file has failed"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "compressed; unpack it first"),
-    (rb"\x89HDF|\x93NUMPY|GGUF", "of another program"),
-    (rb"(?s).{8}\s*\{", "a .safetensors file under another name"),
-    (rb"(?s).{257}ustar", "a tar archive, which torch before 0.2 wrote; load and save it with torch first"),
-    (rb"[\x20-\x7e\s]+\Z", "a text"),
-)
 
 
 class NeedsTrustError(UnreadableError):
@@ -101,11 +92,9 @@ def _is_archive(file: IO[bytes]) -> bool:
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
         return True
-    if not start:
-        raise UnreadableError("it is empty")
-    for pattern, what in _FOREIGN:
-        if re.match(pattern, start, re.IGNORECASE):
-            raise UnreadableError(f"it is {what}")
+    other = kind_of_file(start)
+    if other is not None:
+        raise UnreadableError(f"it is {other}")
     return False
 
 

@@ -17,7 +17,10 @@ _LARGEST = 10_000  # values in a container whose `repr` is still asked for; shar
 
 
 class LightningPluginsWarning(UserWarning):
-    """A run that is legal but probably not what was meant; filter it by this class."""
+    """A run that is legal but probably not what was meant; filter it by this class. Its text is one printable line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 def shown(value: Any) -> str:

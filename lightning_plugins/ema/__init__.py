@@ -11,7 +11,10 @@ from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_plugins.ema.callback import EMA as EMA
-    from lightning_plugins.ema.checkpoint_format import extract_weights as extract_weights
+    from lightning_plugins.ema.checkpoint_format import (
+        NoStateDictError as NoStateDictError,
+        extract_weights as extract_weights,
+    )
     from lightning_plugins.ema.checkpoint_summary import describe_checkpoint as describe_checkpoint
     from lightning_plugins.ema.decay import (
         ConstantDecay as ConstantDecay,

@@ -29,6 +29,10 @@ RECORD_KEY = checkpoint_keys.EMA
 RECORD_VERSION = 1
 
 
+class NoStateDictError(ValueError):
+    """A file that can be read and is no Lightning checkpoint."""
+
+
 @dataclass
 class Contents:
     """The sets of weights that a checkpoint holds.
@@ -303,7 +307,7 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
         raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {path} cannot be read: {error}") from error
     has_state = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping)
     if not has_state:
-        raise ValueError(f"`checkpoint_path` must be a Lightning checkpoint, but {path} has no `state_dict`.")
+        raise NoStateDictError(f"`checkpoint_path` must be a Lightning checkpoint, but {path} has no `state_dict`.")
     return loaded
 
 

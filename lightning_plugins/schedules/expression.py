@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import operator
+import re
 import warnings
 from typing import Any
 
@@ -16,6 +18,8 @@ from lightning_plugins.schedules.schedule import Schedule
 
 _LONGEST = 5000  # characters; the longest that a person writes has some hundred
 _DEEPEST = 60  # calls, lists and factors inside each other, well inside Python's own limits
+# 5% or 2ep where Python expects a number
+_UNQUOTED = re.compile(r"(?<![\w.'\"])(\d+(?:\.\d+)?(?:%|ep\b))(?!['\"])")
 _METHODS = ("cycle", "delay", "floor", "hold_every", "scale", "shift")
 
 
@@ -43,6 +47,9 @@ def parse_schedule(text: str) -> Schedule:
             warnings.simplefilter("ignore")  # Python's own, about what is legal but odd
             tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        unquoted = _UNQUOTED.sub(r"'\1'", text)
+        if unquoted != text:
+            raise ValueError(f"{quoted} has a duration without quotes; write {shortened(unquoted)}.") from error
         raise ValueError(f"{quoted} is not an expression: {error}.") from error
     if _depth(tree.body) > _DEEPEST:
         raise ValueError(f"{quoted} has more than {_DEEPEST} calls, lists and factors inside each other.")
@@ -77,6 +84,8 @@ def _value(node: ast.expr) -> Any:
             return operator.mul(*_factors(_value(left), _value(right)))
         case ast.Call(func=function):
             return _function(function)(*[_value(item) for item in node.args], **_keywords(node))
+    if isinstance(node, ast.Name) and node.id in known_schedules():
+        raise ValueError(_without_arguments(node.id))
     raise ValueError(f"`{shortened(ast.unparse(node))}` is neither a schedule nor a literal.")
 
 
@@ -89,6 +98,13 @@ def _function(node: ast.expr) -> Any:
             if isinstance(schedule, Schedule):
                 return getattr(schedule, name)
     raise ValueError(f"`{shortened(ast.unparse(node))}` is no schedule and none of the methods {', '.join(_METHODS)}.")
+
+
+def _without_arguments(name: str) -> str:
+    """Return how a schedule that was named alone is written."""
+    signature = inspect.signature(known_schedules()[name])
+    needed = [parameter.name for parameter in signature.parameters.values() if parameter.default is parameter.empty]
+    return f"{name} needs arguments; write {name}({', '.join(f'{word}=...' for word in needed)})."
 
 
 def _named(name: str) -> Any:

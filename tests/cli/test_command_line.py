@@ -74,13 +74,24 @@ def test_help_of_a_command_fits_and_shows_how_it_is_used(command, monkeypatch, c
     assert len(options) == sum(line.startswith("  -") for line in lines)  # each says what it does
 
 
+def test_no_arguments_print_the_help(capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out.splitlines() == help_of(capsys)
+
+
+def test_the_package_is_a_program(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lightning_plugins", "schedule", "Constant()", "--total", "9"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("Constant()\n")
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "lightning-plugins: error: the following arguments are required: COMMAND (see lightning-plugins --help)"),
         (["frobnicate"], "lightning-plugins: error: argument COMMAND: invalid choice: 'frobnicate'"),
         *(([command], f"lightning-plugins {command}: error: the following arguments") for command in COMMANDS),
         (["average", "a.ckpt", "--last", "two"], "argument --last: invalid int value: 'two'"),
@@ -90,9 +101,13 @@ def test_help_of_a_command_fits_and_shows_how_it_is_used(command, monkeypatch, c
         (["schedule", "Linear(4, 1, 0)", "--total", "ten"], "argument --total: invalid int value: 'ten'"),
         (
             ["schedule", "Linear(4, 1, 0)", "--total", "9", "--output", "lr"],
-            "a picture's suffix such as .png, got 'lr'",
+            "a picture's suffix (.png, .pdf, .svg, .jpg, .jpeg or .webp), got 'lr'",
         ),
-        (["plot", "log.csv", "--output", "curves"], "a picture's suffix such as .png, got 'curves'"),
+        (["schedule", "Linear(4, 1, 0)", "--total", "9", "--output", "lr.odd"], ".jpeg or .webp), got 'lr.odd'"),
+        (["plot", "log.csv", "--output", "curves"], ".jpeg or .webp), got 'curves'"),
+        (["average", "a.ckpt", "--output", "x.pt"], "a checkpoint's suffix (.ckpt or .safetensors), got 'x.pt'"),
+        (["extract", "a.ckpt", "--weights", "raw", "--output", "x"], ".safetensors, .pt, .pth or .bin), got 'x'"),
+        (["synthesize", "d", "--sigma-rel", "0.1", "--output", "x.png"], ".pth or .bin), got 'x.png'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -114,7 +129,14 @@ def test_wrong_arguments_are_one_line_and_status_2(tmp_path, monkeypatch, capsys
         (["plot", "."], "no log of CSVStatisticsLogger in the folder"),
         (["schedule", "Linear(4, 1)", "--total", "9"], "missing 1 required positional argument: 'end'"),
         (["schedule", "Linea(4, 1, 0)", "--total", "9"], "did you mean Linear?"),
-        (["schedule", "Linear(4, 1, 0)", "--total", "9", "--output", "lr.odd"], "Format 'odd' is not supported"),
+        (["schedule", "WarmupCosine", "--total", "9"], "WarmupCosine needs arguments; write WarmupCosine(warmup=...)"),
+        (["schedule", "Linear", "--total", "9"], "write Linear(steps=..., start=..., end=...)"),
+        (["schedule", "WarmupCosine(5%)", "--total", "9"], "without quotes; write WarmupCosine('5%')"),
+        (
+            ["schedule", "WarmupCosine(warmup=2ep, hold=0.5%)", "--total", "9"],
+            "(warmup='2ep', hold='0.5%')",
+        ),
+        (["inspect", "."], ". holds no checkpoints"),
         (["average", ".", "--output", "x.ckpt"], "At least two checkpoints are needed, found 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -75,7 +75,7 @@ def test_files_with_objects_are_read_when_they_are_trusted(run, tmp_path, capsys
         (["extract", "FULL", "--weights", "average", "--name", "other", "--output", "x.pt"], "`name` must be that of"),
         (["extract", "FULL", "--weights", "raw", "--output", "FULL"], "exists; pass overwrite=True (--overwrite"),
         (["extract", "FULL", "--weights", "raw", "--output", "no/such/folder.pt"], "does not exist"),
-        (["extract", "FULL", "--weights", "raw", "--output", "."], "is a directory"),
+        (["extract", "FULL", "--weights", "raw", "--output", "../here.pt"], "is a directory"),
         (["synthesize", "nowhere", "--sigma-rel", "0.1", "--output", "x.pt"], "`dirpath` must be a directory with"),
         (["synthesize", "SNAPSHOTS", "--sigma-rel", "0.5", "--output", "x.pt"], "`sigma_rel` must be"),
         (["synthesize", "SNAPSHOTS", "--sigma-rel", "0.1", "--step", "99", "--output", "x.pt"], "`step` must be that"),
@@ -83,14 +83,16 @@ def test_files_with_objects_are_read_when_they_are_trusted(run, tmp_path, capsys
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.pt").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
     places = {"FULL": str(run / "full.ckpt"), "SNAPSHOTS": str(run / "snapshots")}
     assert main([places.get(word, word) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lightning-plugins: error: ")
     assert error.count("\n") == 1
     assert message in error
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["here.pt", "work"]
 
 
 def test_a_write_that_fails_keeps_the_old_file(run, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from lightning_plugins.cli import main
+from lightning_plugins.core.validation import printable
 from lightning_plugins.schedules import SCHEDULES
 from tests.support import counts
 from tests.support.audit_events import code_run, listening, paths_changed
@@ -143,7 +144,7 @@ def draw(capsys, tmp_path, monkeypatch, record_property):
         printed = capsys.readouterr()
         if status == 0:
             assert printed.err == ""
-            assert printed.out.startswith(text)
+            assert printed.out.startswith(printable(text))
         else:
             assert status == 2
             assert printed.out == ""

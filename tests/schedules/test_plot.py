@@ -198,7 +198,6 @@ def test_schedule_command_takes_epochs_and_a_base_rate(capsys):
         (["WarmupCosine(50)", "--total", "10"], "got 50 + 0 > 10 steps"),
         (["Linear('2ep', 0, 1)", "--total", "10"], "the length of an epoch is not known"),
         (["Linear(5, 0, 1)", "--total", "0"], "`total_steps` must be at least 1 steps, got 0"),
-        (["Linear(5, 0, 1)", "--total", "10", "--output", "x.what"], "Format 'what' is not supported"),
         (["Linear(5, 0, 1)", "--total", "10", "--output", "/dev/null/x.png"], "/dev/null"),
     ],
 )
@@ -211,7 +210,15 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert message in captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["schedule"], ["schedule", "Constant()"], ["nothing"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["schedule"],
+        ["schedule", "Constant()"],
+        ["nothing"],
+        ["schedule", "Linear(5, 0, 1)", "--total", "10", "--output", "x.what"],
+    ],
+)
 def test_usage_errors_have_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

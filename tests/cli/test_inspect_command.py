@@ -1,0 +1,94 @@
+"""``inspect`` opens everything that the other commands read or write, as lines or as JSON."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_plugins import average_checkpoints
+from lightning_plugins.cli import main
+from tests.support.damaged_cases import write_whole_files
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    write_whole_files(folder)
+    torch.save({"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.int64)}, folder / "plain.pt")
+    save_file({"a": torch.zeros(2, 3)}, folder / "plain.safetensors", {"global_step": "7"})
+    return folder
+
+
+def inspected(capsys, path):
+    assert main(["inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["inspect", str(path), "--json"]) == 0
+    return lines, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("1.ckpt", {"kind": "full", "global_step": 1}),
+        ("legacy.ckpt", {"kind": "full", "global_step": 3}),
+        ("average.ckpt", {"global_step": 2}),
+        ("average.safetensors", {"kind": "safetensors", "global_step": 2}),
+        ("plain.pt", {"kind": "state dict", "global_step": None}),
+        ("plain.safetensors", {"kind": "safetensors", "global_step": 7}),
+        ("sharded", {"kind": "sharded", "global_step": 3}),
+    ],
+)
+def test_every_format(whole, capsys, name, expected):
+    lines, found = inspected(capsys, whole / name)
+    assert found | expected == found
+    assert found["path"] == str(whole / name)
+    assert found["state_dict"]["tensors"] >= 1
+    assert any(line.startswith("global step") for line in lines)
+
+
+def test_numbers_are_those_of_the_tensors(whole, capsys):
+    found = inspected(capsys, whole / "plain.pt")[1]["state_dict"]
+    assert (found["tensors"], found["elements"], found["bytes"]) == (2, 10, 24 + 32)
+    assert found["types"] == ["float32", "int64"]
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_an_average_says_of_what(whole, tmp_path, capsys, suffix):
+    sources = [whole / "1.ckpt", whole / "2.ckpt"]
+    found = inspected(capsys, average_checkpoints(sources, tmp_path / f"mean{suffix}"))[1]
+    assert found["state_dict"]["weights"].startswith("mean of 2 checkpoints")
+    assert [name.rpartition("/")[2] for name in found["sources"]] == ["1.ckpt", "2.ckpt"]
+
+
+def test_a_directory_is_a_line_for_each_checkpoint(whole, capsys):
+    lines, found = inspected(capsys, whole)
+    assert len(lines) == len(found) == 8
+    assert [one["global_step"] for one in found if one["global_step"] is not None] == [1, 2, 2, 2, 3, 7]
+    assert [one["path"].rpartition("/")[2] for one in found if one["mean"]] == ["average.ckpt", "average.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "a Git LFS pointer; get the file with"),
+        (b"\n<!DOCTYPE html><html>not found</html>", "a web page; the download of the file has failed"),
+        (b"\x1f\x8b\x08\x00rest", "compressed; unpack it first"),
+        (b"just a text\n", "a text"),
+        (b"\x89HDF\r\n\x1a\n", "of another program"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "x.pt"])
+def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, capsys, content, message, name):
+    (tmp_path / name).write_bytes(content)
+    assert main(["inspect", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_safetensors_file_under_another_name_is_told(whole, tmp_path, capsys):
+    (tmp_path / "x.ckpt").write_bytes((whole / "plain.safetensors").read_bytes())
+    assert main(["inspect", str(tmp_path / "x.ckpt")]) == 2
+    assert "a .safetensors file under another name" in capsys.readouterr().err
