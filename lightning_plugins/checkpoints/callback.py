@@ -43,24 +43,6 @@ class CheckpointAveraging(Callback):
     epoch, into ``<output>_pool/`` beside the output, keeps N of them, and says so once. The averaged file is a
     Lightning checkpoint: ``load_from_checkpoint`` and ``Trainer.validate(ckpt_path=...)`` open it.
 
-    Args:
-        last: Average the last N checkpoints, by their step. 5 when neither this nor ``best`` is given, as in
-            Vaswani et al.
-        best: Average the best N by the metric that a ModelCheckpoint monitors, instead.
-        output: The file to write, ``.ckpt`` or ``.safetensors``; a relative one lies in the checkpoint directory. Its
-            predecessor of an earlier fit is replaced; any other file of that name, and a place that cannot be written
-            to, are refused before training starts.
-        refresh_batch_norm: Estimate batch-normalization statistics of the averaged weights from one pass of
-            ``training_step`` over the training data (200 batches of data without a length). ``"auto"``: when the
-            module has layers whose statistics follow the data and optimizes automatically.
-        compare: Validate the average and the best single checkpoint with the fit's own validation data, log one line
-            with both scores and keep them in ``scores``. The score is the monitored metric, else a validation loss.
-
-    Attributes:
-        path: The file that was written, ``None`` before.
-        scores: ``{"average": ..., "best_single": ...}`` after a comparison.
-        metric: The name of the metric that ``scores`` hold.
-
     When:
         Own files in ``on_train_epoch_end``, everything else in ``on_train_end``. Nothing in a training step.
         ``fast_dev_run``, which writes no checkpoints, averages none. A fault while files are written or averaged is a
@@ -82,6 +64,24 @@ class CheckpointAveraging(Callback):
 
     Does not compose with:
         DeepSpeed, whose files have a format of their own; remote directories; quantized weights that are trained.
+
+    Args:
+        last: Average the last N checkpoints, by their step. 5 when neither this nor ``best`` is given, as in
+            Vaswani et al.
+        best: Average the best N by the metric that a ModelCheckpoint monitors, instead.
+        output: The file to write, ``.ckpt`` or ``.safetensors``; a relative one lies in the checkpoint directory. Its
+            predecessor of an earlier fit is replaced; any other file of that name, and a place that cannot be written
+            to, are refused before training starts.
+        refresh_batch_norm: Estimate batch-normalization statistics of the averaged weights from one pass of
+            ``training_step`` over the training data (200 batches of data without a length). ``"auto"``: when the
+            module has layers whose statistics follow the data and optimizes automatically.
+        compare: Validate the average and the best single checkpoint with the fit's own validation data, log one line
+            with both scores and keep them in ``scores``. The score is the monitored metric, else a validation loss.
+
+    Attributes:
+        path: The file that was written, ``None`` before.
+        scores: ``{"average": ..., "best_single": ...}`` after a comparison.
+        metric: The name of the metric that ``scores`` hold.
 
     Raises:
         TypeError: If a number is not whole.

@@ -31,6 +31,24 @@ class EMA(AverageInCheckpoints):
     that a gradient scaler skipped, a batch that returned ``None`` and a batch inside an accumulation window change no
     weight and no average.
 
+    When:
+        ``on_train_batch_end`` updates; ``on_validation_start``/``_end`` and their siblings swap.
+
+    Checkpoint:
+        ``state_dict`` is the average, so ``load_from_checkpoint`` needs nothing of this. The raw weights lie under
+        ``lightning_plugins_ema`` in full files; :func:`~lightning_plugins.extract_weights` gives either.
+
+    Distributed:
+        Under DDP every rank keeps the same average, without communication; under FSDP2 its own share, and the whole
+        is gathered only to be saved.
+
+    Cost:
+        4 bytes per trainable parameter; an update takes as long as reading and writing the average once. A module in
+        half precision keeps its raw weights, 2 bytes per parameter, while the average is swapped in.
+
+    Does not compose with:
+        Another callback that swaps averages into the module, such as Lightning's own or SWA; sharded checkpoints.
+
     Args:
         decay: Share of the old average that an update keeps. A number d means
             :class:`~lightning_plugins.WarmupDecay`: min(d, (1 + n) / (10 + n)) at the n-th step, so that the untrained
@@ -50,21 +68,6 @@ class EMA(AverageInCheckpoints):
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a number is out of its range or a word not one of those listed.
-
-    When:
-        ``on_train_batch_end`` updates; ``on_validation_start``/``_end`` and their siblings swap.
-
-    Checkpoint:
-        ``state_dict`` is the average, so ``load_from_checkpoint`` needs nothing of this. The raw weights lie under
-        ``lightning_plugins_ema`` in full files; :func:`~lightning_plugins.extract_weights` gives either.
-
-    Distributed:
-        Under DDP every rank keeps the same average, without communication; under FSDP2 its own share, and the whole
-        is gathered only to be saved.
-
-    Cost:
-        4 bytes per trainable parameter; an update takes as long as reading and writing the average once. A module in
-        half precision keeps its raw weights, 2 bytes per parameter, while the average is swapped in.
 
     References:
         B. Polyak and A. Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up is

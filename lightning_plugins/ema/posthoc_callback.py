@@ -47,22 +47,6 @@ class PostHocEMA(AveragingCallback):
     Training, evaluation and checkpoints' ``state_dict`` are left alone; :func:`~lightning_plugins.synthesize_ema` turns
     the snapshots into weights.
 
-    Args:
-        sigma_rels: Relative standard deviations of the averages that are kept, each above 0 and below 0.2887, 100 at
-            most; two, 0.05 and 0.10, span what is usually wanted.
-        every_n_steps: Applied steps between two snapshots; at least 1. A last one is written when fit ends. Some tens
-            of snapshots over a run are enough.
-        dirpath: Directory of the snapshots; ``None`` for ``posthoc_ema/`` beside the run's checkpoints. A resumed run
-            goes on in the directory that it began in if that lies beside or below its checkpoint's or below the
-            Trainer's root directory; a checkpoint cannot name any other place.
-        dtype: Type in which snapshots are stored: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` at half the size
-            and three or two digits. The averages themselves are kept in float32.
-        file_format: ``"torch"`` or ``"safetensors"``, which needs the package of that name.
-
-    Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If a number is out of its range or a word not one of those listed.
-
     When:
         ``on_train_batch_end`` updates and writes, ``on_train_end`` writes a last snapshot.
 
@@ -78,6 +62,22 @@ class PostHocEMA(AveragingCallback):
 
     Does not compose with:
         Parts taken out of the module in mid-run, which end the fit with an error; distributed checkpoints.
+
+    Args:
+        sigma_rels: Relative standard deviations of the averages that are kept, each above 0 and below 0.2887, 100 at
+            most; two, 0.05 and 0.10, span what is usually wanted.
+        every_n_steps: Applied steps between two snapshots; at least 1. A last one is written when fit ends. Some tens
+            of snapshots over a run are enough.
+        dirpath: Directory of the snapshots; ``None`` for ``posthoc_ema/`` beside the run's checkpoints. A resumed run
+            goes on in the directory that it began in if that lies beside or below its checkpoint's or below the
+            Trainer's root directory; a checkpoint cannot name any other place.
+        dtype: Type in which snapshots are stored: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` at half the size
+            and three or two digits. The averages themselves are kept in float32.
+        file_format: ``"torch"`` or ``"safetensors"``, which needs the package of that name.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of its range or a word not one of those listed.
 
     References:
         T. Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2023, arXiv:2312.02696.

@@ -113,16 +113,21 @@ def fit(folder, callbacks, *, namespace=unified, epochs=4, die_in_epoch=None, **
     }
 
 
+_BY_CHANCE = {"directory", "files", "fits", "seconds", "stamp"}
+
+
 def _comparable(value, folder):
     """Return a state without what the clock and the folder decide, also by the digests of files."""
     if isinstance(value, dict):
-        kept = {
-            name: part for name, part in value.items() if name not in {"directory", "files", "fits", "seconds", "stamp"}
-        }
-        return {_comparable(name, folder): _comparable(part, folder) for name, part in kept.items()}
+        kept = [item for item in value.items() if item[0] not in _BY_CHANCE and not _is_run_id(*item)]
+        return {_comparable(name, folder): _comparable(part, folder) for name, part in kept}
     if isinstance(value, (list, tuple)):
         return [_comparable(part, folder) for part in value]
     return value.replace(str(folder), "") if isinstance(value, str) else value
+
+
+def _is_run_id(name, value):
+    return name == "run" and isinstance(value, str)
 
 
 def same(left, right):
