@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lightning_plugins.core import checkpoint_keys
-from lightning_plugins.core.validation import plain_text, shown
+from lightning_plugins.core.validation import check_state_version, plain_text, shown
 
 _MOST_FITS = 10_000
 _LONGEST_NAME = 80
@@ -82,8 +82,10 @@ def checked_lineage(plain: Any) -> Lineage:
 
     Raises:
         TypeError: If it is nothing of the kind.
-        ValueError: If a name or a number is not possible.
+        ValueError: If a name or a number is not possible, or the version is a later one.
     """
+    if isinstance(plain, Mapping):
+        plain = check_state_version("the run", plain, 1)
     fits = plain.get("fits") if isinstance(plain, Mapping) else None
     if not isinstance(fits, (list, tuple)) or len(fits) > _MOST_FITS:
         raise TypeError(f"`{checkpoint_keys.RUN}` must hold a list of fits, got {shown(plain)}.")
