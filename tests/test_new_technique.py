@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.support.snippets import ROOT
+from tests.support.snippets import ROOT, python_path
 from tests.test_import_rules import lint
 
 FOLDER = {
@@ -195,7 +195,7 @@ def write(tree, leave_out=()):
 
 def run_tests(tree, *arguments):
     """Run pytest in a tree; return what it printed and the names of the tests that failed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "examples")])}
+    environment = {**os.environ, "PYTHONPATH": python_path(tree, tree / "examples")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False)
     printed = done.stdout + done.stderr

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tests.support import conditions, expected_warnings, record
-from tests.support.snippets import ROOT
+from tests.support.snippets import ROOT, python_path
 
 PROJECT = (ROOT / "pyproject.toml").read_text()
 SETS = ("tested", "lowest", "clients")
@@ -124,7 +124,7 @@ def test_a_record_holds_what_was_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--record", "record.json", "test_four.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=300,
@@ -181,7 +181,7 @@ def dry_run(wheel, site):
     """Return what ``pip install`` would install beside what ``site`` holds; there is no index that it could ask."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-index", "--report", "-", wheel],
-        env={**os.environ, "PYTHONPATH": str(site), "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""},
+        env={**os.environ, "PYTHONPATH": python_path(site), "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""},
         capture_output=True,
         text=True,
         timeout=300,

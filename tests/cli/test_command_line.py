@@ -16,7 +16,7 @@ import torch
 
 from lightning_plugins import EMA, PostHocEMA, synthesize_ema
 from lightning_plugins.cli import main
-from tests.support.snippets import ROOT
+from tests.support.snippets import python_path
 from tests.support.training import loader, make_module, make_trainer
 
 COMMANDS = ["average", "extract", "synthesize", "schedule", "plot", "inspect"]
@@ -26,7 +26,7 @@ def start(folder, code, *arguments, **streams):
     """A process that runs ``code``, then the command line."""
     code = f"import sys; {code}; from lightning_plugins.cli import main; sys.exit(main(sys.argv[1:]))"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "LINES": "24"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "COLUMNS": "80", "LINES": "24"}
     return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder, env=environment, **streams)
 
 
@@ -80,7 +80,7 @@ def test_no_arguments_print_the_help(capsys):
 
 
 def test_the_package_is_a_program(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, "-m", "lightning_plugins", "schedule", "Constant()", "--total", "9"]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.startswith("Constant()\n")

@@ -26,6 +26,7 @@ from tests.support.ema_runs import (
     same,
     trainer,
 )
+from tests.support.snippets import python_path
 
 
 class Cut(unified.Callback):
@@ -179,7 +180,7 @@ trainer(EMA(0.9), Slow(), ModelCheckpoint(sys.argv[1], filename="{epoch}", save_
 
 def test_resume_after_a_real_kill(tmp_path):
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(root), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
     )

@@ -23,9 +23,9 @@ import torch
 from tests.support.callback_runs import loader, make_classifier
 from tests.support.cases import CALLBACKS, make
 from tests.support.leftovers import of_module, of_optimizer, of_process, of_trainer
+from tests.support.snippets import python_path
 from tests.support.training import make_trainer
 
-ROOT = Path(__file__).parents[2]
 NAMESPACES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
 STACK = "all of them"
 ENDS = {  # the hook of the user's module that raises, what, and at which of its calls
@@ -136,7 +136,7 @@ def test_nothing_is_left(name, namespace):
 def test_nothing_is_left_after_a_real_signal(tmp_path):
     """In a process of its own: Lightning ignores a second Ctrl-C for good."""
     program = "from tests.integration.test_innocent_user import interrupt_in_this_process as run; run()"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 
-from tests.support.snippets import ROOT
+from tests.support.snippets import ROOT, python_path
 
 _MARK = "RESULT "
 _PORTS = (number % 1000 for number in itertools.count(os.getpid()))
@@ -42,7 +42,7 @@ def run_ranks(function, *arguments, world_size=2, timeout=180):
         subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(arguments)],
             cwd=ROOT,
-            env={**os.environ, **common, "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **common, "LOCAL_RANK": str(rank), "PYTHONPATH": python_path()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

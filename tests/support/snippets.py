@@ -1,9 +1,17 @@
 """The Python and console blocks of a Markdown file, and what it says that they print."""
 
+import os
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+
+def python_path(*folders):
+    """Return PYTHONPATH for another process: ``folders``, or the checkout, before what is on it already."""
+    return os.pathsep.join([*map(str, folders or [ROOT]), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/*.md", "lightning_plugins/*/README.md", "examples/README.md")
