@@ -296,7 +296,7 @@ def check_state_version(owner: str, state: Any, version: int) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise TypeError(f"The state of {owner} must be a mapping, got {shown(state)}.")
     found = state.get("version", 1)
-    if found != version or isinstance(found, bool):
+    if type(found) is not int or found != version:
         later = isinstance(found, int) and found > version
         remedy = (
             "It was written by a later release of lightning_plugins: install that one, or resume without this callback."

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.batches import batch_length
+from lightning_plugins.core.counting import Count, counter, wide
 from lightning_plugins.core.lightning import (
     LightningModule,
     Trainer,
@@ -23,6 +23,7 @@ from lightning_plugins.core.lightning import (
     rank_zero_info,
     sum_over_ranks,
 )
+from lightning_plugins.core.loaders import loader_batch_size
 from lightning_plugins.core.step_outputs import StepSources, loss_of
 from lightning_plugins.statistics.module_log import logged_loss, logged_values, logs_anything
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, RowBuffer, RowReader, StatisticsRow
@@ -85,7 +86,9 @@ class Recording:
         self._cancelling: list[Any] = []
         self._restored: dict[str, Any] | None = None
         self._told: set[str] = set()
-        self._samples = 0
+        self._samples: Count = 0
+        self._counter: Callable[[Any], Count] | None = None
+        self._must_count = False
         self._seconds_before = self._started = 0.0
         self._running = self._fits = False
         self._batch = 0  # of the validation that is under way; over all its loaders
@@ -137,6 +140,7 @@ class Recording:
         """Start the run's clock and take up what a checkpoint brought."""
         self._started, self._running = time.monotonic(), True
         self._cancelling = cancelling_callbacks(trainer)
+        self._choose_counter(trainer, pl_module)
         if self._display is not None:
             self._display.start(trainer)
             # of several ranks none knows the values of all; asking the Trainer each time would compute all it has
@@ -170,8 +174,7 @@ class Recording:
             loss = loss_of(outputs)
             if loss is not None and self._undivide > 1:
                 loss = loss * self._undivide
-            if self._counts_samples():
-                self._samples += self._length(batch)
+            self._count_samples(batch)
             self._add(self._sums[TRAIN], loss, outputs, batch)
             row = self._note(trainer, TRAIN, batch_idx + 1, batches)
             if self._published is not None:
@@ -254,7 +257,7 @@ class Recording:
         if self._restored is not None:
             return self._restored
         reduce = self.rows.reduce
-        samples = torch.tensor(float(self._samples), dtype=torch.float64)
+        samples = wide(self._samples, "cpu")
         return {
             "train": self._sums[TRAIN].state(reduce),
             "samples": int(samples if reduce is None else reduce(samples)),
@@ -319,17 +322,25 @@ class Recording:
                     sums.take_logged_loss(*found[loader])
         return bool(found)
 
-    def _counts_samples(self) -> bool:
-        readers = self.rows.readers
-        return not readers or any(getattr(reader, "needs_samples", True) for reader in readers)
-
-    def _length(self, batch: Any) -> int:
+    def _count_samples(self, batch: Any) -> None:
+        """Count the batch where a reader asks for it, or nothing says that it does not."""
+        if self._counter is None:
+            return
         try:
-            return batch_length(batch)
+            self._samples = self._samples + self._counter(batch)
         except (ValueError, TypeError, AttributeError):
-            if any(getattr(reader, "needs_samples", False) for reader in self.rows.readers):
+            if self._must_count:
                 raise
-            return 0
+            self._counter = None
+
+    def _choose_counter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        readers: list[Any] = self.rows.readers
+        asking = [reader for reader in readers if getattr(reader, "needs_samples", False)]
+        self._must_count = bool(asking)
+        self._counter = None
+        if asking or not readers or any(not hasattr(reader, "needs_samples") for reader in readers):
+            count = getattr(asking[0], "count", "samples") if asking else "samples"
+            self._counter = counter(count, module=pl_module, full=loader_batch_size(trainer))
 
     def _note(self, trainer: Trainer, phase: str, batch: int, batches: float) -> StatisticsRow:
         """Keep the row that the batch makes, among those that wait if rows are wanted for every batch."""

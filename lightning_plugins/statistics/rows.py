@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_plugins.core.counting import Count
 from lightning_plugins.statistics.label_evidence import EVIDENCE, contradiction, decided
 from lightning_plugins.statistics.labels import widest
 from lightning_plugins.statistics.running import COUNTED_ONCE, NOTHING, PhaseState, Reduce, StatisticSet, named
@@ -24,7 +25,7 @@ TRAIN, VALIDATION = "train", "validation"
 _MOST_ROWS = 512  # a small tensor holds 512 bytes of a GPU's memory: half a megabyte for loss and counts
 _MOST_BYTES = 8 << 20  # of the counts of rows that wait: they are large where every class is counted
 
-_LEADING = ("batches", "samples", "fresh", "loss", "newest", "weight")
+_LEADING = ("batches", "samples", "fresh", "loss", "newest", "weight", "counted")
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class StatisticsRow:
     batch: int
     batches: int | None
     step: int
-    samples: float
+    samples: Count
     lr: float | Tensor | None
     seconds: float
     wall_time: float
@@ -95,6 +96,7 @@ def _evaluate_alike(statistics: StatisticSet, rows: Sequence[StatisticsRow], red
     columns = dict(zip(_LEADING, table.unbind(1)[: len(_LEADING)], strict=True))
     columns |= named(table[:, len(_LEADING) :], layout)
     columns["batches"] = columns["batches"] + columns["weight"]
+    columns["samples"] = columns["samples"] + columns["counted"]
     if reading not in COUNTED_ONCE and reading:
         shown = {name: float(columns[name][-1]) for name in (*EVIDENCE, "right_of_5") if name in columns}
         why = contradiction(shown, reading, task)
@@ -133,16 +135,17 @@ def _fetch(rows: Sequence[StatisticsRow], reduce: Reduce | None) -> tuple[Tensor
     counts: list[Tensor] = []
     for row in rows:
         part = row.sums
-        known.append((part.batches, row.samples, part.newest is not None))
+        counted = row.samples if isinstance(row.samples, Tensor) else NOTHING
+        known.append((part.batches, 0 if isinstance(row.samples, Tensor) else row.samples, part.newest is not None))
         sums += [part.loss, NOTHING if part.newest is None else part.newest]
-        sums.append(NOTHING if part.weight is None else part.weight)
+        sums += [NOTHING if part.weight is None else part.weight, counted]
         others += part.others.values()
         others += [row.lr] if isinstance(row.lr, Tensor) else []
         if part.counts is not None:
             counts.append(part.counts)
-    sums = [value if value.device == device else value.to(device) for value in sums]
+    sums = [value if value.device == device and value.dtype == dtype else value.to(device, dtype) for value in sums]
     others = [value.detach().reshape(()).to(device, dtype) for value in others]
-    flat = [torch.stack(sums).reshape(-1, 3), *([torch.stack(counts)] if counts else [])]
+    flat = [torch.stack(sums).reshape(-1, 4), *([torch.stack(counts)] if counts else [])]
     table = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
     if reduce is not None:
         table = reduce(torch.cat([torch.tensor(known, dtype=dtype).to(device), table], 1))

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_plugins.core.counting import CountedBy, counter
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.validation import a_path, one_of, shown, whole_number
 from lightning_plugins.core.writable import check_writable
@@ -49,9 +50,11 @@ class TensorBoardStatisticsLogger(RowWriter):
         axis: What the x axis counts: ``"step"``, optimizer steps; ``"epoch"``, epochs from 1 (then there are only the
             ``epoch_`` charts, with ``epoch_lr``); ``"samples"``, training samples of all ranks; ``"time"``, whole
             seconds since the run began.
+        count: What ``axis="samples"`` counts: ``"samples"``, ``Tokens("labels")``, or any function of the batch that
+            returns a number.
 
     Raises:
-        TypeError: If ``root`` is not a path.
+        TypeError: If ``root`` is not a path, or ``count`` no function.
         ValueError: If ``axis`` is none of these, ``root`` is not local, or ``name`` is no plain name.
 
     Example:
@@ -72,6 +75,7 @@ class TensorBoardStatisticsLogger(RowWriter):
         *,
         name: str | None = None,
         axis: Literal["step", "epoch", "samples", "time"] = "step",
+        count: CountedBy = "samples",
     ) -> None:
         self.root = a_path("root", root)
         if is_remote(self.root):
@@ -80,6 +84,8 @@ class TensorBoardStatisticsLogger(RowWriter):
             raise ValueError(f"`name` must be a plain name of a directory below `root`, got {shown(name)}.")
         self.name = name
         self.axis = one_of("axis", axis, ("step", "epoch", "samples", "time"))
+        counter(count)
+        self.count = count
         self.needs_samples = self.axis == "samples"
         super().__init__(root=self.root, axis=self.axis, **({} if name is None else {"name": name}))
         self._stamp = ""

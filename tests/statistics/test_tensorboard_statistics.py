@@ -15,17 +15,28 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from torch.utils.data import DataLoader
 
-from lightning_plugins import StatisticsRecorder, TensorBoardStatisticsLogger
+from lightning_plugins import StatisticsRecorder, TensorBoardStatisticsLogger, Tokens
 from lightning_plugins.core import append_only_file as files
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.statistics import event_file
 from lightning_plugins.statistics.event_file import EventFile
-from tests.support.statistics_runs import Classifier, Recording, expected_rows, fit, loaders, resumable, trainer_of
+from tests.support.statistics_runs import (
+    Classifier,
+    Recording,
+    dataset,
+    expected_rows,
+    fit,
+    loaders,
+    resumable,
+    trainer_of,
+)
 
 
 class WithHyperparameters(Classifier):
@@ -37,7 +48,7 @@ class WithHyperparameters(Classifier):
 def scalars(logger):
     """Return (phase, tag) -> [(step, value)]."""
     found = {}
-    for phase in ("train", "validation"):
+    for phase in sorted(path.name for path in logger.run_directory.iterdir()):
         accumulator = EventAccumulator(str(logger.run_directory / phase)).Reload()
         for tag in accumulator.Tags()["scalars"]:
             found[phase, tag] = [(event.step, event.value) for event in accumulator.Scalars(tag)]
@@ -101,6 +112,54 @@ def test_the_x_axis_is_chosen(axis, batches, ends):
         assert [value for _, value in found["train", "epoch_lr"]] == pytest.approx([0.1, 0.1])
     else:
         assert [step for step, _ in found["train", "batch_loss"]] == batches
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_samples_are_counted_as_accumulation_counts_them():
+    """Lists of pictures of several sizes have two readings, so that `count` is asked for; tokens are a function."""
+    samples = [{"x": x, "labels": torch.tensor([y, -100, y])} for x, y in dataset(40, seed=1)]
+    data = DataLoader(samples, batch_size=16), None
+
+    class Tokened(Classifier):
+        def _step(self, phase, batch):
+            return super()._step(phase, (batch["x"], batch["labels"][:, 0]))
+
+    logger = TensorBoardStatisticsLogger("tb", axis="samples", count=Tokens("labels"))
+    fit([logger], Tokened, data=data, max_epochs=1)
+    assert [step for step, _ in scalars(logger)["train", "batch_loss"]] == [32, 64, 80]
+
+    class Pictures(Classifier):
+        def training_step(self, batch, batch_idx):
+            return self.layer.weight.sum()
+
+    pictures = [[[torch.zeros(3, 4, 4), torch.zeros(3, 5, 5)], [torch.zeros(2), torch.zeros(2)]] for _ in range(3)]
+    data = DataLoader(pictures, batch_size=None), None
+    with pytest.raises(ValueError, match="`count`"):
+        fit([TensorBoardStatisticsLogger("tb", axis="samples")], Pictures, data=data, max_epochs=1)
+    logger = TensorBoardStatisticsLogger("tb", axis="samples", count=lambda batch: len(batch[0]))
+    fit([logger, StatisticsRecorder()], Pictures, data=data, max_epochs=1)
+    assert [step for step, _ in scalars(logger)["train", "batch_loss"]] == [2, 4, 6]
+    fit([StatisticsRecorder(), TensorBoardStatisticsLogger("tb")], Pictures, data=data, max_epochs=1)  # nothing asks
+    with pytest.raises(TypeError, match="`count` must be"):
+        TensorBoardStatisticsLogger(count=3)
+
+
+def test_a_run_has_the_name_that_it_was_given():
+    loggers = [TensorBoardStatisticsLogger("tb", name="large/first") for _ in range(2)]
+    for logger in loggers:
+        fit([logger], WithHyperparameters, max_epochs=1)
+    assert [logger.run_directory for logger in loggers] == [Path("tb/large/first"), Path("tb/large/first-1")]
+    assert sorted(path.name for path in Path("tb/large").iterdir()) == ["first", "first-1"]
+    assert sorted(path.name for path in Path("tb/large/first").iterdir()) == ["train", "validation"]  # and no third
+    for name in ("../up", "/root", "a/../b", "", ".", "a\nb", "a/", 3):
+        with pytest.raises((ValueError, TypeError), match="`name` must be a plain name"):
+            TensorBoardStatisticsLogger(name=name)
+
+
+def test_without_a_validation_there_is_no_run_of_it():
+    logger = TensorBoardStatisticsLogger("tb")
+    fit([logger], WithHyperparameters, max_epochs=1, limit_val_batches=0)
+    assert [path.name for path in logger.run_directory.iterdir()] == ["train"]
 
 
 def test_under_accumulation_there_is_one_point_per_optimizer_step():
