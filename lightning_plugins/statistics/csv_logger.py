@@ -18,10 +18,10 @@ from lightning_plugins.statistics.csv_file import (
     epoch_cells,
     epoch_columns,
 )
-from lightning_plugins.statistics.fsspec_file import RemoteFile, is_remote
 from lightning_plugins.statistics.row_writer import RowWriter
 from lightning_plugins.statistics.rows import TRAIN, StatisticsRow
 from lightning_plugins.statistics.saved_states import checked_place_in_csv
+from lightning_plugins.statistics.spool import Spool, can_append, is_remote
 
 
 class CSVStatisticsLogger(RowWriter):
@@ -52,7 +52,8 @@ class CSVStatisticsLogger(RowWriter):
 
     Args:
         path: Where, with the suffix ``.csv``; its directory is made. A path that fsspec knows (``s3://...``,
-            ``memory://...``) is written locally and uploaded at phase ends, checkpoints and the end.
+            ``memory://...``), or on a mount that cannot append, is written locally and uploaded at phase ends,
+            checkpoints and the end.
         columns: Which columns, and in which order, after ``epoch`` and ``batch``; ``None`` means all.
         every: ``"batch"``, or ``"epoch"`` for one row with ``train_<name>`` and ``val_<name>`` per epoch.
         layout: ``"numbers"`` as above; ``"s4tf"`` is Swift for TensorFlow's: ``epoch, batch`` as ``1/12, 3/468``,
@@ -93,7 +94,7 @@ class CSVStatisticsLogger(RowWriter):
         self.flush_seconds: float = real_number("flush_seconds", flush_seconds, at_least=0)
         super().__init__(path=self.path)
         self._file: CSVFile | None = None
-        self._remote: RemoteFile | None = None
+        self._spool: Spool | None = None
         self._train: StatisticsRow | None = None
         self._validation: StatisticsRow | None = None
         self._pending: dict[str, str] = {}  # the row of an epoch that has not ended
@@ -178,18 +179,22 @@ class CSVStatisticsLogger(RowWriter):
         restored = self._restored
         if self._file is not None and restored is None:
             return  # a second fit goes on
-        if is_remote(self.path):
-            self._remote = RemoteFile(self.path)
-        local = Path(self.path) if self._remote is None else self._remote.local
+        folder, _, name = self.path.rpartition("/") if is_remote(self.path) else ("", "", "")
+        local = Path(self.path)
+        if not is_remote(self.path) and not can_append(local.parent):
+            folder, name = str(local.absolute().parent), local.name
+        if name:
+            self._spool = Spool(folder)
+            local = self._spool.local / name
         self._file = CSVFile(local, separator=SEPARATORS[self.layout], columns=self.columns)
         if restored is None:
-            aside = self._file.begin() if self._remote is None else self._remote.begin()
+            aside = self._file.begin() if self._spool is None else self._spool.move_aside(name)
             if aside is not None:
                 rank_zero_info(f"CSVStatisticsLogger: an earlier {self.path} was moved to {aside}.")
             return
         self._pending = dict(restored["pending"])
-        if self._remote is not None:
-            self._remote.download()
+        if self._spool is not None:
+            self._spool.download(name)
         for line in self._file.resume(restored):
             rank_zero_info(f"CSVStatisticsLogger: {line}")
 
@@ -199,8 +204,8 @@ class CSVStatisticsLogger(RowWriter):
         self._pending, self._train, self._validation = {}, None, None
 
     def _upload(self) -> None:
-        if self._remote is not None:
-            self._remote.upload()
+        if self._spool is not None:
+            self._spool.upload()
 
     def _check_columns(self) -> None:
         if self.columns is None or self._records is not None or self._recording is None:

@@ -41,6 +41,7 @@ class EventFile:
         purge_from: The step from which on everything in the directory's older files is void, as after a resume;
             ``None`` for a new run.
         summaries: What plugins show of the run, written before the first event.
+        behind: The directory whose event files this one comes after, where that is another.
 
     Example:
         >>> import tempfile
@@ -53,8 +54,16 @@ class EventFile:
         [(1, 0.5), (2, 0.25)]
     """
 
-    def __init__(self, folder: Path, *, purge_from: int | None = None, summaries: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        purge_from: int | None = None,
+        summaries: Sequence[Any] = (),
+        behind: Path | None = None,
+    ) -> None:
         self.folder = folder
+        self._behind = folder if behind is None else behind
         self._summaries = summaries
         self._purge_from = purge_from
         self._path: Path | None = None
@@ -117,7 +126,7 @@ class EventFile:
     def _open(self) -> AppendOnlyFile:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._path = self._path or self.folder / _file_name(self.folder)
+            self._path = self._path or self.folder / _file_name(self._behind)
             self._file = AppendOnlyFile(self._path)
         return self._file
 

@@ -13,9 +13,9 @@ from lightning_plugins.core.lightning import LightningModule, MisconfigurationEx
 from lightning_plugins.core.validation import a_path, one_of, shown, whole_number
 from lightning_plugins.core.writable import check_writable
 from lightning_plugins.statistics.event_file import EventFile, Scalars, hyperparameter_summaries
-from lightning_plugins.statistics.fsspec_file import is_remote
 from lightning_plugins.statistics.row_writer import RowWriter
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, StatisticsRow
+from lightning_plugins.statistics.spool import Spool, can_append, is_remote
 
 _NAME = re.compile(r"(?!\.+(?:/|$))[\w.,+=@ -]{1,100}(?:/(?!\.+(?:/|$))[\w.,+=@ -]{1,100}){0,4}")  # below the root
 
@@ -90,6 +90,7 @@ class TensorBoardStatisticsLogger(RowWriter):
         super().__init__(root=self.root, axis=self.axis, **({} if name is None else {"name": name}))
         self._stamp = ""
         self._files: dict[str, EventFile] = {}
+        self._spool: Spool | None = None  # where a mount cannot append
         self._last = {TRAIN: -1, VALIDATION: -1}  # places on the x axis
         self._last_step = 0
 
@@ -122,10 +123,13 @@ class TensorBoardStatisticsLogger(RowWriter):
             return  # a second fit goes on
         hyperparameters = dict(getattr(pl_module, "hparams", {})) if resumed is None else {}
         tags = [] if self._recording is None else [f"epoch_{name}" for name in self._recording.statistics.names]
+        root = Path(self.root)
+        self._spool = None if can_append(root) else Spool(str(root.absolute()))
         for phase in (TRAIN, VALIDATION):
             run = f"{self._stamp}/{phase}"
             self._files[phase] = EventFile(
-                Path(self.root) / run,
+                (root if self._spool is None else self._spool.local) / run,
+                behind=root / run,
                 purge_from=self._last[phase] + 1 if resumed else None,
                 summaries=hyperparameter_summaries(hyperparameters, tags, run) if hyperparameters else (),
             )
@@ -155,16 +159,23 @@ class TensorBoardStatisticsLogger(RowWriter):
         place = self._place(row)
         if self._files:
             self._files[row.phase].add([(place, row.wall_time, scalars)])
+        self._upload()
 
     def close(self) -> None:
         """Write what is left and close the files."""
         for file in self._files.values():
             file.close()
+        self._upload()
+
+    def _upload(self) -> None:
+        if self._spool is not None:
+            self._spool.upload()
 
     # state
 
     def place(self) -> dict[str, Any]:
         """Return the run's name and its last places on the x axis."""
+        self._upload()
         return {"stamp": self._stamp, "last": dict(self._last), "last_step": self._last_step}
 
     def set_state(self, state: dict[str, Any]) -> None:

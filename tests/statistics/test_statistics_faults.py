@@ -1,5 +1,6 @@
 """Faults of the machine, made by the machine: a file that may not grow, two runs at once, rows that cost the same."""
 
+import errno
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.statistics.csv_file import CSVFile
-from tests.support.statistics_runs import Classifier, dataset, fit, read
+from tests.support.statistics_runs import Classifier, dataset, fit, read, resumable, without_time
 
 
 def in_child(function, seconds=60):
@@ -179,3 +180,41 @@ def test_a_writer_that_fails_costs_no_row_and_no_other_writer_a_row(first, when,
     assert [row["phase"] for row in read("log.csv")] == done
     (train,) = Path("tb").glob("*/train")
     assert len(EventAccumulator(str(train)).Reload().Scalars("batch_loss")) == done.count("train")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("renames", [True, False], ids=["renames", "cannot rename"])
+def test_a_mount_that_cannot_append_has_whole_files_all_the_same(renames, monkeypatch, tmp_path):
+    """As mounts of object stores: a file is written once, from its beginning."""
+    original_open, original_replace, mount = os.open, os.replace, tmp_path / "mount"
+    mount.mkdir()
+
+    def opening(path, flags, *args, **options):
+        if flags & os.O_APPEND and str(path).startswith((str(mount), "mount")):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), str(path))
+        return original_open(path, flags, *args, **options)
+
+    def replacing(source, target, **options):
+        if not renames and str(target).startswith((str(mount), "mount")):
+            raise OSError(errno.EPERM, "no renames here")
+        return original_replace(source, target, **options)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "replace", replacing)
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+    def callbacks(folder):
+        return [CSVStatisticsLogger(f"{folder}/log.csv"), TensorBoardStatisticsLogger(f"{folder}/tb", name="run")]
+
+    fit([*callbacks("mount"), checkpoint], enable_checkpointing=True, data=resumable())
+    fit(callbacks("plain"), data=resumable())
+    assert without_time("mount/log.csv") == without_time("plain/log.csv")
+    losses = [
+        EventAccumulator(f"{folder}/tb/run/train").Reload().Scalars("batch_loss") for folder in ("mount", "plain")
+    ]
+    assert [(e.step, e.value) for e in losses[0]] == [(e.step, e.value) for e in losses[1]]
+    fit(callbacks("mount"), ckpt_path=tmp_path / "c" / "step=2.ckpt", data=resumable())  # a resume finds its place
+    assert without_time("mount/log.csv") == without_time("plain/log.csv")
+    again = EventAccumulator("mount/tb/run/train").Reload().Scalars("batch_loss")
+    assert [event.step for event in again] == list(range(1, 7))
+    assert not [path for path in mount.rglob("*") if path.name.endswith((".probe", ".tmp"))]
