@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         WarmupCosineLR as WarmupCosineLR,
         WarmupLinear as WarmupLinear,
         WarmupStableDecay as WarmupStableDecay,
+        layerwise_decay as layerwise_decay,
     )
     from lightning_plugins.statistics import (
         ClassificationReport as ClassificationReport,

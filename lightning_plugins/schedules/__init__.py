@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ReciprocalSqrt as ReciprocalSqrt,
         RNMTPlus as RNMTPlus,
     )
+    from lightning_plugins.schedules.layerwise import layerwise_decay as layerwise_decay
     from lightning_plugins.schedules.named_schedulers import NoamLR as NoamLR, WarmupCosineLR as WarmupCosineLR
     from lightning_plugins.schedules.piecewise import (
         Join as Join,

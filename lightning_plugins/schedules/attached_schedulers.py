@@ -15,8 +15,8 @@ from lightning_plugins.core.lightning import (
     rank_zero_info,
     torch_optimizers,
 )
-from lightning_plugins.schedules.ramps import Constant
 from lightning_plugins.schedules.scheduler import ScheduleLR
+from lightning_plugins.schedules.scheduler_arguments import named_groups
 
 _NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which follows the optimizer by itself
 _REWRITE_BASE_RATES = ("CyclicLR", "OneCycleLR")  # torch's; the user's own rate is lost in their groups
@@ -26,6 +26,7 @@ class AttachedSchedulers:
     """One scheduler beside each chosen optimizer, for the length of a fit.
 
     Args:
+        schedule: A closed schedule to begin with, or one for each group.
         index: Of the optimizer to schedule; ``None``: all.
         existing: ``"refuse"`` or ``"replace"`` schedulers that the module brings.
         options: Keyword arguments of :class:`ScheduleLR`.
@@ -34,8 +35,8 @@ class AttachedSchedulers:
         optimizers: The Trainer's list as last seen: another list may hold other optimizers.
     """
 
-    def __init__(self, index: int | None, existing: str, options: dict[str, Any]) -> None:
-        self._index, self._existing, self._options = index, existing, options
+    def __init__(self, schedule: Any, index: int | None, existing: str, options: dict[str, Any]) -> None:
+        self._schedule, self._index, self._existing, self._options = schedule, index, existing, options
         self._schedulers: list[ScheduleLR] = []
         self._left: list[Optimizer] = []  # those whose rates another scheduler has taken over in mid-fit
         self.optimizers: list[Optimizer] = []
@@ -74,7 +75,9 @@ class AttachedSchedulers:
             scheduler.close()
             self._schedulers.remove(scheduler)
             optimizer = scheduler.optimizer if stays or not new else new.pop(0)
-            taken = self._existing == "refuse" and any(_drives_rates(config.scheduler, optimizer) for config in configs)
+            taken = self._existing == "refuse" and any(
+                self._conflicts(config.scheduler, optimizer) for config in configs
+            )
             if stays or taken or not _holds(chosen, optimizer):
                 self._left.append(optimizer)
                 rank_zero_info("LearningRateScheduler leaves an optimizer to the scheduler that has replaced its own.")
@@ -106,16 +109,32 @@ class AttachedSchedulers:
         options, rates = self._options, self._options["base_lr"]
         if isinstance(rates, tuple) and trainer.ckpt_path is not None:  # groups that came later may be there already
             options = {**options, "base_lr": rates + (None,) * (len(optimizer.param_groups) - len(rates))}
-        scheduler = ScheduleLR(optimizer, Constant(), **options)
+        scheduler = ScheduleLR(optimizer, self._schedule, **options)
         scheduler.held = True
         self._schedulers.append(scheduler)
         trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
         return scheduler
 
+    def _conflicts(self, scheduler: Any, optimizer: Optimizer) -> bool:
+        """Return whether a scheduler sets what we set, of one group at least."""
+        parameter = self._options["parameter"]
+        if getattr(scheduler, "optimizer", None) is not optimizer:
+            return False
+        if not isinstance(scheduler, ScheduleLR):  # torch's cyclic ones drive the momentum as well
+            cycles = getattr(scheduler, "cycle_momentum", False) and parameter in ("momentum", "betas")
+            return parameter == "lr" or cycles
+        ours = named_groups(self._schedule, optimizer.param_groups)
+        return scheduler.parameter == parameter and not ours.isdisjoint(scheduler.named_groups())
+
     def _displace(self, configs: list[Any], optimizer: Optimizer) -> None:
         """Refuse or remove schedulers of the same rates."""
-        for config in [config for config in configs if _drives_rates(config.scheduler, optimizer)]:
+        for config in [config for config in configs if self._conflicts(config.scheduler, optimizer)]:
             name = type(config.scheduler).__name__
+            if isinstance(config.scheduler, ScheduleLR) and config.scheduler.held:
+                raise MisconfigurationException(
+                    f"`{self._options['parameter']}` of the {type(optimizer).__name__} is already scheduled by another "
+                    "LearningRateScheduler. Remove one, or give each its own groups or its own `parameter`."
+                )
             if self._existing == "refuse":
                 raise MisconfigurationException(
                     f"the {type(optimizer).__name__} is already scheduled, by a {name}. Either return the optimizer "
@@ -128,10 +147,6 @@ class AttachedSchedulers:
                 )
             configs.remove(config)
             rank_zero_info(f"LearningRateScheduler replaces the module's {name}.")
-
-
-def _drives_rates(scheduler: Any, optimizer: Optimizer) -> bool:
-    return getattr(scheduler, "optimizer", None) is optimizer and getattr(scheduler, "parameter", "lr") == "lr"
 
 
 def _rewrites_base_rates(scheduler: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -28,8 +28,15 @@ from lightning_plugins.schedules.attached_schedulers import AttachedSchedulers
 from lightning_plugins.schedules.continuation import Course, resolve
 from lightning_plugins.schedules.durations import RunLengthUnknownError, ScheduleTooLongError
 from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
+from lightning_plugins.schedules.ramps import Constant
 from lightning_plugins.schedules.schedule import Schedule
-from lightning_plugins.schedules.scheduler import ScheduleLR, check_base_lr, check_schedule
+from lightning_plugins.schedules.scheduler import ScheduleLR
+from lightning_plugins.schedules.scheduler_arguments import (
+    GroupSchedules,
+    check_base_lr,
+    check_parameter,
+    check_schedules,
+)
 
 
 class LearningRateScheduler(Callback):
@@ -58,15 +65,19 @@ class LearningRateScheduler(Callback):
         About what a torch scheduler costs.
 
     Does not compose with:
-        Another scheduler of the same rates, unless it is replaced (``existing``).
+        Another scheduler of the same rates, unless it is replaced (``existing``). Several of these callbacks may drive
+        different parameters or groups of one optimizer.
 
     Args:
-        schedule: Factor by step; lengths may be shares of the run.
+        schedule: Factor by step; lengths may be shares of the run. Or a mapping from a group's name or index to a
+            schedule: groups that are not named keep their own rate.
         base_lr: Absolute base rate for all parameter groups, or one for each. ``None``: each group's own rate, on
             resume the checkpoint's.
         min_lr: Absolute rate below which no group falls, at least 0; it lifts the warm-up too.
         optimizer: Index of the optimizer to schedule; ``None``: all. In manual optimization each rate follows its
             optimizer's own steps, and the length of the run cannot be known, so give lengths in steps.
+        parameter: The entry of the groups to set: ``"lr"``, ``"weight_decay"``, ``"momentum"``, ``"betas"`` (the first
+            of them), ... The other arguments are then about that. A group in which it is 0 keeps 0.
         plateau: Multiplies the schedule by a factor that shrinks when a metric stalls.
         existing: What to do with an optimizer that ``configure_optimizers`` already schedules: ``"refuse"``, or
             ``"replace"`` its scheduler.
@@ -95,33 +106,40 @@ class LearningRateScheduler(Callback):
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: Schedule | GroupSchedules,
         *,
         base_lr: float | Sequence[float] | None = None,
         min_lr: float = 0.0,
         optimizer: int | None = None,
+        parameter: str = "lr",
         plateau: Plateau | None = None,
         existing: Literal["refuse", "replace"] = "refuse",
         clock: Literal["attempted", "applied"] = "attempted",
         record: bool = False,
     ) -> None:
-        check_schedule(schedule)
         if plateau is not None and not isinstance(plateau, Plateau):
             raise TypeError(f"`plateau` must be a Plateau, got {shown(plateau)}.")
-        self.schedule = schedule
+        self.schedule = check_schedules(schedule)
         self.base_lr = check_base_lr(base_lr)
         self.min_lr = real_number("min_lr", min_lr, at_least=0)
         self.optimizer = None if optimizer is None else whole_number("optimizer", optimizer)
+        self.parameter = check_parameter(parameter)
         self.plateau = plateau
         self.existing = one_of("existing", existing, ("refuse", "replace"))
         one_of("clock", clock, ("attempted", "applied"))
         self.clock = clock
         self.record = true_or_false("record", record)
-        super().__init__(optimizer=self.optimizer)
+        identity: dict[str, Any] = {"optimizer": self.optimizer}
+        if self.parameter != "lr":
+            identity["parameter"] = self.parameter
+        if isinstance(self.schedule, dict):
+            identity["groups"] = list(self.schedule)
+        super().__init__(**identity)
         self.lrs: list[float | tuple[float, ...]] = []
-        self.resolved: Schedule | None = None
-        options = {"base_lr": self.base_lr, "min_lr": self.min_lr, "clock": self.clock}
-        self._attached = AttachedSchedulers(self.optimizer, self.existing, options)
+        self.resolved: Schedule | dict[str | int, Schedule] | None = None
+        options = {"base_lr": self.base_lr, "min_lr": self.min_lr, "clock": self.clock, "parameter": self.parameter}
+        first = _each(self.schedule, lambda _: Constant())
+        self._attached = AttachedSchedulers(first, self.optimizer, self.existing, options)
         self._course: Course | None = None
         self._planned_end: RunEnd | None = None
         self._accumulation = 0
@@ -242,7 +260,7 @@ class LearningRateScheduler(Callback):
             self._start(new, position, pl_module)
         if pl_module.automatic_optimization and self.clock == "attempted":
             for scheduler in self._attached:
-                scheduler.go_to(trainer.global_step)  # a checkpoint may have been restored
+                scheduler.refresh(trainer.global_step)  # a checkpoint may have been restored
 
     def _start(self, scheduler: ScheduleLR, position: int, pl_module: LightningModule) -> None:
         scheduler.seek(position)
@@ -259,18 +277,20 @@ class LearningRateScheduler(Callback):
             if self.resolved is None:
                 source = "manual optimization: only the module knows its steps"
                 unknown = RunAhead(None, run_ahead(trainer).accumulation)
-                self.resolved = _resolve(self.schedule, unknown, RunEnd(None, None), source)
+                self.resolved = _each(self.schedule, lambda part: _resolve(part, unknown, RunEnd(None, None), source))
                 self._show(self.resolved, "unknown", source)
                 self._follow(self.resolved)
             return
         now, end = run_ahead(trainer, batch_idx), run_end(trainer)
         before = self._course or Course(now, now)
-        course = before.goes_on(now, end, self.schedule)
+        parts = self.schedule.values() if isinstance(self.schedule, dict) else (self.schedule,)
+        course = before.goes_on(now, end, parts)
         total, source = now.total_steps(end), source_of_length(trainer)
         if self.resolved is not None and end == self._planned_end and (course is before or total is None):
             return  # a length that is not known any more leaves what was planned
-        resolved = _resolve(self.schedule, course.curve if course.curve == course.latest else now, end, source)
-        followed = course.follow(self.schedule, end)
+        seen = course.curve if course.curve == course.latest else now
+        resolved = _each(self.schedule, lambda part: _resolve(part, seen, end, source))
+        followed = _each(self.schedule, lambda part: course.follow(part, end))
         if resolved != self.resolved:
             known = before.latest.total_steps(end)
             steps = "unknown" if total is None else str(total)
@@ -280,10 +300,11 @@ class LearningRateScheduler(Callback):
         self._course, self._planned_end, self.resolved = course, end, resolved
         self._follow(followed)
 
-    def _show(self, resolved: Schedule, steps: str, source: str) -> None:
-        rank_zero_info(f"Learning-rate schedule: {resolved}. Steps of the run: {steps} ({source}).")
+    def _show(self, resolved: Any, steps: str, source: str) -> None:
+        what = "Learning-rate schedule" if self.parameter == "lr" else f"Schedule of `{self.parameter}`"
+        rank_zero_info(f"{what}: {resolved}. Steps of the run: {steps} ({source}).")
 
-    def _follow(self, schedule: Schedule) -> None:
+    def _follow(self, schedule: Any) -> None:
         for scheduler in self._attached:
             scheduler.schedule = schedule
             scheduler.refresh()
@@ -310,6 +331,13 @@ class LearningRateScheduler(Callback):
                 f"did not come in an epoch and its validation. There are: {names}. Correct the name, or log it with "
                 "`self.log`."
             )
+
+
+def _each(schedule: Schedule | dict[str | int, Schedule], function: Callable[[Schedule], Schedule]) -> Any:
+    """Apply ``function`` to a schedule, or to those of each group."""
+    if isinstance(schedule, dict):
+        return {name: function(part) for name, part in schedule.items()}
+    return function(schedule)
 
 
 def _resolve(schedule: Schedule, ahead: RunAhead, end: RunEnd, source: str) -> Schedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +47,11 @@ class Course:
             return resolved
         return _Continued(resolved, self.begin, self.position, self._speed(end))
 
-    def goes_on(self, now: RunAhead, end: RunEnd, schedule: Schedule) -> Course:
+    def goes_on(self, now: RunAhead, end: RunEnd, schedules: Collection[Schedule]) -> Course:
         """Return the course of the run as it is now.
 
-        Where the schedule for the new length has the same value at this step, as in a warm-up of so many steps or on
-        a plateau, it is followed as if the run had always had that length. Parts given in steps keep their length.
+        Where the schedules for the new length have the same value at this step, as in a warm-up of so many steps or on
+        a plateau, they are followed as if the run had always had that length. Parts given in steps keep their length.
         """
         if self.holds(now, end) and now.continues(self.latest):
             return self
@@ -59,11 +60,15 @@ class Course:
         before = self.curve.total_steps(end)
         if now.step == 0 or total is None or before is None or position >= before:
             return Course(now, now)
-        if not self.holds(now, end):
-            value = self.follow(schedule, end)(now.step)
-            if now.step >= total or resolve(schedule, now, end, strict=False)(now.step) == value:
-                return Course(now, now)
+        if not self.holds(now, end) and (now.step >= total or self._agrees(now, end, schedules)):
+            return Course(now, now)
         return Course(self.curve, now, now.step, position)
+
+    def _agrees(self, now: RunAhead, end: RunEnd, schedules: Collection[Schedule]) -> bool:
+        return all(
+            resolve(schedule, now, end, strict=False)(now.step) == self.follow(schedule, end)(now.step)
+            for schedule in schedules
+        )
 
     def _position_at(self, step: int, end: RunEnd) -> float:
         return self.position + (step - self.begin) * self._speed(end)

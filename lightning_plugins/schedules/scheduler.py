@@ -22,6 +22,15 @@ from lightning_plugins.core.validation import (
     whole_number,
 )
 from lightning_plugins.schedules.schedule import Schedule
+from lightning_plugins.schedules.scheduler_arguments import (
+    GroupSchedules,
+    check_base_lr,
+    check_closed,
+    check_group,
+    check_parameter,
+    first_of,
+    named_groups,
+)
 
 _FORMAT = "lightning_plugins.ScheduleLR"
 _VERSION = 1
@@ -43,11 +52,13 @@ class ScheduleLR(LRScheduler):
     Args:
         optimizer: The optimizer. Each parameter group keeps its own base rate: its rate at construction, or its
             ``initial_lr`` where an earlier scheduler left one.
-        schedule: Factor by step, every length known (see :meth:`Schedule.resolve`).
+        schedule: Factor by step, every length known (see :meth:`Schedule.resolve`); or a mapping from a group's name
+            or index to one. Groups that are not named keep what they have.
         base_lr: Absolute base rate for all groups, or one for each, above 0; ``None``: a group's own.
         min_lr: Absolute rate below which no group falls, at least 0; it lifts the warm-up too.
-        parameter: The group's entry to set: ``"lr"``, ``"weight_decay"``, ``"momentum"``, ... A rate that is a tensor
-            is filled in place, so that compiled optimizers are not compiled again.
+        parameter: The group's entry to set: ``"lr"``, ``"weight_decay"``, ``"momentum"``, ``"betas"`` (the first), ...
+            Where it is 0 in a group, it stays 0. A tensor is filled in place, so that compiled optimizers are not
+            compiled again.
         clock: What a position counts. ``"attempted"``: calls of :meth:`step`. ``"applied"``: steps that changed the
             weights, so the schedule waits while a gradient scaler skips; it may then not reach its end in the planned
             number of steps.
@@ -79,7 +90,7 @@ class ScheduleLR(LRScheduler):
     def __init__(
         self,
         optimizer: Optimizer,
-        schedule: Schedule,
+        schedule: Schedule | GroupSchedules,
         *,
         base_lr: float | Sequence[float | None] | None = None,
         min_lr: float = 0.0,
@@ -88,26 +99,20 @@ class ScheduleLR(LRScheduler):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {shown(optimizer)}.")
-        check_schedule(schedule)
-        if schedule.is_open:
-            raise ValueError(
-                f"`schedule` must have every length in steps, got {shown(schedule)}; call its `resolve` first."
-            )
-        self.schedule = schedule
+        self.schedule = check_closed(schedule, optimizer.param_groups)
+        self._by_group = isinstance(self.schedule, dict)
         self.scale = 1.0
         self.min_lr = real_number("min_lr", min_lr, at_least=0)
-        if not isinstance(parameter, str):
-            raise TypeError(f"`parameter` must be the name of an entry of the groups, got {shown(parameter)}.")
-        self.parameter = parameter
+        self.parameter = check_parameter(parameter)
         self.clock = one_of("clock", clock, ("attempted", "applied"))
         self._base_name = f"initial_{parameter}"
         self._given_base = check_base_lr(base_lr)
         self._own_base: set[int] = set()  # groups whose base rate is not the argument's any more
-        self._factor = 1.0  # of the rates that were last written
+        self._factors: list[float | None] = []  # of the rates that were last written
         self._last_lr: list[Any] = []
         self._groups: list[dict[str, Any]] = []
         self._filled: dict[int, tuple[Tensor, int]] = {}  # rates that are tensors, and their versions
-        self._origin = 0  # position at which the clock read 0
+        self._origin = 0  # position at which the clock of applied steps read 0
         self._attempted = self._attempted_before = 0
         self._warned = False
         self._running = True  # a step may be under way
@@ -117,7 +122,7 @@ class ScheduleLR(LRScheduler):
         self.restored: bool | None = None  # whether a state was loaded; False: it was another scheduler's
         self.lrs: list[float | tuple[float, ...]] | None = None  # where to note the rate of every step
         for group in optimizer.param_groups:
-            self._check_group(group)
+            check_group(group, self.parameter)
         self._set_base_rates(optimizer)
         self.step_clock = StepClock(optimizer) if clock == "applied" else None
         self._handles = (
@@ -153,18 +158,21 @@ class ScheduleLR(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the rates of the current position, one for each group."""
-        factor = self.schedule(self.last_epoch) * self.scale
-        return [
-            max(group[self._base_name] * factor * self._lr_scale(group), self.min_lr)
-            if self._base_name in group
-            else float(group[self.parameter])
-            for group in self.optimizer.param_groups
-        ]
+        rates: list[float | Tensor] = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            factor = self._factor_of(index, group, int(self.last_epoch))
+            if factor is None or self._base_name not in group:
+                rates.append(float(first_of(group[self.parameter])))
+            else:
+                rates.append(self._rate(group, factor))
+        return rates
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position; everything else is in the arguments or in the optimizer's own state."""
-        own = {"own_base": sorted(self._own_base)} if self._own_base else {}
-        return {"format": _FORMAT, "version": _VERSION, "position": self.last_epoch, **own}
+        other: dict[str, Any] = {} if self.parameter == "lr" else {"parameter": self.parameter}
+        if self._own_base:
+            other["own_base"] = sorted(self._own_base)
+        return {"format": _FORMAT, "version": _VERSION, "position": self.last_epoch, **other}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved position and write the rates there, from the optimizer's restored base rates.
@@ -173,11 +181,10 @@ class ScheduleLR(LRScheduler):
         had brought their own rate keep it.
 
         Raises:
-            TypeError: If a value of the state is of the wrong type.
-            ValueError: If one is out of range, or the state is another scheduler's or a later release's; nothing is
-                changed then.
+            TypeError: If a value is of the wrong type; nothing is changed then.
+            ValueError: If one is out of range, or the state is another scheduler's or a later release's.
         """
-        if state_dict.get("format") != _FORMAT:
+        if (state_dict.get("format"), state_dict.get("parameter", "lr")) != (_FORMAT, self.parameter):
             if self.held:
                 self.restored = False
                 return
@@ -189,7 +196,7 @@ class ScheduleLR(LRScheduler):
         position = whole_number("position", state.get("position"), unit="steps")
         own = {whole_number("own_base", index) for index in a_list("own_base", state.get("own_base", []))}
         self._own_base |= own
-        self._set_base_rates(self.optimizer, self.schedule(position) * self.scale)
+        self._set_base_rates(self.optimizer, position)
         self.seek(position)
         self.restored = True
 
@@ -201,6 +208,10 @@ class ScheduleLR(LRScheduler):
             self.step_clock.close()
 
     # -- for a callback, which holds one for each optimizer
+
+    def named_groups(self) -> set[int]:
+        """Return the indexes of the groups that this drives."""
+        return named_groups(self.schedule, self.optimizer.param_groups)
 
     def follow(self, *, every_step: bool) -> None:
         """Move with the optimizer's own steps from here on.
@@ -224,20 +235,15 @@ class ScheduleLR(LRScheduler):
             self._record(self.lrs)
         self._write(position)
 
-    def go_to(self, position: int) -> None:
-        """Go to a position, if this is another one, without a step."""
-        if position != self.last_epoch:
-            self._write(position)
-
-    def refresh(self) -> None:
-        """Write the rates of this position again: the schedule or the scale has changed."""
-        self._write(self.position)
+    def refresh(self, position: int | None = None) -> None:
+        """Write the rates again, of another position if one is given: the schedule or the scale has changed."""
+        self._write(self.position if position is None else position)
 
     def rebase(self) -> None:
         """Take rates that were written elsewhere for base rates, as before a run's first step."""
         for index, group in enumerate(self.optimizer.param_groups):
             if self._given_base is None and self._is_foreign(index, group):
-                group[self._base_name] = float(group[self.parameter])
+                group[self._base_name] = float(first_of(group[self.parameter]))
 
     # -- called by torch
 
@@ -276,28 +282,54 @@ class ScheduleLR(LRScheduler):
 
     def _write(self, position: int) -> None:
         """Take over what was written elsewhere, then write the rates of ``position``."""
-        factor, rates = self.schedule._factor(position) * self.scale, []
-        for index, group in enumerate(self.optimizer.param_groups):
+        groups, factors, rates = self.optimizer.param_groups, [], []
+        shared = None if self._by_group else self.schedule._factor(position) * self.scale
+        for index, group in enumerate(groups):
+            factor = self._factor_of(index, group, position) if shared is None else shared
+            factors.append(factor)
+            if factor is None:  # a group that has no schedule keeps what it has
+                rates.append(float(first_of(group[self.parameter])))
+                continue
             if self._is_foreign(index, group):
                 self._take_over(index, group)
-            rate = group[self._base_name] * factor
-            if "lr_scale" in group:
-                rate *= self._lr_scale(group)
-            rates.append(max(rate, self.min_lr))
-            current = group[self.parameter]
-            if isinstance(current, Tensor):
-                current.fill_(rates[-1])
-                self._filled[index] = current, current._version
-            else:
+            rates.append(self._rate(group, factor))
+            if type(group[self.parameter]) is float:
                 group[self.parameter] = rates[-1]
-        self.last_epoch, self._factor, self._last_lr = position, factor, rates
-        self._groups = list(self.optimizer.param_groups)
+            else:
+                self._put(index, group, rates[-1])
+        self.last_epoch, self._factors, self._last_lr, self._groups = position, factors, rates, list(groups)
+
+    def _rate(self, group: dict[str, Any], factor: float) -> float:
+        base: float = group[self._base_name]
+        rate = base * factor
+        if "lr_scale" in group:
+            rate *= self._lr_scale(group)
+        return max(rate, self.min_lr) if base or self.parameter == "lr" else rate
+
+    def _put(self, index: int, group: dict[str, Any], rate: float) -> None:
+        """Write a rate in place of a number, into a tensor or into the first place of a tuple."""
+        current = group[self.parameter]
+        first = first_of(current)
+        if isinstance(first, Tensor):
+            first.fill_(rate)
+            self._filled[index] = first, first._version
+        else:
+            group[self.parameter] = (rate, *current[1:]) if isinstance(current, (tuple, list)) else rate
+
+    def _factor_of(self, index: int, group: dict[str, Any], position: int) -> float | None:
+        """Return a group's factor, ``None`` where the group has no schedule."""
+        schedule = self.schedule
+        if self._by_group:
+            schedule = schedule.get(group.get("name"), schedule.get(index))
+        return None if schedule is None else schedule._factor(position) * self.scale
 
     def _is_foreign(self, index: int, group: dict[str, Any]) -> bool:
         """Return whether a group's rate is not the one that was written last."""
-        current = group[self.parameter]
         if index >= len(self._last_lr):
             return True
+        current = group[self.parameter]
+        if type(current) is not float:
+            current = first_of(current)
         if isinstance(current, Tensor):  # its version tells without waiting for a device
             tensor, version = self._filled.get(index, (None, 0))
             return tensor is not current or version != current._version
@@ -307,60 +339,50 @@ class ScheduleLR(LRScheduler):
         """Let a rate that was written elsewhere be the group's rate at this step."""
         if index < len(self._groups) and group is not self._groups[index] and self._base_name in group:
             return  # the optimizer has loaded a state, with its base rates
-        self._check_group(group)
-        group[self._base_name] = self._base_of(group, self._factor * self._lr_scale(group))
+        check_group(group, self.parameter)
+        known = index < len(self._factors)
+        factor = self._factors[index] if known else self._factor_of(index, group, self.last_epoch)
+        group[self._base_name] = self._base_of(group, (factor or 0.0) * self._lr_scale(group))
         self._own_base.add(index)
 
     def _base_of(self, group: dict[str, Any], factor: float) -> float:
         """Return the base rate of a group whose rate at this step is the one that it has."""
-        rate = float(group[self.parameter])
+        rate = float(first_of(group[self.parameter]))
         base = rate / factor if factor else rate
         return base if math.isfinite(base) else rate
 
     def _accept_all(self) -> None:
         """Take what is in the groups for what was written last."""
-        groups = self.optimizer.param_groups
-        self._last_lr = [group[self.parameter] for group in groups]
+        self._last_lr = [first_of(group[self.parameter]) for group in self.optimizer.param_groups]
         for index, rate in enumerate(self._last_lr):
             if isinstance(rate, Tensor):
                 self._filled[index] = rate, rate._version
 
     def _record(self, lrs: list[float | tuple[float, ...]]) -> None:
         groups, known = list(enumerate(self.optimizer.param_groups)), self._last_lr
-        rates = [float(g[self.parameter]) if self._is_foreign(i, g) else float(known[i]) for i, g in groups]
+        rates = [float(first_of(g[self.parameter])) if self._is_foreign(i, g) else float(known[i]) for i, g in groups]
         lrs.append(rates[0] if len(rates) == 1 else tuple(rates))
 
     def _lr_scale(self, group: dict[str, Any]) -> float:
         scale: float = group.get("lr_scale", 1.0) if self.parameter == "lr" else 1.0
         return scale
 
-    def _set_base_rates(self, optimizer: Optimizer, factor: float = 1.0) -> None:
-        """Give every group its base rate: the argument's, else the one that it has, else its rate over ``factor``."""
+    def _set_base_rates(self, optimizer: Optimizer, position: int | None = None) -> None:
+        """Give every group its base rate: the argument's, else the one that it has, else its rate.
+
+        With a ``position`` the rate is one that was written there, of a group that came just before the checkpoint.
+        """
         groups, given = optimizer.param_groups, self._given_base
         if isinstance(given, tuple) and len(given) != len(groups) and not self._last_lr:
             raise ValueError(f"`base_lr` must have one rate for each of the {len(groups)} groups, got {len(given)}.")
         for index, group in enumerate(groups):
             rate = given[index : index + 1] if isinstance(given, tuple) else (given,)
-            if index not in self._own_base and rate and rate[0] is not None:
-                group[self._base_name] = rate[0]
+            factor = 1.0 if position is None else self._factor_of(index, group, position) or 0.0
             base = group.get(self._base_name)
             group[self._base_name] = self._base_of(group, factor) if base is None else float(base)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        value = group.get(self.parameter)
-        if self.parameter not in group:
-            numbers = sorted(k for k, v in group.items() if isinstance(v, float) and not k.startswith("initial_"))
-            raise ValueError(
-                f"`parameter` must be an entry of the optimizer's groups, got {shown(self.parameter)}; "
-                f"there are {', '.join(numbers)}."
-            )
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-            raise TypeError(
-                f"`parameter` must name a number of the optimizer's groups, "
-                f"got {shown(self.parameter)}: {shown(value)}."
-            )
-        if "lr_scale" in group:
-            real_number("lr_scale", group["lr_scale"], at_least=0)
+            off = self.parameter != "lr" and group[self._base_name] == 0
+            if index not in self._own_base and rate and rate[0] is not None and not off:
+                group[self._base_name] = rate[0]
 
     def _warn_if_epochwise(self) -> None:
         passed = self._attempted - self._attempted_before
@@ -374,20 +396,3 @@ class ScheduleLR(LRScheduler):
                 LightningPluginsWarning,
                 stacklevel=4,
             )
-
-
-def check_schedule(schedule: Any) -> None:
-    """Raise unless ``schedule`` is one."""
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"`schedule` must be a Schedule such as WarmupCosine(warmup=100), got {shown(schedule)}.")
-
-
-def check_base_lr(base_lr: float | Sequence[float | None] | None) -> float | tuple[float | None, ...] | None:
-    """Return the base rates as floats, or raise; a group whose entry is ``None`` keeps its own."""
-    if isinstance(base_lr, Sequence) and not isinstance(base_lr, (str, bytes)):
-        return tuple(None if rate is None else _base_rate(f"base_lr[{i}]", rate) for i, rate in enumerate(base_lr))
-    return None if base_lr is None else _base_rate("base_lr", base_lr)
-
-
-def _base_rate(name: str, rate: Any) -> float:
-    return float(real_number(name, rate, above=0))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.nn import Linear
 from torchmetrics import MeanMetric
 
 import lightning_plugins as lp
@@ -174,9 +175,11 @@ CALLBACKS = {
             },
         ),
         (
-            f"{{schedule: {LINEAR}, base_lr: 0.5, plateau: {{monitor: val_loss}}}}",
-            {"schedule": LINE, "base_lr": 0.5, "plateau": lp.Plateau("val_loss")},
+            f"{{schedule: {LINEAR}, base_lr: 0.5, parameter: weight_decay, plateau: {{monitor: val_loss}}}}",
+            {"schedule": LINE, "base_lr": 0.5, "parameter": "weight_decay", "plateau": lp.Plateau("val_loss")},
         ),
+        (f"{{schedule: {{backbone: {LINEAR}, head: {LINEAR}}}}}", {"schedule": {"backbone": LINE, "head": LINE}}),
+        (f"{{schedule: {{0: {LINEAR}}}}}", {"schedule": {0: LINE}}),
         pair=(
             {"schedule": lp.WarmupCosine("5%"), "optimizer": 0},
             {"schedule": lp.WarmupCosine("5%"), "optimizer": 1},
@@ -255,6 +258,7 @@ FUNCTIONS = {
     },
     "extract_weights": {"checkpoint_path": "1.ckpt", "which": "raw", "name": "ema", "trust": False},
     "greedy_soup": {"paths": ["1.ckpt", "2.ckpt"], "score": lambda state: 1.0, "mode": "max", "trust": False},
+    "layerwise_decay": {"module": Linear(2, 2), "base_lr": 0.1, "decay": 0.9, "order": ["weight", "bias"]},
     "select_checkpoints": {
         "dirpath": ".",
         "last": 1,
