@@ -47,7 +47,7 @@ def layerwise_decay(
     base_lr = float(real_number("base_lr", base_lr, above=0))
     decay = float(real_number("decay", decay, above=0, at_most=1))
     trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-    layers = _layers_of(module) if order is None else [(str(name), (str(name),)) for name in a_list("order", order)]
+    layers = _layers_of(module) if order is None else [(name, (name,)) for name in _names(order)]
     places = {prefix: index for index, (_, prefixes) in enumerate(layers) for prefix in prefixes}
     members: list[list[nn.Parameter]] = [[] for _ in layers]
     for name, weight in trained.items():
@@ -61,6 +61,13 @@ def layerwise_decay(
         {"params": weights, "lr": base_lr * decay ** (last - index), "name": name}
         for index, (name, weights) in enumerate(kept)
     ]
+
+
+def _names(order: Any) -> list[str]:
+    for index, name in enumerate(a_list("order", order)):
+        if not isinstance(name, str):
+            raise TypeError(f"`order[{index}]` must be the name of a part, got {shown(name)}.")
+    return list(order)
 
 
 def _place(name: str, places: dict[str, int]) -> int:
@@ -78,14 +85,14 @@ def _layers_of(module: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
         if len(parts) != 1 or list(owner.parameters(recurse=False)):
             break
         prefix, owner = f"{prefix}{parts[0][0]}.", parts[0][1]
-    own = tuple(f"{prefix}{name}" for name, _ in owner.named_parameters(recurse=False))
+    own: tuple[str, ...] = tuple(f"{prefix}{name}" for name, _ in owner.named_parameters(recurse=False))
     lists = [(name, part) for name, part in parts if isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part) > 1]
     if not lists or isinstance(owner, nn.Sequential):
-        names = [(f"{prefix}{name}", (f"{prefix}{name}",)) for name, _ in parts]
-        return [("input", own), *names] if own else names
+        first = [("input", own)] if own else []
+        return first + [(f"{prefix}{name}", (f"{prefix}{name}",)) for name, _ in parts]
     trunk, blocks = max(lists, key=lambda item: sum(weight.numel() for weight in item[1].parameters()))
     before = [name for name, _ in parts][: [name for name, _ in parts].index(trunk)]
     after = [name for name, _ in parts if name not in before and name != trunk]
     middle = [(f"{prefix}{trunk}.{name}", (f"{prefix}{trunk}.{name}",)) for name, _ in blocks.named_children()]
-    first = ("input", (*own, *(f"{prefix}{name}" for name in before)))
-    return [first, *middle, ("head", tuple(f"{prefix}{name}" for name in after))]
+    below = (*own, *(f"{prefix}{name}" for name in before))
+    return [("input", below), *middle, ("head", tuple(f"{prefix}{name}" for name in after))]

@@ -164,7 +164,7 @@ def says(text, written):
     if isinstance(written, dict):
         if "class_path" in written and "class_path" not in text:  # a dataclass without subclasses needs none
             written = written["init_args"]
-        return all(says(text[str(key)], value) for key, value in written.items())
+        return all(says(text[key if key in text else str(key)], value) for key, value in written.items())
     if isinstance(written, list):
         return len(text) == len(written) and all(map(says, text, written))
     return text == written
