@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_plugins import GradientAccumulation, MicroBatching
+from lightning_plugins import CancelTraining, Event, EventCallback, GradientAccumulation, MicroBatching
 from tests.support.accumulation_runs import (
     Dictionaries,
     Probe,
@@ -163,6 +163,27 @@ def test_a_carried_window_that_was_cut_off_resumes_where_it_stood(tmp_path):
     state = torch.load(path, weights_only=True)["callbacks"][callbacks()[0].state_key]
     assert state["carried"]["position"] == 1
     fit(Ends({(0, 3)}), [*callbacks(), resumed], data_of(UNEQUAL), epochs=2, fit_arguments={"ckpt_path": path})
+    assert all(map(same, resumed.steps, whole.steps[1:]))
+
+
+def test_a_cancelled_first_batch_leaves_the_zeroing_to_the_next(tmp_path):
+    """Windows of 3; the training of the first epoch is cancelled at its fourth batch, which keeps its place."""
+
+    def act(loop, event):
+        if (loop.epoch_index, loop.batch_index) == (0, 3):
+            raise CancelTraining
+
+    path, whole, resumed = tmp_path / "cut.ckpt", Recorder(), Recorder()
+    cancels = lambda: EventCallback(act, events=[Event.BATCH_START])  # noqa: E731
+    accumulation = GradientAccumulation(3, carry=True)
+    fit(Probe(), [accumulation, cancels(), SaveAfterFirstEpoch(path), whole], data_of(UNEQUAL), epochs=2)
+    data = data_of(UNEQUAL)
+    for step, window in zip(whole.steps[:2], [[0, 1, 2], [0, 1]], strict=True):
+        assert relative_error(step["gradient"], full_gradient(step["weights"], [data[i] for i in window])) <= 5e-7
+    carried = torch.load(path, weights_only=True)["callbacks"][accumulation.state_key]["carried"]
+    assert (carried["position"], carried["gradients"]) == (1, {})
+    callbacks = [GradientAccumulation(3, carry=True), cancels(), resumed]
+    fit(Probe(), callbacks, data, epochs=2, fit_arguments={"ckpt_path": path})
     assert all(map(same, resumed.steps, whole.steps[1:]))
 
 

@@ -65,6 +65,8 @@ FOUR = {
     "images in a mapping": {"image": images(4), "label": zeros(4)},
     "columns of texts": {"x": zeros(4), "names": [("a",) * 4, ("b",) * 4]},
     "settings": {"x": zeros(4), "classes": ["cat", "dog"], "kind": enum.Enum("Kind", "A").A},
+    "settings beside two inputs": {"x": [zeros(4, 2), zeros(4, 3)], "classes": ["cat", "dog", "cow"]},
+    "texts as often as fields": {"x": zeros(4), "names": [["a", "b", "c", "d"], ["e", "f", "g", "h"]]},
     "two inputs": ((zeros(4, 2), zeros(4, 3)), (zeros(4, 2), zeros(4, 1))),
     "regression": [zeros(4, 3), zeros(4, 1)],
     "arrays": {"x": np.zeros((4, 2)), "y": np.zeros(4)},
@@ -78,7 +80,7 @@ def test_four_samples(name):
     assert batch_length(FOUR[name]) == 4
 
 
-@pytest.mark.parametrize("name", [name for name in FOUR if name != "settings"])
+@pytest.mark.parametrize("name", [name for name in FOUR if not name.startswith("settings")])
 def test_pieces_are_of_the_batchs_kind_and_have_its_samples(name):
     pieces = split_batch(FOUR[name], [3, 1])
     assert [type(piece) for piece in pieces] == [list if name == "range" else type(FOUR[name])] * 2
@@ -104,6 +106,7 @@ def test_nested_tensors_keep_their_samples_and_their_layout(name):
     pieces = split_batch(FOUR[name], [1, 3])
     assert same([part for piece in pieces for part in piece.unbind()], UNSORTED)
     assert {piece.layout for piece in pieces} == {FOUR[name].layout}
+    assert all(int(piece.offsets()[0]) == 0 for piece in pieces if piece.layout is torch.jagged)
 
 
 def test_jagged_tensors_that_shared_their_lengths_still_do():
@@ -127,6 +130,35 @@ def test_three_images_of_three_channels_are_cut_between_images():
 def test_two_inputs_of_a_batch_of_two_are_both_cut():
     pieces = split_batch({"views": [zeros(2, 3), zeros(2, 3)], "label": zeros(2)}, [1, 1])
     assert [[len(view) for view in piece["views"]] for piece in pieces] == [[1, 1], [1, 1]]
+
+
+def test_two_fields_of_a_batch_of_two_are_both_cut():
+    pieces = split_batch([zeros(2, 4), zeros(2, 1)], [1, 1])
+    assert [[tuple(field.shape) for field in piece] for piece in pieces] == [[(1, 4), (1, 1)]] * 2
+
+
+def test_as_many_fields_as_samples_have_one_number():
+    counter_of_three = SampleCounter(full=3)
+    assert counter_of_three([zeros(3, 4), zeros(3, 2), zeros(3, 1)]) == 3
+    assert counter_of_three.reading is None
+
+
+@pytest.mark.parametrize("number", [True, torch.tensor(2), -1, None, "4"])
+def test_what_is_no_number_of_samples_is_not_taken_for_one(number):
+    length = batch_length(Neighbors(zeros(4, 2), number))
+    assert length == (0 if number == -1 else 4)
+
+
+def test_a_reading_that_was_certain_stays():
+    """A last batch of one image has no evidence of its own, nor has one of two samples with two views."""
+    counter_of_images, counter_of_views = SampleCounter(), SampleCounter()
+    sample = lambda index: (images(4)[index], {"boxes": zeros(index, 4)})  # noqa: E731
+    assert counter_of_images(tuple(zip(*map(sample, range(4)), strict=True))) == 4
+    assert counter_of_images(tuple(zip(sample(3), strict=True))) == 1
+    views = lambda count: {"views": [zeros(count, 3)] * 3, "label": zeros(count)}  # noqa: E731
+    assert [counter_of_views(views(count)) for count in (8, 3)] == [8, 3]
+    pieces = split_batch(views(3), [2, 1], counter_of_views.reading)
+    assert [[len(view) for view in piece["views"]] for piece in pieces] == [[2, 2, 2], [1, 1, 1]]
 
 
 def test_a_number_that_a_dataclass_says_is_that_of_the_piece():
@@ -192,7 +224,13 @@ def test_a_module_may_count_its_samples_itself():
         def get_batch_size(self, batch):
             return len(batch["image"])
 
-    assert counter("samples", module=Module())({"image": images(8), "boxes": zeros(5, 4)}) == 8
+    class Configured:
+        def get_batch_size(self):
+            return 32
+
+    batch = {"image": images(8), "boxes": zeros(5, 4)}
+    assert counter("samples", module=Module())(batch) == 8
+    assert counter("samples", module=Configured())(zeros(5, 4)) == 5
 
 
 def test_labels_of_a_nested_tensor_are_counted():
