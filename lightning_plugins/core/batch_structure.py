@@ -102,7 +102,7 @@ def _structure(value: Any) -> tuple[Any, ...]:
 
 def _same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
     """Return whether two structures agree; a field that is ``None`` in one of them agrees with any."""
-    if left[0] is not right[0] or len(left) != len(right):
+    if left[0] is not right[0]:
         return False
     if len(left) == 2 and isinstance(left[1], dict):
         pairs = [(left[1][name], right[1].get(name)) for name in left[1]] if left[1].keys() == right[1].keys() else None
