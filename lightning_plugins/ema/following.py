@@ -103,20 +103,28 @@ class FollowedTensors:
         _refuse_removal(tensors, before, names_before)
         self.tensors = tensors
         self.index = {name: number for number, found in enumerate(self.tensors) for name in found.names}
-        origins, self.pruned = [], []
+        origins: list[int | None] = []
+        moves: list[str] = []
+        self.pruned = []
         for number, found in enumerate(self.tensors):
             origin = known.get(_identity(found))
             if origin is not None and self._is_another(found, origin, before):
                 origin = None
             origins.append(origin)
             if origin is not None and found.names != before[origin].names:
-                self._note_move(number, before[origin].names, changes)
+                old = before[origin].names
+                moves.append(f"{old[0]} is now {found.names[0]}" if old[0] != found.names[0] else found.names[0])
+                changes.moved[found.names[0]] = old[0]
+                if _pruning_ended(old, found.names):
+                    self.pruned.append(number)
         new = [
             name for origin, found in zip(origins, self.tensors, strict=True) if origin is None for name in found.names
         ]
         again = [name for name in new if name in names_before]
         self.joined = [name for name in new if name not in names_before]
         changes.replaced += again
+        if moves:
+            changes.news.append(f"names changed, and the averages go on: {shorten(moves)}.")
         if again:
             changes.news.append(f"{shorten(again)} was replaced: its average begins anew, at its present value.")
         if self.joined and before:
@@ -161,13 +169,6 @@ class FollowedTensors:
         names = before[origin].names
         parametrized = found.names != names and any(_PARAMETRIZED in name for name in (*names, *found.names))
         return parametrized and part.data_ptr() != self._pointers[origin]
-
-    def _note_move(self, number: int, before: tuple[str, ...], changes: Changes) -> None:
-        found = self.tensors[number]
-        changes.news.append(f"{shorten(before)} is now {shorten(found.names)}, and its average with it.")
-        changes.moved[found.names[0]] = before[0]
-        if _pruning_ended(before, found.names):
-            self.pruned.append(number)
 
 
 def _refuse_removal(now: list[NamedTensor], before: list[NamedTensor], names_before: dict[str, int]) -> None:

@@ -27,8 +27,8 @@ class Roles(Generic[T]):
     """Who does what.
 
     Args:
-        writer: Decides a file's ``state_dict``: the one that owns it; without one, whoever evaluates or comes first
-            sees to it that files are raw.
+        writer: Decides a file's ``state_dict``: the one that owns it; without one, the evaluator or else the first
+            keeps files raw.
         evaluator: Puts its average into the module for an evaluation, if any does.
         keeper: Leaves its average in the module after fit, if any does: of several, the evaluator, else the first.
     """
