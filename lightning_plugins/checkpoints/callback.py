@@ -202,7 +202,7 @@ class CheckpointAveraging(Callback):
             return
         try:
             self._average(trainer, pl_module, self._pool, choice)
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, MemoryError) as error:
             lost = "no average" if self.path is None else "no comparison"
             self._warn(f"CheckpointAveraging made {lost}: {error}")
             return

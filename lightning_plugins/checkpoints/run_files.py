@@ -17,9 +17,10 @@ from typing import Any, BinaryIO
 from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
 from lightning_plugins.checkpoints.record import Record, read_record
+from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.validation import a_path, plain_text, shown
 
-_MOST_FILES = 100_000
+_MOST_FILES = 10_000
 _BLOCK = 1 << 20
 
 
@@ -94,11 +95,14 @@ class RunFiles:
 
     def plain(self) -> dict[str, Any]:
         """Return those that exist as plain values, for a checkpoint: path -> digest and keeper."""
-        for path in [path for path in self._files if not path.exists()]:
-            # one that is still being written will be noted again at the latest when it is looked for
-            if self._files[path].digest is not None:
+        for path, found in list(self._files.items()):
+            if found.digest is None:
+                # by now it may have been written in the background
+                found.digest = _digest_or_none(path)
+            elif not path.exists():
                 del self._files[path]
-        return {str(path): [found.digest, found.keeper] for path, found in self._files.items() if found.digest}
+        latest = list(self._files.items())[-_MOST_FILES:]
+        return {str(path): [found.digest, found.keeper] for path, found in latest if found.digest}
 
     def load(self, plain: Any) -> None:
         """Take over what :meth:`plain` returned.
@@ -160,7 +164,7 @@ def digest(path: Path) -> str:
         return found.hexdigest()
     for name in (".metadata", "meta.pt"):
         found.update(name.encode())
-        if (path / name).is_file():
+        if (path / name).exists():
             _add_file(found, path / name)
     return found.hexdigest()
 
@@ -168,7 +172,7 @@ def digest(path: Path) -> str:
 def _add_file(found: Any, path: Path) -> None:
     size = path.stat().st_size
     found.update(f"{size}:".encode())
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for start, stop in _deciding_ranges(file, size):
             file.seek(start)
             left = stop - start

@@ -149,7 +149,7 @@ def _found_below(dirpath: Path) -> list[Record]:
         for path in sorted(here / name for name in [*names, *inside] if _may_be_checkpoint(here / name)):
             try:
                 record = read_record(path)
-            except CheckpointError:
+            except (CheckpointError, OSError):
                 # what lies below a directory was not asked for, so that a damaged file there is no error
                 continue
             if path.relative_to(dirpath).as_posix() in record.written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pathlib
 import shutil
 
@@ -317,3 +318,22 @@ def test_a_state_cannot_have_files_deleted_outside_our_own_folder(tmp_path):
 
 def test_a_module_is_no_part_of_the_state(state):
     assert not any(isinstance(value, (nn.Module, torch.Tensor)) for value in state.values())
+
+
+def test_a_pipe_with_the_name_of_a_file_of_the_run_keeps_nothing_waiting(tmp_path):
+    def exchange():
+        (tmp_path / "epoch=0-step=4.ckpt").unlink()
+        os.mkfifo(tmp_path / "epoch=0-step=4.ckpt")
+
+    with pytest.warns(LightningPluginsWarning, match=r"cannot be read: epoch=0-step=4\.ckpt\."):
+        assert epochs(fit(tmp_path, Plants(exchange))) == [1, 2, 3, 4]
+
+
+def test_files_written_in_the_background_are_in_the_state(tmp_path):
+    files = RunFiles()
+    files.add(tmp_path / "a.ckpt", keeper="ModelCheckpoint")
+    assert files.plain() == {}
+    torch.save({"w": torch.ones(1)}, tmp_path / "a.ckpt")
+    assert files.plain() == {str(tmp_path / "a.ckpt"): [digest(tmp_path / "a.ckpt"), "ModelCheckpoint"]}
+    (tmp_path / "a.ckpt").unlink()
+    assert files.plain() == {}
