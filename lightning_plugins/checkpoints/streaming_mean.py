@@ -198,8 +198,8 @@ class CheckpointMean:
         mean, total = values[0].to(wide, copy=True), self.shares[0]
         for value, share in zip(values[1:], self.shares[1:], strict=True):
             total += share
-            # as long as all before it weigh nothing, the next one is the mean
-            mean.lerp_(value.to(wide), share / total if total else 1.0)
+            # as long as all before it weigh nothing, so does this mean
+            mean.lerp_(value.to(wide), share / total if total else 0.0)
         return mean
 
     def _nonfinite(self, name: str, start: int, stop: int) -> str:

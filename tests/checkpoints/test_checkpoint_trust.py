@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_plugins import CheckpointAveraging
-from lightning_plugins.checkpoints import read_manifest
+from lightning_plugins.checkpoints import CheckpointError, read_manifest
 from lightning_plugins.checkpoints.run_files import RunFiles, digest
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.checkpoints_models import (
@@ -337,3 +337,15 @@ def test_files_written_in_the_background_are_in_the_state(tmp_path):
     assert files.plain() == {str(tmp_path / "a.ckpt"): [digest(tmp_path / "a.ckpt"), "ModelCheckpoint"]}
     (tmp_path / "a.ckpt").unlink()
     assert files.plain() == {}
+
+
+def test_trust_ends_where_the_list_ends(tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "stranger.ckpt"
+    stranger(path, 1, marker)
+    with pytest.raises(CheckpointError, match="needs more than tensors and plain values"):
+        RunFiles().open(path)
+    assert not marker.exists()
+    files = RunFiles()
+    files.add(path)
+    files.open(path)
+    assert marker.exists()

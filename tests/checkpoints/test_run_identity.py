@@ -1,0 +1,81 @@
+"""Which fits have led to a file, and which of several runs is the newest."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from lightning_plugins.checkpoints.run_identity import (
+    Lineage,
+    checked_lineage,
+    lineage_of,
+    new_fit_name,
+    newest_run,
+)
+
+
+def test_a_fit_that_begins_at_step_zero_is_a_run_of_its_own():
+    run = Lineage((("a", 5),))
+    assert run.new_fit("b", 0) == Lineage((("b", 0),))
+    assert run.new_fit("b", 3) == Lineage((("a", 3), ("b", 3)))
+    assert Lineage((("a", 5), ("b", 9))).new_fit("c", 4).fits == (("a", 4), ("b", 4), ("c", 4))
+
+
+def test_what_was_written_after_the_step_resumed_from_is_no_part_of_the_run():
+    resumed = Lineage((("a", 50),)).new_fit("b", 50).at(70)
+    held = {step: Lineage((("a", step),)) in resumed for step in (40, 50, 51)}
+    assert held == {40: True, 50: True, 51: False}
+    assert Lineage() not in resumed
+    assert Lineage().at(3) == Lineage()
+
+
+def test_names_of_fits_differ_and_sort_by_time():
+    names = [new_fit_name() for _ in range(50)]
+    assert len(set(names)) == 50
+    moments = [name.partition("-")[0] for name in names]
+    assert moments == sorted(moments)
+
+
+def test_a_lineage_goes_through_plain_values():
+    lineage = Lineage((("a", 5), ("b", 9)))
+    assert checked_lineage(lineage.plain()) == lineage
+    assert lineage_of({"lightning_plugins_run": lineage.plain()}) == lineage
+    for checkpoint in ({}, {"lightning_plugins_run": 1}, {"lightning_plugins_run": {"fits": [["a", -1]]}}):
+        assert lineage_of(checkpoint) == Lineage()
+
+
+def test_the_run_that_began_last_is_the_newest_whatever_its_steps():
+    told = {
+        "old": (Lineage((("0001-a", 900),)), 900, 9),
+        "new": (Lineage((("0002-b", 20),)), 20, 0),
+        "newer": (Lineage((("0002-b", 40),)), 40, 1),
+    }
+    assert newest_run(list(told), told) == ["new", "newer"]
+    assert newest_run([], {}) == []
+
+
+def test_of_runs_with_and_without_a_name_the_one_with_the_highest_step_counts():
+    named = (Lineage((("0001-a", 30),)), 30, 2)
+    assert newest_run("ab", {"a": named, "b": (Lineage(), 90, 3)}) == ["b"]
+    assert newest_run("ab", {"a": named, "b": (Lineage(), 30, 1)}) == ["a"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_runs_of_unlike_epochs_come_apart_in_any_order(seed):
+    """Against the runs that were interleaved: files at the ends of epochs, of two lengths."""
+    draw = random.Random(seed)
+    short = draw.randint(3, 40)
+    long = short + draw.randint(max(2, short // 3), 60)
+    runs = {
+        name: [(length * (e + 1), e) for e in range(draw.randint(3, 9))] for name, length in (("s", short), ("l", long))
+    }
+    files = {f"{name}{epoch}": (Lineage(), step, epoch) for name, found in runs.items() for step, epoch in found}
+    shuffled = list(files)
+    draw.shuffle(shuffled)
+    highest = max(runs, key=lambda name: (runs[name][-1][0], name == "l"))
+    if runs["s"][-1][0] == runs["l"][-1][0]:
+        pytest.skip("both end at one step")
+    found = newest_run(shuffled, files)
+    falls = any(a[0] < b[0] and a[1] > b[1] for a in runs["s"] for b in runs["l"])
+    assert {name[0] for name in found} == {highest} if falls else highest in {name[0] for name in found}
