@@ -1,41 +1,26 @@
 """The recorder in a real Trainer: every value recomputed by NumPy from what the module saw."""
 
-import copy
-import math
-import pickle
-from pathlib import Path
-
 import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_plugins import ClassificationReport, CSVStatisticsLogger, StatisticsRecorder
-from lightning_plugins.core.lightning import MisconfigurationException
-from lightning_plugins.statistics.recording import Recording as RunRecording
+from lightning_plugins import ClassificationReport, StatisticsRecorder
 from tests.support.statistics_runs import (
+    METRICS,
     Classifier,
     Recording,
     dataset,
     expected_rows,
     fit,
     loaders,
+    recorded,
     trainer_of,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-
-METRICS = ["accuracy", "top5_accuracy", "perplexity"]
-
-
-def recorded(metrics=METRICS, model=None, callbacks=(), **options):
-    recorder = StatisticsRecorder(metrics)
-    reader = Recording()
-    recorder.subscribe(reader)
-    trainer, model = fit([recorder, *callbacks], model, **options)
-    return trainer, model, reader
 
 
 @pytest.mark.parametrize("returns", ["loss", "dict"])
@@ -250,114 +235,6 @@ def test_the_trainers_own_loggers_get_the_statistics_on_request(tmp_path):
     assert steps == [(2, train), (3, train), (3, val), (4, train), (6, train), (6, train), (6, val)]
 
 
-class _Bar(TQDMProgressBar):
-    shown: list
-
-    def get_metrics(self, trainer, pl_module):
-        metrics = super().get_metrics(trainer, pl_module)
-        self.shown.append(metrics)
-        return metrics
-
-
-def test_tqdm_shows_running_statistics_and_reads_the_device_only_when_it_redraws(monkeypatch, capsys):
-    bar = _Bar(refresh_rate=3)
-    bar.shown = []
-    reads = _count_reads(monkeypatch)
-    recorder = StatisticsRecorder(["accuracy"], progress_bar=["loss", "accuracy"])
-    fit([recorder, bar], data=(DataLoader(dataset(90), batch_size=10), None), max_epochs=1, enable_progress_bar=True)
-    assert {"loss", "accuracy"} <= bar.shown[0].keys()
-    assert all(isinstance(metrics["loss"], float) for metrics in bar.shown)
-    assert sum(reads.values()) <= 4  # batches 3, 6 and 9; the last one also ends the phase
-    assert "accuracy=" in capsys.readouterr().out
-
-
-def test_rich_shows_running_statistics(capsys):
-    recorder = StatisticsRecorder(["accuracy"], progress_bar=["accuracy"])
-    fit([recorder, RichProgressBar()], max_epochs=1, enable_progress_bar=True)
-    assert "accuracy" in capsys.readouterr().out
-
-
-def test_rich_reads_the_device_only_as_often_as_it_redraws(monkeypatch):
-    reads = _count_reads(monkeypatch)
-    at_batch = []
-
-    class Spy(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            at_batch.append(sum(reads.values()))
-            monkeypatch.setattr(RunRecording, "_elapsed", lambda self: 0.1 * (batch_idx + 1))
-
-    monkeypatch.setattr(RunRecording, "_elapsed", lambda self: 0.0)
-    bar = RichProgressBar(refresh_rate=1)  # once per second, which ten of these batches take
-    every_batch = hasattr(bar, "_should_update")  # what the rate means in Lightning 2.6.0
-    data = DataLoader(dataset(200), batch_size=10), None
-    fit([StatisticsRecorder(["accuracy"]), bar, Spy()], data=data, max_epochs=1, enable_progress_bar=True)
-    assert at_batch[:19] == (list(range(1, 20)) if every_batch else [1] * 10 + [2] * 9)
-
-
-def _count_reads(monkeypatch):
-    """Count every way in which a tensor's value reaches the host."""
-    counts = {}
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        original = getattr(torch.Tensor, name)
-
-        def counting(self, *args, _name=name, _original=original, **kwargs):
-            counts[_name] = counts.get(_name, 0) + _from_recorder()
-            return _original(self, *args, **kwargs)
-
-        monkeypatch.setattr(torch.Tensor, name, counting)
-    original_to = torch.Tensor.to
-
-    def to(self, *args, **kwargs):
-        counts["to"] = counts.get("to", 0) + (bool(args) and args[0] == "cpu" and _from_recorder())
-        return original_to(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    # what is on the host already may be read as often as one likes
-    return _Only(counts)
-
-
-class _Only(dict):
-    def __init__(self, counts):
-        self.counts = counts
-
-    def values(self):
-        return [self.counts.get("to", 0), self.counts.get("item", 0), self.counts.get("__bool__", 0)]
-
-
-def _from_recorder():
-    import inspect
-
-    return any("lightning_plugins/statistics" in frame.filename for frame in inspect.stack()[2:8])
-
-
-def test_a_step_that_does_not_flush_reads_nothing_from_the_device(monkeypatch):
-    reads = _count_reads(monkeypatch)
-    at_batch = []
-
-    class Spy(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            at_batch.append(sum(reads.values()))
-
-    recorder = StatisticsRecorder(METRICS)
-    recorder.subscribe(Recording(flush_seconds=1000))
-    fit([recorder, Spy()], data=(DataLoader(dataset(200), batch_size=10), None), max_epochs=1)
-    assert at_batch[:19] == [0] * 19
-    assert at_batch[19] == 1  # the epoch's last batch: one transfer for twenty rows of five sums
-
-
-def test_rows_are_handed_out_together_when_their_time_has_come():
-    recorder = StatisticsRecorder(["accuracy"])
-    patient, hasty = Recording(flush_seconds=1000), Recording(flush_seconds=0)
-    recorder.subscribe(patient)
-    fit([recorder])
-    assert patient.writes == 4  # phase ends
-    again = StatisticsRecorder(["accuracy"])
-    again.subscribe(hasty)
-    fit([again])
-    assert hasty.writes == 10
-    assert [row.values for row in hasty.rows] == [row.values for row in patient.rows]
-
-
 def test_predictions_come_from_a_key_a_function_or_a_submodule():
     class Hidden(Classifier):
         def _step(self, phase, batch):
@@ -436,160 +313,3 @@ def test_a_batch_without_targets_is_told_what_was_looked_for():
         fit([StatisticsRecorder(["accuracy"], targets="no.truth")], Dicts(), data=(data, None))
     with pytest.raises(TypeError, match="The targets must be a tensor, got str"):
         fit([StatisticsRecorder(["accuracy"], targets=lambda outputs, batch: "x")], Dicts(), data=(data, None))
-
-
-def test_wrong_arguments_are_refused_at_construction():
-    with pytest.raises(
-        TypeError, match=r"`predictions` must be a key, a function of \(outputs, batch\) or None, got 3"
-    ):
-        StatisticsRecorder(predictions=3)
-    with pytest.raises(TypeError, match="`targets` must be"):
-        StatisticsRecorder(targets=3)
-    with pytest.raises(ValueError, match="`every` must be one of 'batch', 'epoch', got 'step'"):
-        StatisticsRecorder(every="step")
-
-
-def test_two_recorders_in_one_trainer_are_refused():
-    callbacks = [StatisticsRecorder(), StatisticsRecorder(["accuracy"])]
-    assert callbacks[0].state_key != callbacks[1].state_key
-    with pytest.raises(MisconfigurationException, match="takes one StatisticsRecorder, got 2: give all metrics to one"):
-        fit(callbacks)
-
-
-def test_a_validation_that_returns_no_loss_has_the_other_statistics():
-    class Quiet(Classifier):
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-
-    trainer, model, reader = recorded(["accuracy", "perplexity"], model=Quiet())
-    rows = [row for row in reader.rows if row.phase == "validation"]
-    assert all(list(row.values) == ["accuracy"] for row in rows)
-    expected = [values["accuracy"] for phase, _, values in expected_rows(model.seen) if phase == "validation"]
-    assert [row.values["accuracy"] for row in rows] == pytest.approx(expected)
-    assert "val_loss" not in trainer.callback_metrics
-    assert not [row for row in recorded([], model=Quiet())[2].rows if row.phase == "validation"]
-
-
-def test_a_rate_is_the_one_the_batch_was_trained_with():
-    class Scheduled(Classifier):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    _, _, reader = recorded([], model=Scheduled())
-    assert [row.lr for row in reader.rows if row.phase == "train"] == pytest.approx([1 / n for n in range(1, 7)])
-    assert {row.lr for row in reader.rows if row.phase == "validation"} == {None}
-
-
-def test_a_rate_that_is_a_tensor_stays_on_its_device_until_the_row_is_read():
-    class Tensor(Classifier):
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=torch.tensor(0.25), foreach=False)
-
-    _, _, reader = recorded([], model=Tensor())
-    assert {row.lr for row in reader.rows if row.phase == "train"} == {0.25}
-
-
-def test_the_hook_on_the_module_is_gone_afterwards():
-    model = Classifier()
-    fit([StatisticsRecorder(["accuracy"])], model)
-    assert not model._forward_hooks
-
-    class Dying(Classifier):
-        def validation_step(self, batch, batch_idx):
-            raise KeyError("out of luck")
-
-    model = Dying()
-    with pytest.raises(KeyError, match="out of luck"):
-        fit([StatisticsRecorder(["accuracy"])], model)
-    assert not model._forward_hooks
-
-
-def test_a_recorder_pickles_copies_and_fits_twice():
-    recorder = pickle.loads(pickle.dumps(StatisticsRecorder(["accuracy"])))
-    recorder = copy.deepcopy(recorder)
-    recorder.subscribe(reader := Recording())
-    fit([recorder], max_epochs=1)
-    fit([recorder], max_epochs=1)
-    first, second = reader.rows[:5], reader.rows[5:]
-    assert [row.values for row in first] == [row.values for row in second]
-    assert second[0].seconds >= first[-1].seconds
-    assert second[-1].samples == 80
-
-
-def test_a_run_of_unknown_length_ends_its_phases_too():
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter([(x, y) for x, y in dataset(20)])
-
-    _, _, reader = recorded(
-        ["accuracy"],
-        data=(DataLoader(Stream(), batch_size=8), DataLoader(Stream(), batch_size=8)),
-        max_epochs=-1,
-        max_steps=5,
-    )
-    assert [row.batches for row in reader.rows][:6] == [None] * 6
-    assert [(row.phase, row.batch) for row in reader.ends] == [
-        ("train", 3),
-        ("validation", 3),
-        ("train", 2),
-    ]
-    assert reader.rows[0].epochs is None
-
-
-def test_state_is_plain_and_loads_with_weights_only(tmp_path):
-    recorder = StatisticsRecorder(["accuracy", torchmetrics.classification.MulticlassAUROC(8)], every="epoch")
-    trainer, _ = fit([recorder], data=(DataLoader(dataset(80), batch_size=80), None), max_epochs=1)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][recorder.state_key]
-    assert loaded["version"] == 1
-    assert loaded["train"]["sums"][1:] == [float(v) for v in recorder.state_dict()["train"]["sums"][1:]]
-    assert math.isclose(loaded["seconds"], recorder.state_dict()["seconds"])
-
-
-def test_loggers_and_recorder_give_the_same_file_in_any_order():
-    files = []
-    for index, order in enumerate((lambda a, b: [a, b], lambda a, b: [b, a])):
-        logger = CSVStatisticsLogger(f"order{index}.csv", columns=["loss", "accuracy", "lr"])
-        fit(order(StatisticsRecorder(["accuracy"]), logger))
-        files.append(Path(logger.path).read_text())
-    assert files[0] == files[1]
-
-
-def test_of_several_ranks_one_takes_the_state_of_all_and_the_others_none():
-    first = StatisticsRecorder(["accuracy"])
-    fit([first], max_epochs=1)
-    state = first.state_dict()
-    taken = []
-    for chief in (True, False):
-        recorder = StatisticsRecorder(["accuracy"])
-        recorder.recording.restore(state, torch.device("cpu"), chief=chief)
-        taken.append(recorder.state_dict())
-    assert taken[0]["train"] == state["train"]
-    assert taken[1]["train"] == {"batches": 0, "sums": [], "metrics": {}}
-    assert [part["samples"] for part in taken] == [40, 0]
-
-
-def test_a_loss_that_is_a_plain_number_counts_in_validation():
-    class Numbers(Classifier):
-        def validation_step(self, batch, batch_idx):
-            return {"loss": float(batch_idx)}
-
-    trainer, _, _ = recorded([], model=Numbers())
-    assert float(trainer.callback_metrics["val_loss"]) == 0.5
-
-
-def test_manual_optimisation_that_returns_nothing_still_has_its_metrics():
-    class Manual(Classifier):
-        automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            self.manual_backward(self._step("train", batch))
-            self.optimizers().step()
-
-    _, model, reader = recorded(["accuracy", "perplexity"], model=Manual())
-    expected = expected_rows(model.seen)
-    for row, (phase, _, values) in zip(reader.rows, expected, strict=True):
-        assert row.values["accuracy"] == pytest.approx(values["accuracy"])
-        assert ("loss" in row.values) == (phase == "validation")

@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_plugins import StatisticsRecorder
+
 CLASSES = 8
+METRICS = ["accuracy", "top5_accuracy", "perplexity"]
 
 
 class Classifier(pl.LightningModule):
@@ -140,6 +143,15 @@ class Recording:
 
     def phase_end(self, row):
         self.ends.append(row)
+
+
+def recorded(metrics=METRICS, model=None, callbacks=(), **options):
+    """Fit with a recorder; return the Trainer, the module and what reads the rows."""
+    recorder = StatisticsRecorder(metrics)
+    reader = Recording()
+    recorder.subscribe(reader)
+    trainer, model = fit([recorder, *callbacks], model, **options)
+    return trainer, model, reader
 
 
 def expected_rows(seen):
