@@ -10,6 +10,7 @@ from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.record import read_record
 from lightning_plugins.checkpoints.selection import found_in
 from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.validation import plain_value
 
 
 def describe_weights(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def describe_weights(path: str | Path, *, trust: bool = False) -> dict[str, Any]
             "bytes": sum(sizes.values()),
             "types": sorted({str(spec.dtype).removeprefix("torch.") for spec in found.specs.values()}),
         },
-        "sources": [str(file.get("path", "?")) for file in manifest["files"]] if manifest else [],
+        "sources": [str(plain_value(file.get("path", "?"))) for file in manifest["files"]] if manifest else [],
         "other": sorted(map(str, (*found.extras, *found.header))),
     }
 

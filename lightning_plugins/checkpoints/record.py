@@ -18,6 +18,9 @@ from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.stand_ins import StoredTensor, UnreadableError
 from lightning_plugins.core.torch_file import Archive
 
+# a score; larger whole numbers are none that a float holds
+_LARGEST = 1e300
+
 
 @dataclass(frozen=True)
 class Record:
@@ -158,7 +161,7 @@ def looked_up(path: Path, scores: Mapping[str, Any]) -> Any:
 def _number(archive: Archive, value: Any) -> float | None:
     if isinstance(value, StoredTensor):
         return archive.scalar(value)
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(value) if isinstance(value, (int, float)) and -_LARGEST < value < _LARGEST else None
 
 
 def _mode(key: str) -> str:

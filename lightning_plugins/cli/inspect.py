@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_plugins import checkpoints, ema
 from lightning_plugins.cli.commands import Commands, add_trust, say
-from lightning_plugins.core.validation import shortened
+from lightning_plugins.core.validation import shortened, shown
 
 _DESCRIPTION = """\
 Say what a checkpoint holds, without running what it names: Lightning's, plain
@@ -69,7 +69,9 @@ def _print(found: dict[str, Any] | list[dict[str, Any]], *, as_json: bool) -> No
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {_text(part)}" for name, part in value.items()) or "-"
+        return ", ".join(f"{str(name).replace('_', ' ')} {_text(part)}" for name, part in value.items()) or "-"
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "-"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else shortened(str(value))
+    if isinstance(value, int) and value.bit_length() < 1024:
+        return f"{value:,}"
+    return "-" if value is None else shortened(value) if isinstance(value, str) else shown(value)

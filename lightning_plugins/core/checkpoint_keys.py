@@ -43,5 +43,7 @@ def mean_described(manifest: Mapping[str, Any]) -> str:
         >>> mean_described({"files": [{}, {}, {}], "weights": "average"})
         'mean of 3 checkpoints, of EMA averages'
     """
-    of = {"average": ", of EMA averages", "raw": ", of trained weights"}.get(str(manifest.get("weights")), "")
+    weights = manifest.get("weights")
+    known = {"average": ", of EMA averages", "raw": ", of trained weights"}
+    of = known.get(weights, "") if isinstance(weights, str) else ""
     return f"mean of {len(manifest['files'])} checkpoints{of}"

@@ -79,6 +79,18 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line)
 
 
+def plain_value(value: Any) -> int | str | None:
+    """Return a value out of a file as one that any program can show: a number, a short text, or how a message shows it.
+
+    Example:
+        >>> plain_value(3), plain_value("2.6.6"), plain_value([1]), plain_value(None)
+        (3, '2.6.6', '[1]', None)
+    """
+    if value is None or (type(value) is int and abs(value) < 2**63):
+        return value
+    return shortened(value) if isinstance(value, str) else shown(value)
+
+
 def first_line(error: object) -> str:
     """Return the beginning of what an error says, on one printable line; its type's name if it says nothing."""
     return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))[:_LONGEST]

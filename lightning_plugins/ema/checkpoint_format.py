@@ -308,7 +308,15 @@ def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     has_state = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping)
     if not has_state:
         raise NoStateDictError(f"`checkpoint_path` must be a Lightning checkpoint, but {path} has no `state_dict`.")
+    _check_names("state_dict", loaded["state_dict"])
     return loaded
+
+
+def _check_names(what: str, tensors: Mapping[Any, Any]) -> None:
+    """Raise unless the names in a set of weights are texts."""
+    odd = next((name for name in tensors if not isinstance(name, str)), None)
+    if odd is not None or None in tensors:
+        raise ValueError(f"`{what}` in a checkpoint must have texts as names, got {shown(odd)}.")
 
 
 def _lightnings(checkpoint: Mapping[str, Any]) -> Contents | None:
@@ -318,7 +326,9 @@ def _lightnings(checkpoint: Mapping[str, Any]) -> Contents | None:
     current, averaging = checkpoint["current_model_state"], checkpoint["averaging_state"]
     if not isinstance(current, Mapping) or not isinstance(averaging, Mapping):
         raise TypeError("`current_model_state` and `averaging_state` must be mappings, as Lightning's callback writes.")
+    _check_names("current_model_state", current)
     raw = {clean_name(key): value for key, value in current.items() if isinstance(value, Tensor)}
     count = averaging.get("n_averaged", 1)
-    updates = whole_number("n_averaged", count.item() if isinstance(count, Tensor) else count)
+    single = isinstance(count, Tensor) and count.numel() == 1
+    updates = whole_number("n_averaged", count.item() if single else count)
     return Contents("average", None, raw, updates=updates)

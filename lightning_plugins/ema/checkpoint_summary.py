@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
-from lightning_plugins.ema.checkpoint_format import load_checkpoint, read_contents
+from lightning_plugins.core.validation import plain_value, shown
+from lightning_plugins.ema.checkpoint_format import load_checkpoint, read_contents, tensors_by_name
 
 
 def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -36,9 +37,9 @@ def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> 
         "path": str(checkpoint_path),
         "file_bytes": Path(checkpoint_path).stat().st_size,
         "kind": kind,
-        "epoch": checkpoint.get("epoch"),
-        "global_step": checkpoint.get("global_step"),
-        "lightning": checkpoint.get("pytorch-lightning_version"),
+        "epoch": plain_value(checkpoint.get("epoch")),
+        "global_step": plain_value(checkpoint.get("global_step")),
+        "lightning": plain_value(checkpoint.get("pytorch-lightning_version")),
         "state_dict": {
             "weights": _which(checkpoint),
             "tensors": len(state),
@@ -48,9 +49,9 @@ def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> 
         },
         "sources": _sources(checkpoint),
         "beside": _beside(checkpoint),
-        "callbacks": sorted(checkpoint.get("callbacks", {})),
-        "optimizers": len(checkpoint.get("optimizer_states", [])),
-        "other": sorted(key for key in checkpoint if key not in _KNOWN),
+        "callbacks": sorted(map(str, _part(checkpoint, "callbacks", {}))),
+        "optimizers": len(_part(checkpoint, "optimizer_states", [])),
+        "other": sorted(str(key) for key in checkpoint if key not in _KNOWN),
     }
 
 
@@ -73,7 +74,7 @@ _KNOWN = {
 
 def _sources(checkpoint: Mapping[str, Any]) -> list[str]:
     manifest = checkpoint_keys.mean_manifest(checkpoint)
-    return [str(file.get("path", "?")) for file in manifest["files"]] if manifest else []
+    return [str(plain_value(file.get("path", "?"))) for file in manifest["files"]] if manifest else []
 
 
 def _which(checkpoint: Mapping[str, Any]) -> str:
@@ -83,7 +84,7 @@ def _which(checkpoint: Mapping[str, Any]) -> str:
     contents = read_contents(checkpoint)
     if contents is None or contents.state_dict == "raw":
         return "trained weights"
-    return f"average of EMA {contents.name!r}" if contents.name else "average of Lightning's own callback"
+    return f"average of EMA {shown(contents.name)}" if contents.name else "average of Lightning's own callback"
 
 
 def _beside(checkpoint: Mapping[str, Any]) -> dict[str, int]:
@@ -92,9 +93,24 @@ def _beside(checkpoint: Mapping[str, Any]) -> dict[str, int]:
     if contents is not None and contents.raw is not None:
         found["raw weights"] = _bytes(_tensors(contents.raw.values()))
     for name, average in (contents.averages if contents else {}).items():
-        found[f"average of EMA {name!r}"] = _bytes(_tensors(average.values()))
-    for key, averages in checkpoint.get(checkpoint_keys.POSTHOC_EMA, {}).items():
-        found[key] = sum(_bytes(_tensors(average.values())) for average in averages)
+        found[f"average of EMA {shown(name)}"] = _bytes(_tensors(average.values()))
+    for key, averages in _part(checkpoint, checkpoint_keys.POSTHOC_EMA, {}).items():
+        if not isinstance(averages, list) or not all(map(tensors_by_name, averages)):
+            raise ValueError(f"`{checkpoint_keys.POSTHOC_EMA}` must hold lists of averages, got {shown(averages)}.")
+        found[str(key)] = sum(_bytes(_tensors(average.values())) for average in averages)
+    return found
+
+
+def _part(checkpoint: Mapping[str, Any], key: str, empty: Any) -> Any:
+    """Return an entry of a checkpoint, ``empty`` if it has none.
+
+    Raises:
+        ValueError: If it is of another kind than ``empty``.
+    """
+    found = checkpoint.get(key, empty)
+    if not isinstance(found, type(empty)):
+        what = f"`{key}` in a checkpoint must be a {type(empty).__name__}, got {shown(found)}."
+        raise ValueError(what)  # noqa: TRY004  # the file's fault, not an argument's
     return found
 
 

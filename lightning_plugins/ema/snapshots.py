@@ -246,6 +246,8 @@ def _sigma_rels(header: Mapping[str, Any]) -> list[Any]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Any], SnapshotContents]:
     header = torch_file.load(path, trust=False)
+    if not isinstance(header, dict):
+        raise ValueError("it holds no snapshot")  # noqa: TRY004  # the file's fault, not an argument's
     return header, _contents(header, a_list("averages", header["averages"]), header["rest"])
 
 

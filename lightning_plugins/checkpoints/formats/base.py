@@ -91,8 +91,8 @@ class Checkpoint(ABC):
 
 
 def as_count(value: Any) -> int | None:
-    """Return ``value`` if it is a whole number, else ``None``."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """Return ``value`` if it is a number of steps or epochs that a run can have, else ``None``."""
+    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def unreadable(path: Path, error: Exception | str) -> str:
