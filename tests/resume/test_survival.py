@@ -129,7 +129,7 @@ def resumed(dead, forgotten):
     place.clear()
     shutil.copytree(left, place.run, dirs_exist_ok=True)
     checkpoint = torch.load(cut, weights_only=True)
-    names = [key for key in checkpoint["callbacks"] if key.startswith((f"{forgotten}{{", f"{forgotten}["))]
+    names = [key for key in checkpoint["callbacks"] if key.startswith(f"{forgotten}(")]
     for key in names:
         del checkpoint["callbacks"][key]
     for key in TECHNIQUES.get(forgotten, ()):
