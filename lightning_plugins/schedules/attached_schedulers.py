@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -32,17 +32,15 @@ class AttachedSchedulers:
         options: Keyword arguments of :class:`ScheduleLR`.
 
     Attributes:
+        schedulers: Those that are there now.
         optimizers: The Trainer's list as last seen: another list may hold other optimizers.
     """
 
     def __init__(self, schedule: Any, index: int | None, existing: str, options: dict[str, Any]) -> None:
         self._schedule, self._index, self._existing, self._options = schedule, index, existing, options
-        self._schedulers: list[ScheduleLR] = []
+        self.schedulers: list[ScheduleLR] = []
         self._left: list[Optimizer] = []  # those whose rates another scheduler has taken over in mid-fit
         self.optimizers: list[Optimizer] = []
-
-    def __iter__(self) -> Iterator[ScheduleLR]:
-        return iter(self._schedulers)
 
     def attach(self, trainer: Trainer) -> None:
         """Put a scheduler beside each chosen optimizer; it is told its schedule later.
@@ -65,15 +63,15 @@ class AttachedSchedulers:
         """
         self.optimizers = trainer.strategy.optimizers
         chosen, configs = self._chosen(trainer), trainer.strategy.lr_scheduler_configs
-        known = [*self._left, *(scheduler.optimizer for scheduler in self)]
+        known = [*self._left, *(scheduler.optimizer for scheduler in self.schedulers)]
         new = [optimizer for optimizer in chosen if not _holds(known, optimizer)]
         begun = []
-        for scheduler in list(self):
+        for scheduler in list(self.schedulers):
             stays = _holds(chosen, scheduler.optimizer)
             if stays and any(config.scheduler is scheduler for config in configs):
                 continue
             scheduler.close()
-            self._schedulers.remove(scheduler)
+            self.schedulers.remove(scheduler)
             optimizer = scheduler.optimizer if stays or not new else new.pop(0)
             taken = self._existing == "refuse" and any(
                 self._conflicts(config.scheduler, optimizer) for config in configs
@@ -91,9 +89,9 @@ class AttachedSchedulers:
 
     def release(self) -> None:
         """Take every hook off the optimizers."""
-        for scheduler in self:
+        for scheduler in self.schedulers:
             scheduler.close()
-        self._schedulers, self._left, self.optimizers = [], [], []
+        self.schedulers, self._left, self.optimizers = [], [], []
 
     def _chosen(self, trainer: Trainer) -> list[Optimizer]:
         optimizers = torch_optimizers(trainer)
@@ -111,7 +109,7 @@ class AttachedSchedulers:
             options = {**options, "base_lr": rates + (None,) * (len(optimizer.param_groups) - len(rates))}
         scheduler = ScheduleLR(optimizer, self._schedule, **options)
         scheduler.held = True
-        self._schedulers.append(scheduler)
+        self.schedulers.append(scheduler)
         trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(scheduler, interval="step", frequency=_NEVER))
         return scheduler
 

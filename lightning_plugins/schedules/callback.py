@@ -170,11 +170,11 @@ class LearningRateScheduler(Callback):
         self.resolved = None  # every fit logs its schedule
         if taken == 0:
             self.lrs.clear()
-        elif any(scheduler.restored is False for scheduler in self._attached):
+        elif any(scheduler.restored is False for scheduler in self._attached.schedulers):
             rank_zero_info("LearningRateScheduler does not load the state of the scheduler that was here before it.")
-        elif not all(scheduler.restored for scheduler in self._attached):
+        elif not all(scheduler.restored for scheduler in self._attached.schedulers):
             rank_zero_info(f"LearningRateScheduler joins a run that has taken {taken} steps, and starts there.")
-        for scheduler in self._attached:
+        for scheduler in self._attached.schedulers:
             if taken == 0:
                 scheduler.rebase()
             scheduler.scale = 1.0 if self._watch is None else self._watch.state.factor
@@ -200,7 +200,7 @@ class LearningRateScheduler(Callback):
             self._follow_optimizers(trainer, pl_module)
         if trainer.accumulate_grad_batches != self._accumulation:
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
-        for scheduler in self._attached:
+        for scheduler in self._attached.schedulers:
             if not self._announces:
                 scheduler.expected = True
             elif scheduler.optimizer is optimizer:
@@ -211,7 +211,7 @@ class LearningRateScheduler(Callback):
     ) -> None:
         """In automatic optimization, catch up with a step that the gradient scaler skipped."""
         if pl_module.automatic_optimization and self.clock == "attempted":
-            for scheduler in self._attached:
+            for scheduler in self._attached.schedulers:
                 if scheduler.last_epoch != trainer.global_step:
                     scheduler.skip_to(trainer.global_step)
 
@@ -259,7 +259,7 @@ class LearningRateScheduler(Callback):
         for new, position in self._attached.follow(trainer):
             self._start(new, position, pl_module)
         if pl_module.automatic_optimization and self.clock == "attempted":
-            for scheduler in self._attached:
+            for scheduler in self._attached.schedulers:
                 scheduler.refresh(trainer.global_step)  # a checkpoint may have been restored
 
     def _start(self, scheduler: ScheduleLR, position: int, pl_module: LightningModule) -> None:
@@ -305,7 +305,7 @@ class LearningRateScheduler(Callback):
         rank_zero_info(f"{what}: {resolved}. Steps of the run: {steps} ({source}).")
 
     def _follow(self, schedule: Any) -> None:
-        for scheduler in self._attached:
+        for scheduler in self._attached.schedulers:
             scheduler.schedule = schedule
             scheduler.refresh()
 
@@ -318,7 +318,7 @@ class LearningRateScheduler(Callback):
             return
         if watch.show(value):
             rank_zero_info(f"{watch.plateau.monitor} stalls: the schedule is scaled by {watch.state.factor:g}.")
-        for scheduler in self._attached:
+        for scheduler in self._attached.schedulers:
             scheduler.scale = watch.state.factor
             scheduler.refresh()
 
