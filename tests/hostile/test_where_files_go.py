@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import stat
 import struct
 import tempfile
 import warnings
@@ -32,6 +33,8 @@ from lightning_plugins import (
 from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.core.files import write_state_dict
 from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.ema.snapshots import SnapshotContents, write_frozen, write_snapshot
+from lightning_plugins.statistics.csv_file import CSVFile
 from tests.support import conditions
 from tests.support.audit_events import listening, outside, paths_changed
 from tests.support.damaged_cases import command, write_whole_files
@@ -287,3 +290,35 @@ def test_the_ear_hears_every_kind_of_change(tmp_path, given):
         (given / "a").write_text("x")
         (given / "a").read_text()
     assert outside(events, given) == []
+
+
+@pytest.mark.parametrize("permissions", [0o600, 0o640])
+def test_a_private_log_stays_private(given, permissions):
+    """A new column rewrites the file, and a resume cuts rows off: both by whole files, with the mode of the old one."""
+    path = given / "log.csv"
+    file = CSVFile(path)
+    file.add([{"epoch": "1", "batch": str(batch), "phase": "train"} for batch in (1, 2, 3)])
+    path.chmod(permissions)
+    file.add([{"epoch": "1", "batch": "4", "phase": "train", "late": "1"}])
+    file.close()
+    assert stat.S_IMODE(path.stat().st_mode) == permissions
+    again = CSVFile(path)
+    again.resume({"rows": 2, "last": ["1", "2", "train"]})
+    again.close()
+    assert stat.S_IMODE(path.stat().st_mode) == permissions
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_snapshots_follow_no_planted_links(given):
+    """The name under which a snapshot is written first cannot be known before; a link at its place is replaced."""
+    victim = given / "victim"
+    victim.write_text("precious")
+    folder = given / "snapshots"
+    folder.mkdir()
+    for name in ("step=0000000005.pt", ".step=0000000005.pt.part", ".step=0000000005.pt.tmp", "frozen.pt"):
+        (folder / name).symlink_to(victim)
+    write_snapshot(folder, 5, [0.05], SnapshotContents([{"w": torch.ones(2)}], {}))
+    write_frozen(folder, {"f": torch.ones(1)})
+    assert victim.read_text() == "precious"
+    assert not (folder / "step=0000000005.pt").is_symlink()
+    assert synthesize_ema(folder, 0.05)["w"].tolist() == [1, 1]
