@@ -38,6 +38,7 @@ def _flat(loaders: Any) -> list[Any]:
 def _batch_size(loader: Any) -> int | None:
     for holder in (getattr(loader, "batch_sampler", None), loader):
         size: Any = getattr(holder, "batch_size", None)
-        if hasattr(size, "__index__"):  # NumPy's integers, too
+        # NumPy's integers, too
+        if hasattr(size, "__index__"):
             return int(size)
     return None

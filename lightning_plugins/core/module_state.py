@@ -143,7 +143,8 @@ def _memory(tensor: Tensor) -> Any:
     part = local(tensor)
     try:
         return part.data_ptr(), part.shape, part.stride(), part.dtype
-    except (RuntimeError, NotImplementedError):  # some tensor subclasses have no memory of their own
+    # some tensor subclasses have no memory of their own
+    except (RuntimeError, NotImplementedError):
         return id(tensor)
 
 

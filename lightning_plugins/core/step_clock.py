@@ -44,8 +44,10 @@ class StepClock:
     def __init__(self, optimizer: Optimizer) -> None:
         self.attempted = 0
         self._called_with_gradient = 0
-        self._skipped_inside: Tensor | None = None  # stays on the device until it is asked for
-        self._running = True  # a step may be under way
+        # stays on the device until it is asked for
+        self._skipped_inside: Tensor | None = None
+        # a step may be under way
+        self._running = True
         self._optimizer = optimizer
         self._handles: tuple[Any, ...] = ()
         self._patches = Patches()
@@ -96,7 +98,8 @@ class StepClock:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._running:
-            return  # an optimizer whose `step` calls its parent's fires every hook twice for one step
+            # an optimizer whose `step` calls its parent's fires every hook twice for one step
+            return
         self._running = False
         self.attempted += 1
         if has_gradient(optimizer):
@@ -104,7 +107,8 @@ class StepClock:
 
     def _count_applied(self, optimizer: Optimizer) -> None:
         self._called_with_gradient += 1
-        found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler for the call of a fused optimizer
+        # set by GradScaler for the call of a fused optimizer
+        found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             skipped = (found_inf.detach() > 0).to(torch.int64)
             self._skipped_inside = skipped if self._skipped_inside is None else self._skipped_inside + skipped
@@ -128,7 +132,8 @@ class RunClock:
     def __init__(self, trainer: Any, applied: int) -> None:
         self.news: list[str] = []
         self._trainer = trainer
-        self._steps: tuple[int, int] | None = None  # the Trainer's and the clock's count, as last compared
+        # the Trainer's and the clock's count, as last compared
+        self._steps: tuple[int, int] | None = None
         self._silent = False
         self._listen(applied)
 

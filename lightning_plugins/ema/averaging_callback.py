@@ -49,7 +49,8 @@ class AveragingCallback(Callback):
         self._counts_samples = any(rule.needs_samples_per_step for rule in rules)
         self._shadows: list[Shadow] = []
         self._counter = UpdateCounter(start_step, every)
-        self._fitting = False  # from a fit's setup until its training has ended
+        # from a fit's setup until its training has ended
+        self._fitting = False
         # while the clock runs
         self._trainer: Trainer | None = None
         self._clock: RunClock | None = None

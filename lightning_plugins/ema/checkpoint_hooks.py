@@ -47,9 +47,12 @@ class AverageInCheckpoints(AveragingCallback):
     def __init__(self, rule: DecayRule, start_step: int, every: int, name: str) -> None:
         super().__init__([rule], start_step, every, name=name)
         self.name = name
-        self._restored: dict[str, Tensor] | None = None  # from a file, until the module is on its device
-        self._writes_files = False  # whether the run's files are this one's to sort out
-        self._filled: Any = None  # the state dict of the file that is being made
+        # from a file, until the module is on its device
+        self._restored: dict[str, Tensor] | None = None
+        # whether the run's files are this one's to sort out
+        self._writes_files = False
+        # the state dict of the file that is being made
+        self._filled: Any = None
 
     @property
     def _active(self) -> bool:

@@ -266,7 +266,8 @@ class DebiasedDecay(DecayRule):
     def _over(self, n: int, steps: int) -> float:
         if self.value == 0:
             return 0.0
-        log = math.log(self.value)  # expm1: near d = 1 the plain difference would lose its digits
+        # expm1: near d = 1 the plain difference would lose its digits
+        log = math.log(self.value)
         return float(self.value**steps * math.expm1((n - steps) * log) / math.expm1(n * log))
 
 

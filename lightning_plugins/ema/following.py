@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_plugins.core.module_state import NamedTensor, averaged_tensors, shorten
 from lightning_plugins.core.sharding import is_sharded, local, reshard
 
-_PARAMETRIZED = "parametrizations."  # where torch.nn.utils.parametrize moves a tensor to
+# where torch.nn.utils.parametrize moves a tensor to
+_PARAMETRIZED = "parametrizations."
 
 
 @dataclass

@@ -51,7 +51,8 @@ def synthesis_weights(
     target = _inner_products(steps, exponents, wanted_step, wanted_exponent)
     try:
         shares = torch.linalg.solve(inner, target)[:, 0]
-    except RuntimeError as error:  # a singular matrix
+    # a singular matrix
+    except RuntimeError as error:
         raise ValueError("`snapshots` must be of different steps or values of `sigma_rel`, got one twice.") from error
     if normalize:
         shares = shares / shares.sum()

@@ -112,11 +112,16 @@ class PostHocEMA(AveragingCallback):
         self._start_history()
 
     def _start_history(self) -> None:
-        self._claimed: Path | None = None  # where a file says that its run wrote
-        self._written = 0  # step of the last snapshot
-        self._run: str | None = None  # tells this run's snapshots from others'
-        self._began: dict[str, int] = {}  # parameters that were replaced -> the step that they began at
-        self._first_names: dict[str, str] = {}  # parameters that were moved -> what they were called at first
+        # where a file says that its run wrote
+        self._claimed: Path | None = None
+        # step of the last snapshot
+        self._written = 0
+        # tells this run's snapshots from others'
+        self._run: str | None = None
+        # parameters that were replaced -> the step that they began at
+        self._began: dict[str, int] = {}
+        # parameters that were moved -> what they were called at first
+        self._first_names: dict[str, str] = {}
 
     # -- hooks, in the order in which they fire
 

@@ -12,8 +12,7 @@ its own value, one that was moved within the module under its new name.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -24,7 +23,7 @@ from lightning_plugins.core.module_state import NamedTensor, shadow_dtype, short
 from lightning_plugins.core.sharding import agreed, gather, is_sharded, local, reshard, scatter
 from lightning_plugins.ema.digest import digest
 from lightning_plugins.ema.following import Changes, FollowedTensors, joined_line
-from lightning_plugins.ema.tensor_groups import Group, Motion, Operation, grouped
+from lightning_plugins.ema.tensor_groups import Group, Motion, Operation, grouped, plain_tensors
 
 Which = Literal["average", "raw"]
 
@@ -40,13 +39,6 @@ def showing(module: nn.Module) -> Shadow | None:
 def disown(module: nn.Module) -> None:
     """Take what ``module`` holds for its raw weights from now on."""
     _showing.pop(id(module), None)
-
-
-@contextmanager
-def plain_tensors() -> Iterator[None]:
-    """Neither gradients nor inference tensors: what is allocated here must be writable in training, too."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class Shadow:
@@ -91,7 +83,7 @@ class Shadow:
         self._groups: list[Group] = []
         self._where: list[tuple[Group, int]] = []
         self._buffer_numbers: list[int] = []
-        # one object: Ctrl-C may fall between two assignments
+        # in one: Ctrl-C may fall between two assignments
         self._state: tuple[bool, Motion | None] = (False, None)
         self._left: Any = None
         self._writes: list[int] = []
@@ -368,18 +360,16 @@ class Shadow:
         self.count_writes()
 
     def _finish(self) -> None:
-        """Carry on with a swap that was interrupted, and find a copy's own tensors."""
+        """Carry on with a swap that was interrupted, and find a copy's own tensors: pickle makes several of one."""
         if self._copied:
-            # of tensors that share memory, pickle makes several
             self._copied = False
             if self._state[0]:
                 _showing[id(self.module)] = self
             self._bind(self._stashes())
-        swapped, motion = self._state
-        if motion is not None:
+        if (motion := self._state[1]) is not None:
             with plain_tensors():
                 motion.run()
-            self._state = (not swapped, None)
+            self._state = (not self._state[0], None)
 
     def _read(self, index: int, which: Which) -> Tensor:
         swapped = self.swapped

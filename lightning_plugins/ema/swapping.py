@@ -21,7 +21,8 @@ class Swapper:
         self.blocks = 0
         self.evaluating: str | None = None
         self.kept = False
-        self._displaced: Shadow | None = None  # whose average was in the module when ours came
+        # whose average was in the module when ours came
+        self._displaced: Shadow | None = None
 
     def forget(self) -> None:
         """Forget every wish but those of open blocks."""

@@ -9,7 +9,8 @@ a batch, so that neither a 60 MB embedding nor a thousand biases costs more than
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,13 @@ from torch import Tensor
 _MIB = 2**20
 
 Operation = Callable[[], None]
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Neither gradients nor inference tensors: what is allocated here must be writable in training, too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Layout:
         space = 0
         for a, b in zip(left, right, strict=True):
             if not b.numel():
-                continue  # a shard may be empty
+                # a shard may be empty
+                continue
             flat = _flat_pair(a, b)
             if flat is None:
                 # overlapping or differently ordered memory: rare, one tensor at a time
