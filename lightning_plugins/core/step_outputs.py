@@ -157,10 +157,16 @@ class StepSources:
             ValueError: If there are none; the message says where they were looked for.
         """
         captured = self._captured
-        targets = targets_of(outputs, batch) if self._targets is None else self._named(self._targets, outputs, batch)
-        predictions = (
-            predictions_of(outputs) if self._predictions is None else self._named(self._predictions, outputs, batch)
-        )
+        if self._predictions is None:
+            predictions = predictions_of(outputs) if isinstance(outputs, Mapping) else None
+        else:
+            predictions = self._named(self._predictions, outputs, batch)
+        if self._targets is not None:
+            targets = self._named(self._targets, outputs, batch)
+        elif type(batch) in (tuple, list) and not (isinstance(outputs, Mapping) and "target" in outputs):
+            targets = batch[1] if len(batch) > 1 else None
+        else:
+            targets = targets_of(outputs, batch)
         if predictions is None and captured:
             predictions = captured[-1] if len(captured) == 1 else _joined(list(captured), targets)
         captured.clear()

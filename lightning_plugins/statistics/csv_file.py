@@ -11,7 +11,7 @@ import io
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class CSVFile:
         self._sent: tuple[list[Mapping[str, str]], list[int]] = ([], [])
         self._rows = 0
         self._last_key: list[str] = []
+        self._last_row: Mapping[str, str] | None = None  # of those that were added
         self._complained: set[str] = set()
 
     def add(self, rows: Sequence[Mapping[str, str]]) -> None:
@@ -67,7 +68,7 @@ class CSVFile:
             return
         self._waiting.extend(rows)
         self._rows += len(rows)
-        self._last_key = _key(rows[-1])
+        self._last_row = rows[-1]
         self._write()
 
     def begin(self) -> Path | None:
@@ -77,7 +78,8 @@ class CSVFile:
 
     def mark(self) -> dict[str, Any]:
         """Return the place that :meth:`resume` finds again: rows so far, and what the last one is called."""
-        return {"rows": self._rows, "last": list(self._last_key)}
+        last = self._last_key if self._last_row is None else _key(self._last_row)
+        return {"rows": self._rows, "last": list(last)}
 
     def resume(self, mark: Mapping[str, Any]) -> list[str]:
         """Go on after the row at ``mark``; return what there is to say about the file that was found.
@@ -86,7 +88,7 @@ class CSVFile:
         there is stays; if its rows are not those of ``mark``, it is moved aside as a whole.
         """
         self.close()
-        self._rows, self._last_key = mark["rows"], list(mark["last"])
+        self._rows, self._last_key, self._last_row = mark["rows"], list(mark["last"]), None
         if not self._rows:
             aside = self.begin()
             return [f"{self.path.name} was moved to {aside.name}."] if aside else []
@@ -109,11 +111,13 @@ class CSVFile:
     # writing
 
     def _write(self) -> None:
-        self._let_go()
+        if self._sent[0] is self._waiting:
+            self._let_go()
         try:
-            self._make_room_for_columns()
+            if not self._fixed and not self._columns_of_all(self._waiting):
+                self._make_room_for_columns()
             join, columns, file = self._separator.join, self._columns, self._open()
-            lines = [(join([row.get(name, "") for name in columns]) + "\n").encode() for row in self._waiting]
+            lines = [(join(map(row.get, columns, repeat(""))) + "\n").encode() for row in self._waiting]
             header = [self._header(columns)] if lines and not file.size else []
             ends = list(accumulate(map(len, [*header, *lines]), initial=file.size))[len(header) + 1 :]
             self._sent = self._waiting, ends
@@ -135,6 +139,11 @@ class CSVFile:
         sent, ends = self._sent
         if sent is self._waiting and self._file is not None:
             self._waiting = self._waiting[bisect_right(ends, self._file.size) :]
+
+    def _columns_of_all(self, rows: Sequence[Mapping[str, str]]) -> bool:
+        """Whether no row has a column that the file lacks."""
+        known = set(self._columns)
+        return all(row.keys() <= known for row in rows)
 
     def _make_room_for_columns(self) -> None:
         known = set(self._columns)

@@ -131,8 +131,7 @@ class CSVStatisticsLogger(RowWriter):
     def write(self, rows: Sequence[StatisticsRow]) -> None:
         """Append rows of batches."""
         if self._file is not None and self.every == "batch":
-            make = LAYOUTS[self.layout]
-            self._file.add([make(row) for row in rows])
+            self._file.add(list(map(LAYOUTS[self.layout], rows)))
 
     def phase_end(self, row: StatisticsRow) -> None:
         """Keep what the epoch's row needs."""

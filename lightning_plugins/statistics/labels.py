@@ -7,7 +7,6 @@ scores may be one-hot, soft or multi-hot. Then both readings are counted, and so
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +14,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-from lightning_plugins.core.validation import whole_number
 
 Columns = Mapping[str, Tensor]
 """Name -> sums, with one element (or one row of elements) per row of statistics."""
@@ -27,12 +24,10 @@ IGNORED = -100
 """The label that torch's cross-entropy leaves out; so do all counts here by default."""
 
 
-def checked_ignore_index(value: int | None) -> int | None:
-    """Return the argument ``ignore_index``, or raise when it is neither a whole number nor ``None``."""
-    return None if value is None else whole_number("ignore_index", value, at_least=-sys.maxsize)
-
-
 Reading = Literal["scores of classes", "class numbers", "score per label", "rows", "rows of numbers"]
+
+WIDEST = {"mps": torch.float32}
+"""The widest type that a device adds in, where it is not float64."""
 
 _MOST_NUMBERS = 1024  # classes that are told apart where only their numbers are known
 NO_TOP_5 = "`top5_accuracy` needs a score for every class, and one class for every label."
@@ -58,8 +53,6 @@ class LabelledBatch:
     predictions: Tensor
     targets: Tensor
     ignore_index: int | None
-
-    # of classes: one element per label, or per row
 
     @cached_property
     def labels(self) -> Tensor:
@@ -87,23 +80,11 @@ class LabelledBatch:
         return right & self.counted
 
     def right_of(self, k: int) -> Tensor:
-        """Return which labels that count have fewer than ``k`` scores strictly above their own: ties count as right.
-
-        A row with a score that is not finite is wrong, and so is a label without a score.
-        """
-        scores, labels = self.predictions, self.labels.long()
-        if scores.dim() != 2:
+        """Return which labels that count are among the ``k`` largest scores: see :func:`right_of`."""
+        if self.predictions.dim() != 2:
             raise ValueError(NO_TOP_5)
-        classes = scores.shape[1]
-        nearest = labels.clamp(0, classes - 1)
-        own = scores.gather(1, nearest.unsqueeze(1))
-        if scores.is_floating_point():
-            # 0 times the row's largest magnitude: NaN if a score is not finite, and no score is at most NaN
-            own = torch.add(own, torch.linalg.vector_norm(scores, torch.inf, 1, keepdim=True), alpha=0)
-        right = ((scores <= own).sum(1) > max(classes - k, 0)) & (nearest == labels)
+        right = right_of(k, self.predictions, self.labels)
         return right & self.counted if self.targets.dim() == 2 or self._could_be_predicted else right
-
-    # of entries: one element per label, or a row of elements
 
     @cached_property
     def counted_entries(self) -> Tensor:
@@ -129,9 +110,8 @@ class LabelledBatch:
 
     def flattened(self) -> LabelledBatch:
         """Return rows of numbers as what they are if they are class numbers."""
-        return LabelledBatch("class numbers", self.predictions.reshape(-1), self.targets.reshape(-1), self.ignore_index)
-
-    # evidence
+        predictions, targets = self.predictions.reshape(-1), self.targets.reshape(-1)
+        return LabelledBatch("class numbers", predictions, targets, self.ignore_index)
 
     @cached_property
     def outside(self) -> Tensor:
@@ -159,6 +139,21 @@ class LabelledBatch:
     def _could_be_predicted(self) -> bool:
         """Whether a label that does not count could equal a predicted class."""
         return self.ignore_index is not None and self.ignore_index >= 0
+
+
+def right_of(k: int, scores: Tensor, labels: Tensor) -> Tensor:
+    """Return which labels have fewer than ``k`` scores strictly above their own: ties count as right.
+
+    A row with a score that is not finite is wrong, and so is a label without a score.
+    """
+    classes = scores.shape[1]
+    labels = labels.long()
+    nearest = labels.clamp(0, classes - 1)
+    own = scores.gather(1, nearest.unsqueeze(1))
+    if scores.is_floating_point():
+        # 0 times the row's largest magnitude: NaN if a score is not finite, and no score is at most NaN
+        own = torch.add(own, torch.linalg.vector_norm(scores, torch.inf, 1, keepdim=True), alpha=0)
+    return ((scores <= own).sum(1) > max(classes - k, 0)) & (nearest == labels)
 
 
 def read_batch(
@@ -253,7 +248,7 @@ def _check_task(task: str, reading: Reading, classes: int) -> None:
 def _holds(kind: torch.dtype, number: int) -> bool:
     """Return whether a type has a number: comparing with one that it does not have would wrap around."""
     if kind.is_floating_point or kind == torch.bool:
-        return kind != torch.bool
+        return kind.is_floating_point
     limits = torch.iinfo(kind)
     return limits.min <= number <= limits.max
 
@@ -279,12 +274,14 @@ class LabelCounter:
 
     def __init__(self, wanted: Collection[str], task: str, ignore_index: int | None) -> None:
         self.wanted, self.task, self.ignore_index = wanted, task, ignore_index
+        self._ignored = IGNORED if ignore_index is None else ignore_index
         self.reading = ""
         self.layout: tuple[tuple[str, int], ...] = ()
+        self._plain = False
 
     def begin(self) -> None:
         """Begin a phase, whose batches may be of another kind."""
-        self.reading, self.layout = "", ()
+        self.reading, self.layout, self._plain = "", (), False
 
     def count(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the counts of a batch.
@@ -292,6 +289,11 @@ class LabelCounter:
         Raises:
             ValueError: If the batch cannot be read, or is of another kind than those before it.
         """
+        if self._is_plain(predictions, targets):
+            masks = [torch.ne(targets, self._ignored), torch.eq(predictions.argmax(1), targets)]
+            if len(self.layout) == 3:
+                masks.append(right_of(5, predictions, targets))
+            return torch.stack(masks).sum(1, dtype=WIDEST.get(targets.device.type, torch.float64))
         batch = read_batch(predictions, targets, self.task, self.ignore_index)
         if batch.reading in ("score per label", "rows"):
             groups, vectors = self._two_readings(batch)
@@ -300,10 +302,23 @@ class LabelCounter:
         else:
             groups, vectors = [self._labels(batch)], self._by_class(batch)
         parts = [torch.stack(list(masks.values())).sum(1, dtype=widest(predictions.device)) for masks in groups]
-        if self.reading != batch.reading or vectors:
-            self._lay_out(batch, groups, vectors)
+        self._lay_out(batch, groups, vectors)
         parts += vectors.values()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _is_plain(self, predictions: Tensor, targets: Tensor) -> bool:
+        """Whether a batch is one more of scores beside whole numbers, the case that nearly every module has.
+
+        It goes a shorter way to the same counts: a label that does not count equals no class then.
+        """
+        return (
+            self._plain
+            and targets.dtype is torch.int64
+            and targets.dim() == 1
+            and predictions.dim() == 2
+            and predictions.shape[1] > 1
+            and predictions.shape[0] == targets.shape[0]
+        )
 
     def _lay_out(self, batch: LabelledBatch, groups: list[dict[str, Tensor]], vectors: dict[str, Tensor]) -> None:
         sizes = [(name, 1) for masks in groups for name in masks] + [(name, len(v)) for name, v in vectors.items()]
@@ -313,6 +328,8 @@ class LabelCounter:
                 f"and as {batch.reading} now, of {batch.predictions.shape[-1]} classes."
             )
         self.reading, self.layout = batch.reading, tuple(sizes)
+        ignored = self.ignore_index
+        self._plain = batch.reading == "scores of classes" and not vectors and ignored is not None and ignored < 0
 
     def _labels(self, batch: LabelledBatch) -> dict[str, Tensor]:
         masks = {"labels": batch.counted, "right": batch.right}
@@ -379,4 +396,4 @@ def count_by_class(numbers: Tensor, counted: Tensor, size: int) -> Tensor:
 
 def widest(device: torch.device) -> torch.dtype:
     """Return the widest type that a device adds in: float64, on Apple's GPUs float32."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return WIDEST.get(device.type, torch.float64)

@@ -1,15 +1,16 @@
-"""The names of statistics: which there are, what others are meant, and how torchmetrics objects are called."""
+"""The arguments of statistics: names, what others are meant, torchmetrics objects, and the target that is ignored."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torchmetrics import Metric, MetricCollection
 
-from lightning_plugins.core.validation import a_list, shown
+from lightning_plugins.core.validation import a_list, shown, whole_number
 from lightning_plugins.statistics.running import BY_NAME, LOSS, Statistic, StatisticSet
 
 _ALIASES = {alias.replace("_", ""): name for name, statistic in BY_NAME.items() for alias in statistic.aliases}
@@ -108,3 +109,8 @@ def snake_case(name: str) -> str:
         ('binary_f1_score', 'multiclass_auroc')
     """
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def checked_ignore_index(value: int | None) -> int | None:
+    """Return the argument ``ignore_index``, or raise when it is neither a whole number nor ``None``."""
+    return None if value is None else whole_number("ignore_index", value, at_least=-sys.maxsize)

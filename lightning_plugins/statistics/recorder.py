@@ -11,8 +11,8 @@ from lightning_plugins.core.callback import Stage
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.step_outputs import StepSources
 from lightning_plugins.core.validation import a_list, one_of, shown, true_or_false
-from lightning_plugins.statistics.labels import IGNORED, TASKS, checked_ignore_index
-from lightning_plugins.statistics.metric_names import statistic_set
+from lightning_plugins.statistics.labels import IGNORED, TASKS
+from lightning_plugins.statistics.metric_names import checked_ignore_index, statistic_set
 from lightning_plugins.statistics.recording import Recording
 from lightning_plugins.statistics.recording_callback import RecordingCallback
 from lightning_plugins.statistics.rows import RowReader

@@ -88,7 +88,7 @@ class Recording:
         self._told: set[str] = set()
         self._samples: Count = 0
         self._counter: Callable[[Any], Count] | None = None
-        self._must_count = False
+        self._must_count = self._drawn = False
         self._seconds_before = self._started = 0.0
         self._running = self._fits = False
         self._batch = 0  # of the validation that is under way; over all its loaders
@@ -143,6 +143,7 @@ class Recording:
         self._choose_counter(trainer, pl_module)
         if self._display is not None:
             self._display.start(trainer)
+            self._drawn = self.every == "batch" and self._display.is_drawn
             # of several ranks none knows the values of all; asking the Trainer each time would compute all it has
             if self.every == "batch" and self.rows.reduce is None:
                 self._published = trainer.callback_metrics
@@ -170,16 +171,18 @@ class Recording:
         batches = trainer.num_training_batches
         # a step that returned nothing has taken place in manual optimization alone
         manual = not pl_module.automatic_optimization and (self.statistics.needs_predictions or logs_anything(trainer))
-        if (outputs or manual) and not self._was_cancelled():
+        if (outputs or manual) and not (self._cancelling and self._was_cancelled()):
             loss = loss_of(outputs)
             if loss is not None and self._undivide > 1:
                 loss = loss * self._undivide
-            self._count_samples(batch)
-            self._add(self._sums[TRAIN], loss, outputs, batch)
+            if self._counter is not None:
+                self._count_samples(self._counter, batch)
+            found = self.sources.find(outputs, batch) if self.statistics.needs_predictions else (None, None)
+            self._sums[TRAIN].update(loss, *found)
             row = self._note(trainer, TRAIN, batch_idx + 1, batches)
             if self._published is not None:
                 self._publish(row, self._published)
-            if self._display is not None and self._display.is_drawn and self.every == "batch":
+            if self._drawn and self._display is not None:
                 self._display.running(trainer, row)
         else:
             self.sources.forget()
@@ -303,13 +306,7 @@ class Recording:
 
     def _was_cancelled(self) -> bool:
         """Ask the callbacks that can cancel a batch; such a batch counts nowhere."""
-        return bool(self._cancelling) and any(callback.batch_cancelled for callback in self._cancelling)
-
-    def _add(self, sums: PhaseSums, loss: Tensor | None, outputs: Any, batch: Any) -> None:
-        if self.statistics.needs_predictions:
-            sums.update(loss, *self.sources.find(outputs, batch))
-        else:
-            sums.update(loss, None, None)
+        return any(callback.batch_cancelled for callback in self._cancelling)
 
     def _take_logged_loss(self, trainer: Trainer) -> bool:
         """Let the loss that the module logs stand for those that it does not return; tell whether there is one."""
@@ -322,18 +319,16 @@ class Recording:
                     sums.take_logged_loss(*found[loader])
         return bool(found)
 
-    def _count_samples(self, batch: Any) -> None:
-        """Count the batch where a reader asks for it, or nothing says that it does not."""
-        if self._counter is None:
-            return
+    def _count_samples(self, count: Callable[[Any], Count], batch: Any) -> None:
         try:
-            self._samples = self._samples + self._counter(batch)
+            self._samples = self._samples + count(batch)
         except (ValueError, TypeError, AttributeError):
             if self._must_count:
                 raise
             self._counter = None
 
     def _choose_counter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count samples where a reader asks for them, or nothing says that it does not."""
         readers: list[Any] = self.rows.readers
         asking = [reader for reader in readers if getattr(reader, "needs_samples", False)]
         self._must_count = bool(asking)
@@ -345,6 +340,7 @@ class Recording:
     def _note(self, trainer: Trainer, phase: str, batch: int, batches: float) -> StatisticsRow:
         """Keep the row that the batch makes, among those that wait if rows are wanted for every batch."""
         max_epochs = trainer.max_epochs
+        now = time.monotonic() - self._started if self._running else 0.0
         row = StatisticsRow(
             phase=phase,
             epoch=trainer.current_epoch + 1,
@@ -354,13 +350,13 @@ class Recording:
             step=trainer.global_step,
             samples=self._samples,
             lr=self._lr if phase == TRAIN else None,
-            seconds=self._elapsed(),
+            seconds=self._seconds_before + now,
             wall_time=time.time(),
             sums=self._sums[phase].state_now(with_metrics=self.every == "batch"),
         )
         self._latest[phase] = self._newest = row
         if self.every == "batch" and self._fits:
-            if self.rows.readers:
+            if self.rows.readers and trainer._results:
                 self._take_logged(row, logged_values(trainer, on_step=True))
             self.rows.add(row)
         return row

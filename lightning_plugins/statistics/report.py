@@ -26,7 +26,8 @@ from lightning_plugins.core.validation import (
 )
 from lightning_plugins.core.writable import check_writable
 from lightning_plugins.statistics.class_counts import ClassCounts
-from lightning_plugins.statistics.labels import IGNORED, TASKS, checked_ignore_index
+from lightning_plugins.statistics.labels import IGNORED, TASKS
+from lightning_plugins.statistics.metric_names import checked_ignore_index
 from lightning_plugins.statistics.report_text import Report
 
 _SUFFIXES = (".txt", ".json", ".csv", ".png")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_plugins.core.counting import Count
 from lightning_plugins.statistics.label_evidence import EVIDENCE, contradiction, decided
-from lightning_plugins.statistics.labels import widest
+from lightning_plugins.statistics.labels import WIDEST, Columns
 from lightning_plugins.statistics.running import COUNTED_ONCE, NOTHING, PhaseState, Reduce, StatisticSet, named
 
 TRAIN, VALIDATION = "train", "validation"
@@ -106,12 +106,28 @@ def _evaluate_alike(statistics: StatisticSet, rows: Sequence[StatisticsRow], red
     numbers: dict[str, list[float]] = {}
     for statistic in statistics.statistics:
         if layout or not statistic.counts:
-            numbers[statistic.name] = statistic.formula(columns).tolist()
-    host = [columns[name].tolist() for name in ("batches", "samples", "fresh", "newest")]
+            formula = statistic.formula
+            values = columns[formula[0]] / columns[formula[1]] if isinstance(formula, tuple) else formula(columns)
+            numbers[statistic.name] = values.tolist()
+    _fill(statistics, rows, columns, numbers, others)
+
+
+def _fill(
+    statistics: StatisticSet,
+    rows: Sequence[StatisticsRow],
+    columns: Columns,
+    numbers: dict[str, list[float]],
+    others: list[float],
+) -> None:
+    host = columns["batches"], columns["samples"], columns["fresh"], columns["newest"]
     rest = iter(others)
-    for index, row in enumerate(rows):
-        batches, samples, fresh, newest = (column[index] for column in host)
-        found = {name: values[index] for name, values in numbers.items() if batches or name in statistics.of_labels}
+    for row, (batches, samples, fresh, newest), *mine in zip(
+        rows, torch.stack(host, 1).tolist(), *numbers.values(), strict=True
+    ):
+        found = dict(zip(numbers, mine, strict=True))
+        if not batches:
+            for name in found.keys() - statistics.of_labels:
+                del found[name]
         more = dict(zip(row.sums.others, rest, strict=False))
         if more:
             found |= more
@@ -128,7 +144,7 @@ def _fetch(rows: Sequence[StatisticsRow], reduce: Reduce | None) -> tuple[Tensor
     for row in rows:
         # a loss that is a plain number, or is not there, lies on the host
         lead = row.sums.loss if lead.device.type == "cpu" != row.sums.loss.device.type else lead
-    device, dtype = lead.device, widest(lead.device)
+    device, dtype = lead.device, WIDEST.get(lead.device.type, torch.float64)
     known: list[tuple[float, float, bool]] = []
     sums: list[Tensor] = []
     others: list[Tensor] = []
@@ -143,8 +159,10 @@ def _fetch(rows: Sequence[StatisticsRow], reduce: Reduce | None) -> tuple[Tensor
         others += [row.lr] if isinstance(row.lr, Tensor) else []
         if part.counts is not None:
             counts.append(part.counts)
-    sums = [value if value.device == device and value.dtype == dtype else value.to(device, dtype) for value in sums]
-    others = [value.detach().reshape(()).to(device, dtype) for value in others]
+    for values in (sums, others):
+        for place, value in enumerate(values):
+            if value.device != device or value.dtype != dtype or value.dim() or value.requires_grad:
+                values[place] = value.detach().reshape(()).to(device, dtype)
     flat = [torch.stack(sums).reshape(-1, 4), *([torch.stack(counts)] if counts else [])]
     table = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
     if reduce is not None:
@@ -219,7 +237,7 @@ class RowBuffer:
             return
         rows = self._waiting[:end]
         reduce = functools.partial(self._reduce_and_agree, self.reduce) if together and self.reduce else None
-        self.evaluate(rows, reduce)
+        evaluate(self.statistics, rows, reduce, self.task)
         counts = rows[-1].sums.counts
         self._most_rows = _MOST_ROWS if counts is None else min(_MOST_ROWS, max(1, _MOST_BYTES // counts.nbytes))
         del self._waiting[:end]

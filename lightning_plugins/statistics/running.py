@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from lightning_plugins.core.metric_state import load_plain_state, plain_state
 from lightning_plugins.core.validation import first_line, shown, whole_number
 from lightning_plugins.statistics.label_evidence import decided
-from lightning_plugins.statistics.labels import Columns, LabelCounter, widest
+from lightning_plugins.statistics.labels import WIDEST, Columns, LabelCounter, widest
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds a tensor up over all ranks; every rank must call it at the same moment."""
@@ -40,28 +40,17 @@ class Statistic:
     Args:
         name: The column's name.
         counts: What of :class:`LabelCounter` the formula needs; nothing for those of the loss.
-        formula: Sums -> values; the same code serves one row on the device and many rows on the host.
+        formula: Which sum is divided by which; or sums -> values, where the same code serves one row on the device and
+            many rows on the host.
         s4tf_name: What Swift for TensorFlow called it.
         aliases: Other names under which users look for it.
     """
 
     name: str
     counts: tuple[str, ...]
-    formula: Callable[[Columns], Tensor]
+    formula: tuple[str, str] | Callable[[Columns], Tensor]
     s4tf_name: str
     aliases: tuple[str, ...] = ()
-
-
-def _mean_loss(sums: Columns) -> Tensor:
-    return sums["loss"] / sums["batches"]
-
-
-def _accuracy(sums: Columns) -> Tensor:
-    return sums["right"] / sums["labels"]
-
-
-def _top5_accuracy(sums: Columns) -> Tensor:
-    return sums["right_of_5"] / sums["labels"]
 
 
 def _matthews(sums: Columns) -> Tensor:
@@ -74,16 +63,20 @@ def _matthews(sums: Columns) -> Tensor:
 
 
 def _perplexity(sums: Columns) -> Tensor:
-    return _mean_loss(sums).exp()
+    return (sums["loss"] / sums["batches"]).exp()
 
 
-LOSS = Statistic("loss", (), _mean_loss, "loss")
+LOSS = Statistic("loss", (), ("loss", "batches"), "loss")
 BY_NAME = {
     statistic.name: statistic
     for statistic in (
-        Statistic("accuracy", ("labels", "right"), _accuracy, "accuracy", ("acc", "top1", "top1_accuracy")),
+        Statistic("accuracy", ("labels", "right"), ("right", "labels"), "accuracy", ("acc", "top1", "top1_accuracy")),
         Statistic(
-            "top5_accuracy", ("labels", "right_of_5"), _top5_accuracy, "top5Accuracy", ("top5", "acc5", "top5_acc")
+            "top5_accuracy",
+            ("labels", "right_of_5"),
+            ("right_of_5", "labels"),
+            "top5Accuracy",
+            ("top5", "acc5", "top5_acc"),
         ),
         Statistic(
             "matthews_correlation_coefficient",
@@ -207,7 +200,7 @@ class PhaseSums:
             return
         self.batches += 1
         # a copy: an optimizer or the user may go on writing into the loss
-        self._newest = loss.detach().reshape(()).to(widest(loss.device), copy=True)
+        self._newest = loss.detach().reshape(()).to(WIDEST.get(loss.device.type, torch.float64), copy=True)
         self._loss = self._newest if self._loss is None else self._loss + self._newest
 
     def take_logged_loss(self, total: Tensor, weight: Tensor) -> None:
@@ -230,15 +223,21 @@ class PhaseSums:
 
     def values_now(self) -> dict[str, Tensor]:
         """Return name -> value so far as tensors on the device, without the torchmetrics objects."""
-        if self._counts is None:
-            sums: dict[str, Any] = {}
-        elif self.labels.reading in COUNTED_ONCE and not self.labels.layout[-1][1] > 1:
-            sums = dict(zip([name for name, _ in self.labels.layout], self._counts.unbind(), strict=True))
-        else:
-            sums = decided(named(self._counts, self.labels.layout), self.labels.reading, self.labels.task)
+        sums: dict[str, Any] = {}
+        if self._counts is not None:
+            sums = named(self._counts, self.labels.layout)
+            if self.labels.reading not in COUNTED_ONCE:
+                sums = decided(sums, self.labels.reading, self.labels.task)
         if self.batches:
             sums["loss"], sums["batches"] = self._loss, self.batches
-        return {s.name: s.formula(sums) for s in self.statistics.statistics if self.batches or s.counts}
+        values = {}
+        for statistic in self.statistics.statistics:
+            if self.batches or statistic.counts:
+                formula = statistic.formula
+                values[statistic.name] = (
+                    sums[formula[0]] / sums[formula[1]] if isinstance(formula, tuple) else formula(sums)
+                )
+        return values
 
     def state(self, reduce: Reduce | None = None) -> dict[str, Any]:
         """Return plain numbers and tensors; see :meth:`load`.
