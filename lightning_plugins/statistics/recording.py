@@ -340,7 +340,6 @@ class Recording:
     def _note(self, trainer: Trainer, phase: str, batch: int, batches: float) -> StatisticsRow:
         """Keep the row that the batch makes, among those that wait if rows are wanted for every batch."""
         max_epochs = trainer.max_epochs
-        now = time.monotonic() - self._started if self._running else 0.0
         row = StatisticsRow(
             phase=phase,
             epoch=trainer.current_epoch + 1,
@@ -350,7 +349,7 @@ class Recording:
             step=trainer.global_step,
             samples=self._samples,
             lr=self._lr if phase == TRAIN else None,
-            seconds=self._seconds_before + now,
+            seconds=self._elapsed(),
             wall_time=time.time(),
             sums=self._sums[phase].state_now(with_metrics=self.every == "batch"),
         )
