@@ -80,6 +80,7 @@ class AttachedSchedulers:
                 self._left.append(optimizer)
                 rank_zero_info("LearningRateScheduler leaves an optimizer to the scheduler that has replaced its own.")
                 continue
+            configs[:] = [config for config in configs if config.scheduler is not scheduler]
             self._displace(configs, optimizer)
             other, position = self._put_beside(trainer, optimizer), scheduler.position
             other.schedule, other.scale = scheduler.schedule, scheduler.scale

@@ -153,9 +153,9 @@ class Schedule(ABC, Declared):
         Returns:
             The path written.
         """
-        labelled = {str(self): self, **(compare or {})}
+        labeled = {str(self): self, **(compare or {})}
         draw = _sibling("plot.plot_schedules")
-        drawn: Path = draw(labelled, total_steps, path, base_lr=base_lr, steps_per_epoch=steps_per_epoch)
+        drawn: Path = draw(labeled, total_steps, path, base_lr=base_lr, steps_per_epoch=steps_per_epoch)
         return drawn
 
     def to_dict(self) -> dict[str, Any]:

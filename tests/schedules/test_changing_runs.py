@@ -178,7 +178,7 @@ def test_parts_in_steps_keep_their_length(tmp_path):
     assert used == [whole(step) for step in range(12, 40)]
 
 
-def test_an_explicit_length_is_followed_whatever_the_run(tmp_path):
+def test_an_explicit_length_is_followed_in_any_run(tmp_path):
     fit(tmp_path, WarmupLinear(4, total=30), 8, stop=12, max_epochs=3)
     used, _ = resumed(tmp_path, WarmupLinear(4, total=30), 16, max_epochs=3)
     assert used == [WarmupLinear(4, total=30)(step) for step in range(12, 12 + 28)]
@@ -283,7 +283,7 @@ def test_a_number_of_epochs_that_is_raised_in_mid_fit_is_followed(tmp_path):
     assert callback.resolved == Linear(20, 1, 0)
 
 
-def test_a_limit_of_steps_stays_the_length_whatever_the_loader(tmp_path):
+def test_a_limit_of_steps_stays_the_length_with_any_loader(tmp_path):
     fit(tmp_path, WarmupLinear("2ep"), 4, stop=6, max_steps=20, max_epochs=-1)
     used, _ = resumed(tmp_path, WarmupLinear("2ep"), 16, max_steps=20, max_epochs=-1)
     assert used == pytest.approx([WarmupLinear(8, total=20)(step) for step in range(6, 20)])

@@ -296,6 +296,21 @@ def test_an_optimizer_that_is_set_up_anew_is_followed(tmp_path, caplog, batch, c
         assert not optimizer._optimizer_step_post_hooks
 
 
+def test_an_optimizer_that_is_put_in_the_old_ones_place_is_followed(tmp_path):
+    """As finetuning-scheduler does: the list of optimizers is another one, that of schedulers stays."""
+
+    class Put(unified.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.strategy.optimizers = [RecordingSGD(pl_module.layer.parameters(), lr=0.4)]
+
+    module, callback = make_module(), LearningRateScheduler(Linear(12, 1, 0), record=True)
+    fit(tmp_path, callback, callbacks=[Put()], module=module, max_epochs=3)
+    line = [1 - step / 12 for step in range(12)]
+    assert callback.lrs == pytest.approx([0.1 * value for value in line[:4]] + [0.4 * value for value in line[4:]])
+    assert len(module.trainer.lr_scheduler_configs) == 1
+
+
 def test_a_new_optimizer_whose_module_brings_a_scheduler_has_it_replaced_again(tmp_path):
     module = make_module(scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1))
     exchange = Exchange(1)
@@ -357,7 +372,7 @@ def test_a_search_before_the_first_step_gives_the_base_rate_in_any_order(tmp_pat
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, RecordingSGD])
 @pytest.mark.parametrize("clock", ["attempted", "applied"])
-def test_the_first_step_of_a_new_optimizer_counts_once_whatever_its_class(tmp_path, kind, clock):
+def test_the_first_step_of_a_new_optimizer_counts_once_for_any_class(tmp_path, kind, clock):
     module, callback = make_module(), LearningRateScheduler(Linear(12, 1, 0), clock=clock, record=True)
 
     def configure_optimizers():
