@@ -282,9 +282,10 @@ class _Cut:
         fields = fields_of(value)
         if fields is None:
             return None
-        says = {".num_graphs", ".batch_size"}
+        says = ("num_graphs", "batch_size")
         items = [
-            self._size() if name in says and item == self._length else self(item, path + name) for name, item in fields
+            self._size() if name.strip(".[']") in says and item == self._length else self(item, path + name)
+            for name, item in fields
         ]
         return record_like(value, items)
 

@@ -2,7 +2,8 @@
 
 import copy
 import sys
-from types import SimpleNamespace
+from collections import UserDict
+from types import MappingProxyType, SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -226,6 +227,24 @@ def test_a_carried_gradient_that_does_not_fit_is_named(gradient, tmp_path):
             epochs=2,
             fit_arguments={"ckpt_path": path},
         )
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_micro_batching_may_stand_before_or_behind(carry):
+    runs = []
+    for first in (True, False):
+        callbacks = [GradientAccumulation(2, carry=carry), MicroBatching(2)]
+        runs.append(steps_of(Probe(), callbacks if first else callbacks[::-1], UNEQUAL[:5], epochs=2))
+    assert len(runs[0]) == len(runs[1]) == (5 if carry else 6)
+    assert all(map(same, *runs))
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
+def test_a_schedule_is_any_mapping(kind):
+    """A configuration hands over its own kind of mapping."""
+    accumulation = GradientAccumulation(schedule=kind({0: 1, 2: 3}))
+    assert accumulation.schedule == {0: 1, 2: 3}
+    assert len(steps_of(Probe(), [accumulation], EQUAL)) == 4
 
 
 def test_a_batch_takes_few_calls():

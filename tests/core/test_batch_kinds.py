@@ -162,9 +162,10 @@ def test_a_reading_that_was_certain_stays():
 
 
 def test_a_number_that_a_dataclass_says_is_that_of_the_piece():
-    batch = Neighbors(zeros(4, 2), 4)
     assert batch_length(Neighbors(zeros(9, 2), 4)) == 4
-    assert [piece.batch_size for piece in split_batch(batch, [3, 1])] == [3, 1]
+    for batch in (Neighbors(zeros(4, 2), 4), Encoding(x=zeros(4, 2), batch_size=4)):
+        assert [piece.batch_size for piece in split_batch(batch, [3, 1])] == [3, 1]
+        assert [batch_length(piece) for piece in split_batch(batch, [3, 1])] == [3, 1]
 
 
 UNCLEAR = {
