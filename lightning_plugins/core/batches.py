@@ -116,8 +116,8 @@ class SampleCounter:
         """Choose between fields and samples where nothing in the batch decides."""
         as_fields = _only(set.intersection(*(found.as_fields_only() for found in parts.lists)))
         as_samples = _only({found.items for found in parts.lists})
-        if self.reading is None and self._full in {as_fields, as_samples} and as_fields != as_samples:
-            self.reading = "fields" if self._full == as_fields else "samples"
+        if self.reading is None and self._full is not None and as_fields != as_samples:
+            self.reading = {as_fields: "fields", as_samples: "samples"}.get(self._full)  # type: ignore[assignment]
         chosen = {"fields": as_fields, "samples": as_samples, None: None}[self.reading]
         if chosen is not None:
             return chosen

@@ -155,6 +155,9 @@ def test_a_reading_that_was_certain_stays():
     sample = lambda index: (images(4)[index], {"boxes": zeros(index, 4)})  # noqa: E731
     assert counter_of_images(tuple(zip(*map(sample, range(4)), strict=True))) == 4
     assert counter_of_images(tuple(zip(sample(3), strict=True))) == 1
+    undecided = SampleCounter()
+    assert undecided(tuple(zip(sample(1), strict=True))) == 1
+    assert undecided.reading is None
     views = lambda count: {"views": [zeros(count, 3)] * 3, "label": zeros(count)}  # noqa: E731
     assert [counter_of_views(views(count)) for count in (8, 3)] == [8, 3]
     pieces = split_batch(views(3), [2, 1], counter_of_views.reading)
