@@ -101,6 +101,8 @@ class AveragingCallback(Callback):
             self._refuse_strategy(trainer)
             if self._shadows and not self._serves(pl_module):
                 self._forget()
+            for shadow in self._shadows:
+                shadow.ended = False
             self._fitting = True
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -190,6 +192,7 @@ class AveragingCallback(Callback):
         self._end_training(trainer)
         for shadow in self._shadows:
             shadow.remember()
+            shadow.ended = True
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizer, and follow the module to where it was moved."""
@@ -204,6 +207,7 @@ class AveragingCallback(Callback):
             with contextlib.suppress(Exception):
                 for shadow in self._shadows:
                     shadow.remember()
+                    shadow.ended = True
 
     # -- counting
 

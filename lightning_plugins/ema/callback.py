@@ -107,6 +107,7 @@ class EMA(AverageInCheckpoints):
         self.after_fit = one_of("after_fit", after_fit, ("average", "raw"))
         self._swapper = Swapper()
         self._buffers_at_end: dict[str, Tensor] = {}
+        self._keys_at_end: list[str] = []
 
     # -- hooks, in the order in which they fire
 
@@ -275,6 +276,7 @@ class EMA(AverageInCheckpoints):
             shadow = self._shadows[0]
             self._swapper.apply(shadow, ready=self._active, keep_shadows=True)
             self._report()
+            self._keys_at_end = list(shadow.module.state_dict())
             self._buffers_at_end = {
                 name: found.tensor.detach().clone()
                 for found in named_tensors(shadow.module)
@@ -295,11 +297,16 @@ class EMA(AverageInCheckpoints):
         if shadow.sharded:
             reshard(shadow.module)
         found = shadow.collect(which, copies=True)
-        if not served:
-            found = {**self._buffers_at_end, **found}
         self._report()
         state = shadow.module.state_dict()
-        return {
-            key: found[clean_name(key)] if clean_name(key) in found else gather(local(value), value).detach().clone()
-            for key, value in state.items()
-        }
+        names = {clean_name(key): key for key in state}
+        if not served:
+            if found.keys() - names.keys():
+                # the module has other parts now
+                names = {clean_name(key): key for key in self._keys_at_end}
+            found = {**self._buffers_at_end, **found}
+        others = {name: state[key] for name, key in names.items() if key in state and name not in found}
+        # a module's extra state is no tensor
+        tensors = {name: value for name, value in others.items() if isinstance(value, Tensor)}
+        found.update({**others, **{name: gather(local(v), v).detach().clone() for name, v in tensors.items()}})
+        return {key: found[name] for name, key in names.items() if name in found}

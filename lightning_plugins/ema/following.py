@@ -79,6 +79,11 @@ class FollowedTensors:
             reshard(self.module)
         return self.is_current()
 
+    def has_lost(self) -> bool:
+        """Return whether a parameter is in the module no more, under no name."""
+        here = set(map(id, self.module.parameters()))
+        return any(id(found.tensor) not in here for found in self.tensors if not found.is_buffer)
+
     def look_again(self, changes: Changes, also: Collection[str] = ()) -> list[int | None]:
         """Look the module's tensors up and compare them with those of before.
 

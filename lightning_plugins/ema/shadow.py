@@ -54,6 +54,7 @@ class Shadow:
 
     Attributes:
         changes: What was noticed since this was last set to ``None``.
+        ended: Whether the training has ended: what is replaced from then on is not followed.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -77,6 +78,7 @@ class Shadow:
     ) -> None:
         self.module = module
         self.changes: Changes | None = None
+        self.ended = False
         self._followed = FollowedTensors(module, buffers=buffers)
         self._device = None if device is None else torch.device(device)
         self._shadows: list[Tensor] = []
@@ -102,8 +104,7 @@ class Shadow:
 
     def _note(self) -> Changes:
         """Return where to write what was noticed."""
-        if self.changes is None:
-            self.changes = Changes()
+        self.changes = self.changes or Changes()
         return self.changes
 
     def __len__(self) -> int:
@@ -157,9 +158,7 @@ class Shadow:
         """
         self._finish()
         start = start or {}
-        changes = self.changes or Changes()
-        stashes = self._stashes()
-        before = self._shadows
+        changes, stashes, before = self.changes or Changes(), self._stashes(), self._shadows
         origins = self._followed.look_again(changes, also=start)
         with plain_tensors():
             self._shadows = [
@@ -183,7 +182,7 @@ class Shadow:
 
     def _check(self) -> None:
         """Follow the module if a parameter is not where it was."""
-        if not self._followed.are_there():
+        if not self._followed.are_there() and not (self.ended and self._followed.has_lost()):
             self.follow()
 
     def _prune(self, number: int, stashes: Mapping[int, Tensor]) -> None:
@@ -275,7 +274,8 @@ class Shadow:
         """
         self._wait()
         self._check()
-        self._refresh()
+        if not self.ended:
+            self._refresh()
         if which == "average":
             self._begin_lost_anew()
         full: dict[int, Tensor] = {}

@@ -49,9 +49,10 @@ def other_parameters(module):
     module.net[0] = nn.Linear(4, 8)
 
 
-@pytest.mark.parametrize(
-    "write", [load_sevens, through_data, other_memory, signs, one_number, other_parameters], ids=lambda f: f.__name__
-)
+WAYS = [load_sevens, through_data, other_memory, signs, one_number, other_parameters]
+
+
+@pytest.mark.parametrize("write", WAYS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("options", [{}, {"after_fit": "raw"}, {"checkpoint": "raw"}])
 def test_a_file_saved_after_other_weights_were_loaded_is_a_plain_file(tmp_path, write, options):
     module, ema = Net(), EMA(0.9, **options)
@@ -66,8 +67,7 @@ def test_a_file_saved_after_other_weights_were_loaded_is_a_plain_file(tmp_path, 
         found = torch.load(tmp_path / name, weights_only=True)
         assert same(dict(found["state_dict"]), held)
         assert RECORD_KEY not in found
-    if write is not other_parameters:
-        assert same(ema.average_state_dict(), average)
+    assert same(ema.average_state_dict(), average)
     start = {}
 
     class First(unified.Callback):
@@ -78,6 +78,17 @@ def test_a_file_saved_after_other_weights_were_loaded_is_a_plain_file(tmp_path, 
     trainer(again, First(), max_epochs=3).fit(Net(), regression(), regression(8), ckpt_path=tmp_path / "full.ckpt")
     assert same(start, held)
     assert again.state_dict()["origin"] == 16
+
+
+def test_the_average_survives_parts_that_are_taken_out_after_the_fit():
+    """As adapters are that were merged into their weights."""
+    module, ema = Net(), EMA(0.9)
+    trainer(ema).fit(module, regression())
+    average = ema.average_state_dict()
+    module.net = nn.Sequential(*module.net[:2])
+    assert same(ema.average_state_dict(), average)
+    fresh = Net()
+    fresh.load_state_dict(ema.average_state_dict())
 
 
 def test_a_post_hoc_file_saved_after_other_weights_were_loaded_has_no_averages(tmp_path):

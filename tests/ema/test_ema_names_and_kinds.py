@@ -87,6 +87,20 @@ def test_a_state_dict_of_the_users_own_without_arguments_is_read_by_memory():
     assert not same(ema.average_state_dict(), ema.raw_state_dict())
 
 
+def test_extra_state_of_a_module_is_passed_on():
+    class Counted(nn.Linear):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    module, ema = Wide(), EMA(0.9)
+    module.head = Counted(4, 1)
+    trainer(ema).fit(module, regression(), regression(8))
+    assert ema.average_state_dict()["head._extra_state"] == {"seen": 3}
+
+
 # -- kinds of tensors
 
 
