@@ -31,26 +31,6 @@ class EMA(AverageInCheckpoints):
     that a gradient scaler skipped, a batch that returned ``None`` and a batch inside an accumulation window change no
     weight and no average.
 
-    Args:
-        decay: Share of the old average that an update keeps. A number d means
-            :class:`~lightning_plugins.WarmupDecay`: min(d, (1 + n) / (10 + n)) at the n-th step, so that the untrained
-            weights are forgotten at once; otherwise a :class:`~lightning_plugins.DecayRule`.
-        update_every_n_steps: Applied steps between two updates, each with the decay of that many steps; at least 1.
-        start_step: Applied steps after which the average begins, as a copy of the weights; before, everything is raw.
-        device: Where the average lies; ``None`` for beside the weights. ``"cpu"`` spares GPU memory: the average is
-            pinned and every update streams it over the bus twice, so pair it with a large ``update_every_n_steps``.
-        buffers: ``"copy"`` evaluates the average with the module's own buffers (batch statistics), ``"average"``
-            averages the floating-point ones too. Integers are never averaged.
-        evaluate: The weights that validation, test and predict use, from the first update on.
-        checkpoint: What every file that is written during fit has as its ``state_dict``, from the first update on.
-        after_fit: What the module holds when fit has ended; the other is in :meth:`raw_state_dict` or
-            :meth:`average_state_dict`. After an exception the module holds its raw weights.
-        name: Distinguishes several EMAs of one Trainer, of which at most one evaluates and one owns the ``state_dict``.
-
-    Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If a number is out of its range or a word not one of those listed.
-
     When:
         ``on_train_batch_end`` updates; ``on_validation_start``/``_end`` and their siblings swap; ``on_train_end``
         leaves the module with what ``after_fit`` says.
@@ -73,6 +53,26 @@ class EMA(AverageInCheckpoints):
     Does not compose with:
         Lightning's StochasticWeightAveraging and WeightAveraging, which are refused at setup; FSDP1, DeepSpeed and
         distributed checkpoints, likewise; parts taken out of the module in mid-run, which end the fit with an error.
+
+    Args:
+        decay: Share of the old average that an update keeps. A number d means
+            :class:`~lightning_plugins.WarmupDecay`: min(d, (1 + n) / (10 + n)) at the n-th step, so that the untrained
+            weights are forgotten at once; otherwise a :class:`~lightning_plugins.DecayRule`.
+        update_every_n_steps: Applied steps between two updates, each with the decay of that many steps; at least 1.
+        start_step: Applied steps after which the average begins, as a copy of the weights; before, everything is raw.
+        device: Where the average lies; ``None`` for beside the weights. ``"cpu"`` spares GPU memory: the average is
+            pinned and every update streams it over the bus twice, so pair it with a large ``update_every_n_steps``.
+        buffers: ``"copy"`` evaluates the average with the module's own buffers (batch statistics), ``"average"``
+            averages the floating-point ones too. Integers are never averaged.
+        evaluate: The weights that validation, test and predict use, from the first update on.
+        checkpoint: What every file that is written during fit has as its ``state_dict``, from the first update on.
+        after_fit: What the module holds when fit has ended; the other is in :meth:`raw_state_dict` or
+            :meth:`average_state_dict`. After an exception the module holds its raw weights.
+        name: Distinguishes several EMAs of one Trainer, of which at most one evaluates and one owns the ``state_dict``.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of its range or a word not one of those listed.
 
     References:
         B. Polyak and A. Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up is

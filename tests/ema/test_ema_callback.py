@@ -76,7 +76,7 @@ def test_the_modules_own_epoch_end_still_sees_the_average():
 
 
 def test_sanity_check_and_validation_before_the_first_update_are_raw():
-    """Lightning would evaluate, and at the end restore, the untrained weights (defect 5)."""
+    """Lightning would evaluate, and at the end restore, the untrained weights."""
     module, ema = Scripted(), EMA(0.9, start_step=8)
     fit = trainer(ema, num_sanity_val_steps=1, val_check_interval=1)
     fit.fit(module, numbers(5), numbers(1))
@@ -96,7 +96,7 @@ def test_start_step_begins_as_the_weights_after_it():
 
 
 def test_another_module_is_never_touched():
-    """Lightning evaluates the old average in the new module (user-needs 3)."""
+    """Lightning evaluates the old average in the new module."""
     module, other, ema = Scripted(), Scripted(), EMA(0.9, after_fit="raw")
     fit = trainer(ema)
     fit.fit(module, numbers(5))
@@ -134,7 +134,7 @@ def test_weights_that_were_loaded_after_fit_are_evaluated_as_they_are(after_fit)
 
 @pytest.mark.parametrize("after_fit", ["average", "raw"])
 def test_second_fit_goes_on_from_the_raw_weights(after_fit):
-    """Lightning's second fit averages nothing (defect 11) and trains on from the average (defect 2)."""
+    """Lightning's second fit averages nothing and trains on from the average."""
 
     def run(epochs):
         module, ema = Scripted(), EMA(0.9, after_fit=after_fit)
@@ -201,7 +201,7 @@ class Stop(unified.Callback):
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_raw_weights_are_back_after_an_exception_anywhere(hook, raw, error, first):
-    """Lightning leaves the average in the module (defect 3)."""
+    """Lightning leaves the average in the module."""
     module, ema = Scripted(), EMA(0.9)
     callbacks = [Stop(hook, error), ema] if first else [ema, Stop(hook, error)]
     fit = trainer(*callbacks)

@@ -80,7 +80,7 @@ class TwoOptimizers(unified.LightningModule):
 
 
 def test_manual_optimisation_with_two_optimizers_ticks_on_the_first():
-    """Lightning's clock is global_step: with update_every_n_steps=2 it never updates here (defect 12)."""
+    """Lightning's clock is global_step: with update_every_n_steps=2 it never updates here."""
     module, ema = TwoOptimizers(), EMA(ConstantDecay(0.5), update_every_n_steps=2)
     trainer(ema).fit(module, numbers(8))
     assert ema.state_dict()["last_update"] == 8

@@ -52,7 +52,7 @@ def scored(module_class, trainer_class, files, **kwargs):
     ids=["lightning.pytorch", "pytorch_lightning"],
 )
 def test_files_hold_the_weights_that_were_scored(tmp_path, trainer_class, module_class, checkpoint_class, weights_only):
-    """Lightning's weights-only files hold the raw ones (user-needs 1)."""
+    """Lightning's weights-only files hold the raw ones."""
     files = checkpoint_class(
         tmp_path, monitor="val_loss", filename="{epoch}", save_top_k=-1, save_weights_only=weights_only
     )
@@ -86,7 +86,7 @@ def test_files_hold_the_weights_that_were_scored(tmp_path, trainer_class, module
 )
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_a_file_cut_at_any_moment_is_labelled_right(tmp_path, hook, first, weights_only):
-    """Lightning exchanges the labels of a file that is written inside validation (defect 4)."""
+    """Lightning exchanges the labels of a file that is written inside validation."""
 
     def save(self, trainer, pl_module, *args):
         trainer.save_checkpoint(tmp_path / "cut.ckpt", weights_only=weights_only)
@@ -115,7 +115,7 @@ def test_a_file_cut_in_training_before_our_hook_has_the_latest_average(tmp_path)
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("where", ["val", "train"])
 def test_on_exception_checkpoint_is_labelled_right(tmp_path, where, first):
-    """With Lightning's callback a resume would train on from the average (user-needs 2)."""
+    """With Lightning's callback a resume would train on from the average."""
     torch.manual_seed(0)
     module, ema, rescue = Net(), EMA(0.9), OnExceptionCheckpoint(tmp_path)
     raw = {}
@@ -136,7 +136,7 @@ def test_on_exception_checkpoint_is_labelled_right(tmp_path, where, first):
 
 
 def test_a_file_saved_after_fit_has_both_whatever_the_module_holds(tmp_path):
-    """Lightning has lost the raw weights by then (defect 2)."""
+    """Lightning has lost the raw weights by then."""
     for after_fit in ("average", "raw"):
         module, ema = Scripted(), EMA(0.9, after_fit=after_fit)
         fit = trainer(ema)

@@ -49,7 +49,7 @@ def test_precision_of_the_module_is_kept_and_the_average_is_wide(precision):
 
 
 def test_integer_buffers_are_the_modules_own():
-    """Lightning averages them and cuts off the rest: 1 instead of 8 (defect 1)."""
+    """Lightning averages them and cuts off the rest: 1 instead of 8."""
     for buffers in ("copy", "average"):
         module, ema = Net(), EMA(0.99, buffers=buffers)
         fit = trainer(ema)
@@ -146,7 +146,7 @@ def several():
 
 
 def test_several_averages_side_by_side():
-    """Two of Lightning's raise RuntimeError (defect 9)."""
+    """Two of Lightning's raise RuntimeError."""
     module, emas = Scripted(), several()
     fit = trainer(*emas)
     fit.fit(module, numbers(5), numbers(1))

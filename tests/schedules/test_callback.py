@@ -17,7 +17,7 @@ from lightning_plugins import (
     WarmupCosine,
     WarmupLinear,
 )
-from lightning_plugins.core.lightning import Callback, MisconfigurationException
+from lightning_plugins.core.lightning import CallbackOfBoth, MisconfigurationException
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.training import loader, make_module, make_trainer, rates
 
@@ -287,7 +287,7 @@ def test_a_fit_in_another_trainer_starts_anew(tmp_path):
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, None])
 def test_nothing_stays_on_the_optimizer(tmp_path, failure):
-    class Fail(Callback):
+    class Fail(CallbackOfBoth):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if failure is not None and batch_idx == 3:
                 raise failure

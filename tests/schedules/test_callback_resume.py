@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from lightning_plugins import LearningRateScheduler, Linear, WarmupCosine, WarmupLinear
-from lightning_plugins.core.lightning import Callback
+from lightning_plugins.core.lightning import CallbackOfBoth
 from tests.support.training import loader, make_module, make_trainer, rates
 
 # Plain Lightning does not fast-forward a loader without state; rates do not depend on the data.
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
 
-class Crash(Callback):
+class Crash(CallbackOfBoth):
     """Saves a checkpoint after ``step`` steps and dies."""
 
     def __init__(self, path, step):

@@ -49,6 +49,12 @@ class Classifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class WithHyperparameters(Classifier):
+    def __init__(self, lr=0.1, name="small", wide=False, layers=(1, 2)):
+        super().__init__(lr=lr)
+        self.save_hyperparameters()
+
+
 def dataset(count=40, classes=CLASSES, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return TensorDataset(
