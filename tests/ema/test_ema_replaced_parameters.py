@@ -181,6 +181,16 @@ def test_post_hoc_synthesis_uses_a_replaced_parameter_since_it_was_replaced(tmp_
     torch.testing.assert_close(found, shadow.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_post_hoc_synthesis_of_a_replaced_parameter_has_nothing_of_the_old_one(tmp_path):
+    """Weights that stand still: whatever the length, the average is the new parameter."""
+    trainer(PostHocEMA(every_n_steps=2, dirpath=tmp_path), At(8, new_head), max_epochs=2).fit(
+        Wide(lr=0.0), regression()
+    )
+    for sigma_rel in (0.06, 0.08, 0.15, 0.2):
+        found = synthesize_ema(tmp_path, sigma_rel)["head.weight"]
+        torch.testing.assert_close(found, torch.full((1, 4), 3.0), rtol=1e-6, atol=1e-6)
+
+
 # -- weights that become trainable
 
 
