@@ -20,9 +20,9 @@ from lightning_plugins.core import safe_unpickler, stand_ins, torch_file
 from lightning_plugins.core.safe_unpickler import unpickle
 from lightning_plugins.core.stand_ins import Name, StandIn, StoredStorage, StoredTensor, UnreadableError
 from tests.support import counts, opcodes as op
+from tests.support.audit_events import code_run, listening, outside
 from tests.support.damage import bounded
 from tests.support.damaged_cases import write_whole_files
-from tests.support.witness import code_run, listening, outside
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_plugins.core.validation.LightningPluginsWarning")
 INDEX = "torch.distributed.checkpoint.metadata"
@@ -294,3 +294,23 @@ def test_what_torch_writes_is_read_as_torch_reads_it(tmp_path, zipped):
             found = torch_file.Archive(file).found if zipped else torch_file._read_legacy(file)
         assert same(found.content, torch_file.load(path, trust=False)), content
         assert found.foreign == []
+
+
+class Settings:
+    """An object of a user's that torch is told to be safe."""
+
+    def __init__(self, width):
+        self.width = width
+
+
+def test_what_the_user_allows_in_torch_is_allowed_here_too(tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(2)}, "hyper_parameters": Settings(3)}, path)
+    with pytest.raises(torch_file.NeedsTrustError, match=rf"it names {Settings.__module__}.Settings"):
+        torch_file.load(path, trust=False)
+    with torch.serialization.safe_globals([Settings]):
+        assert torch_file.load(path, trust=False)["hyper_parameters"].width == 3
+        assert extract_weights(path, "raw")["w"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="pass trust=True"):
+        extract_weights(path, "raw")
+    assert extract_weights(path, "raw", trust=True)["w"].tolist() == [1, 1]
