@@ -234,8 +234,8 @@ CALLBACKS = {
     "TensorBoardStatisticsLogger": case(
         ("{}", {}),
         (
-            "{root: a/tensorboard, name: first, axis: samples}",
-            {"root": "a/tensorboard", "name": "first", "axis": "samples"},
+            "{root: a/tensorboard, name: first, axis: samples, count: samples}",
+            {"root": "a/tensorboard", "name": "first", "axis": "samples", "count": "samples"},
         ),
         pair=({"root": "a"}, {"root": "b"}),
     ),
