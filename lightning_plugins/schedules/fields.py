@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,14 @@ else:
     Declared = object
 
 
+def unwrapped(value: Any) -> Any:
+    """Return what omegaconf has wrapped: Hydra hands over lists and mappings of schedules in its own containers."""
+    omegaconf = sys.modules.get("omegaconf")
+    if omegaconf is None or not omegaconf.OmegaConf.is_config(value):
+        return value
+    return omegaconf.OmegaConf.to_object(value)
+
+
 def field_items(item: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     """Yield name, value and kind of every field of a schedule or segment."""
     for field in dataclasses.fields(item):
@@ -124,6 +133,7 @@ def _check_factor(name: str, value: Any, at_most: float = math.inf) -> float:
 
 
 def _check_parts(_: str, value: Any) -> Any:
+    value = unwrapped(value)
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from lightning_plugins.core.validation import real_number, shown, whole_number
+from lightning_plugins.schedules.fields import unwrapped
 from lightning_plugins.schedules.schedule import Schedule
 
 GroupSchedules: TypeAlias = Mapping[str, Schedule] | Mapping[int, Schedule]
@@ -20,6 +21,7 @@ def check_schedules(schedule: Any) -> Schedule | dict[str | int, Schedule]:
         TypeError: If it is neither, or a name is neither a text nor an index.
         ValueError: If a mapping is empty or an index negative.
     """
+    schedule = unwrapped(schedule)
     if not isinstance(schedule, Mapping):
         return _check_schedule("schedule", schedule)
     if not schedule:

@@ -6,7 +6,17 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from lightning_plugins import Constant, LearningRateScheduler, Linear, PiecewiseConstant, Schedule, ScheduleLR, Segments
+from lightning_plugins import (
+    Constant,
+    Join,
+    LearningRateScheduler,
+    Linear,
+    PiecewiseConstant,
+    Plateau,
+    Schedule,
+    ScheduleLR,
+    Segments,
+)
 from tests.support.training import RecordingSGD
 
 
@@ -43,6 +53,23 @@ def test_omegaconfs_lists_and_mappings_are_taken():
     callback = LearningRateScheduler(Schedule.from_dict(config.schedule), base_lr=config.base_lr)
     assert callback.base_lr == (0.1, 0.2)
     assert callback.schedule == PiecewiseConstant([2], [1, 0.5])
+
+
+def test_hydras_lists_and_mappings_of_schedules_are_taken():
+    """Hydra wraps the schedules that it has made once more, as configurations with a type."""
+    instantiate = pytest.importorskip("hydra.utils").instantiate
+
+    def made(name, **arguments):
+        return {"_target_": f"lightning_plugins.{name}", **arguments}
+
+    line = made("Linear", steps=10, start=1, end=0)
+    assert instantiate(made("Join", parts=[line, line], boundaries=[5])) == Join([Linear(10, 1, 0)] * 2, [5])
+    for group in ("backbone", 0):
+        callback = instantiate(made("LearningRateScheduler", schedule={group: line}))
+        assert callback.schedule == {group: Linear(10, 1, 0)}
+    plateau = made("Plateau", monitor="loss")
+    callback = instantiate(made("LearningRateScheduler", schedule=line, base_lr=[0.1, 0.2], plateau=plateau))
+    assert (callback.base_lr, callback.plateau) == ((0.1, 0.2), Plateau("loss"))
 
 
 # -- states
