@@ -10,7 +10,7 @@ import torch
 from lightning_plugins import average_checkpoints, extract_weights, select_checkpoints, synthesize_ema
 from lightning_plugins.core.safe_unpickler import unpickle
 from lightning_plugins.core.stand_ins import UnreadableError
-from lightning_plugins.ema.snapshots import Loaded, write_snapshot
+from lightning_plugins.ema.snapshots import SnapshotContents, write_snapshot
 from tests.support import opcodes as op
 from tests.support.damage import bounded
 from tests.support.damaged_cases import command
@@ -164,6 +164,6 @@ def test_expanded_buffers_are_ordinary(tmp_path):
 def test_snapshots_with_more_averages_than_any_run_has_are_refused(tmp_path):
     tensor = torch.ones(1)
     sigmas = [0.05 + n / 10**5 for n in range(12_000)]
-    write_snapshot(tmp_path, 5, sigmas, Loaded([{"w": tensor}] * 12_000, {}))
+    write_snapshot(tmp_path, 5, sigmas, SnapshotContents([{"w": tensor}] * 12_000, {}))
     with bounded(30, 1), pytest.raises(ValueError, match="12000 values of `sigma_rels`"):
         synthesize_ema(tmp_path, 0.07)
