@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_plugins.core.lightning import LightningModule, Trainer, torch_optimizers
-
-_OUTPUT_KEYS = ("logits", "preds")
+from lightning_plugins.core.step_outputs import loss_of, predictions_of
 
 
 class TrainingLoop:
@@ -98,7 +97,7 @@ class TrainingLoop:
         Under DistributedDataParallel the step itself runs as the module's forward: a loss is no prediction.
         """
         a_loss = output.dim() == 0 if isinstance(output, Tensor) else isinstance(output, Mapping) and "loss" in output
-        found = _output_of(output, otherwise=None if a_loss else output)
+        found = predictions_of(output, None if a_loss else output)
         if found is None:
             return False
         self.last_output = _detached(found)
@@ -111,19 +110,12 @@ class TrainingLoop:
             outputs: Its result.
             undivide: What Lightning has divided the loss by.
         """
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self.last_loss = loss.detach() * undivide if undivide > 1 else loss.detach()
+        loss = loss_of(outputs)
+        if loss is not None:
+            self.last_loss = loss * undivide if undivide > 1 else loss
         if isinstance(outputs, Mapping):
             self.last_target = outputs.get("target", self.last_target)
-        self.last_output = _detached(_output_of(outputs, otherwise=self.last_output))
-
-
-def _output_of(outputs: Any, *, otherwise: Any) -> Any:
-    """Return the predictions among what a step returned."""
-    if isinstance(outputs, Mapping):
-        return next((outputs[key] for key in _OUTPUT_KEYS if key in outputs), otherwise)
-    return otherwise
+        self.last_output = _detached(predictions_of(outputs, self.last_output))
 
 
 def _detached(value: Any) -> Any:

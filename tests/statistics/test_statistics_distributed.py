@@ -123,14 +123,24 @@ def _check_report(folder):
     assert (folder / "report.txt").read_text() == classification_report(labels, scores.argmax(1), zero_division=0)
 
 
-def test_samples_are_those_of_all_ranks(tmp_path):
+def test_samples_are_those_of_all_ranks_also_in_a_second_fit(tmp_path):
+    """One rank takes up what all have seen, the others nothing: also after a fit that stopped in mid-epoch."""
+
     def work(rank):
         logger = TensorBoardStatisticsLogger(tmp_path / "tb", axis="samples")
-        train(rank, callbacks=[logger], max_epochs=1)
-        (tmp_path / f"last{rank}").write_text(str(logger.state_dict()["last"]["validation"]))
+        recorder = StatisticsRecorder(["accuracy"])
+        train(rank, callbacks=[recorder, logger], max_epochs=1)
+        places = [logger.state_dict()["last"]["validation"]]
+        train(rank, callbacks=[recorder, logger], max_epochs=1, max_steps=2)
+        places.append(recorder.state_dict()["samples"])
+        labels = recorder.state_dict()["train"]["sums"][1]
+        train(rank, callbacks=[recorder, logger], max_epochs=1)
+        places.append(logger.state_dict()["last"]["validation"])
+        (tmp_path / f"last{rank}").write_text(f"{places} {labels}")
 
     run_ranks(work)
-    assert (tmp_path / "last0").read_text() == "40"
+    # 40 samples an epoch, 2 x 8 in two steps of each rank
+    assert (tmp_path / "last0").read_text() == "[40, 72, 112] 32.0"
 
 
 def test_ranks_with_different_clocks_still_add_up_at_the_same_moments(tmp_path):
