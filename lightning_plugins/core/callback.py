@@ -53,6 +53,13 @@ class Callback(CallbackOfBoth):
     stage: ClassVar[Stage]
     state_version: ClassVar[int] = 1
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Leave a class without a state with Lightning's own ``state_dict``, so that several may have one key."""
+        super().__init_subclass__(**options)
+        stateful, stateless = Callback.state_dict, CallbackOfBoth.state_dict
+        if cls.state_dict in (stateful, stateless):
+            cls.state_dict = stateless if cls.get_state is Callback.get_state else stateful  # type: ignore[method-assign]
+
     def __init__(self, **identity: Any) -> None:
         """Remember what tells two instances apart.
 

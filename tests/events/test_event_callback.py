@@ -26,7 +26,7 @@ from lightning_plugins import (
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.events import CancelAction
 from tests.support.events_runs import EPOCH, Diary, batches, fit, make_regression, weights
-from tests.support.training import make_trainer
+from tests.support.training import loader, make_module, make_trainer
 
 
 def a_function(loop, event):
@@ -57,6 +57,13 @@ def test_events_are_given_by_member_value_or_name():
     assert EventCallback(a_function, events="fitEnd").events == (Event.FIT_END,)
     assert EventCallback(a_function).events == tuple(Event)
     assert [event.value for event in Event] == sorted({*EPOCH, "fitStart", "fitEnd"}, key=list(Event).index)
+
+
+def test_two_of_one_function_may_stand_side_by_side(namespace, tmp_path):
+    calls = []
+    twice = [EventCallback(lambda loop, event: calls.append(event), events=["fitEnd"]) for _ in range(2)]
+    make_trainer(tmp_path, namespace, callbacks=twice).fit(make_module(namespace), loader(1))
+    assert calls == [Event.FIT_END] * 2
 
 
 def test_state_keys_tell_functions_and_events_apart():

@@ -66,7 +66,10 @@ def outcome(use, folder, about):
     assert outside(events, folder) == [], about
     assert [event for event in code_run(events) if event[0] not in ("exec", "import", "marshal.loads")] == [], about
     if message is not None:
-        assert message.startswith(("CheckpointError: ", "ValueError: ", "FileNotFoundError: ")), (about, message)
+        assert message.startswith(("CheckpointError: ", "NoStateDictError: ", "ValueError: ", "FileNotFoundError: ")), (
+            about,
+            message,
+        )
         assert len(message.splitlines()) == 1, (about, message)
         assert len(message) < 1200, (about, message)
         assert str(folder) in message or "`" in message or "checkpoints" in message, (about, message)
