@@ -80,10 +80,13 @@ class CheckpointMean:
             raise CheckpointError(
                 f"The checkpoints differ: {self.differences.text()} Pass strict=False to average what they share."
             )
-        unshared = self.differences.unshared
-        self.specs = {name: spec for name, spec in self.newest.specs.items() if name not in unshared}
-        self.extras = {name: value for name, value in self.newest.extras.items() if name not in unshared}
-        self.replace = {name: tensor for name, tensor in (replace or {}).items() if name in self.specs}
+        self.specs, self.extras = dict(self.newest.specs), dict(self.newest.extras)
+        for name in self.differences.unshared:
+            self.specs.pop(name, None)
+            self.extras.pop(name, None)
+        self.replace = dict(replace or {})
+        for name in self.replace.keys() - self.specs:
+            del self.replace[name]
         self._allow_nonfinite = allow_nonfinite
         self.first_names = self._ties()
 
@@ -148,17 +151,17 @@ class CheckpointMean:
         if result is None:
             result = torch.empty(stop - start, dtype=self.specs[name].dtype)
         begins = range(0, stop - start, _CHUNK)
-
-        def fill(begin: int, result: Tensor = result) -> None:
-            self._fill(name, start + begin, result[begin : begin + _CHUNK], advance)
-
         # Several ranges are averaged side by side, each operation by one thread: where cores are shared, the threads
         # inside an operation wait for each other, which was seen to take ten times as long.
         threads = torch.get_num_threads()
         if threads == 1 or len(begins) <= 1:
             for begin in begins:
-                fill(begin)
+                self._fill(name, start + begin, result[begin : begin + _CHUNK], advance)
             return result
+
+        def fill(begin: int, result: Tensor = result) -> None:
+            self._fill(name, start + begin, result[begin : begin + _CHUNK], advance)
+
         for source in self.sources:
             # opened once, before several threads ask for it
             source.flat(name, start, start)
