@@ -165,8 +165,7 @@ class CSVFile:
         elif not self._file.is_in_place:
             self._complain_once(
                 "moved",
-                f"{self.path} is not the file any more that this run writes: somebody moved it, or another run took "
-                "the path. The rows go on in the file that was moved.",
+                f"{self.path} was moved or replaced during the run; rows are still written to the original file.",
             )
         return self._file
 

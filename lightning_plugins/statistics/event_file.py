@@ -159,7 +159,8 @@ def hyperparameter_summaries(hyperparameters: Mapping[str, Any], tags: Sequence[
 def _file_name(folder: Path) -> str:
     """Return a name that sorts after those of the directory's other event files, for readers go by name."""
     names = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.[0-9]*.*")]
-    seconds = [int(name) for name in names if re.fullmatch(r"[0-9]{1,12}", name)]  # the others are nobody's
+    # other names are not of event files
+    seconds = [int(name) for name in names if re.fullmatch(r"[0-9]{1,12}", name)]
     second = max([int(time.time()), *[taken + 1 for taken in seconds]])
     return f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
 

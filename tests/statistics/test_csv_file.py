@@ -332,7 +332,7 @@ def test_another_run_that_takes_the_path_loses_nobodys_rows(tmp_path):
     second = CSVFile(tmp_path / "log.csv")
     assert second.begin().name == "log.1.csv"
     second.add([cells(1)])
-    with pytest.warns(LightningPluginsWarning, match="log.csv is not the file any more that this run writes"):
+    with pytest.warns(LightningPluginsWarning, match="log.csv was moved or replaced during the run"):
         first.add([cells(4)])
     first.add([cells(5, late="1")])  # a new column must not overwrite the other run's file
     first.close()

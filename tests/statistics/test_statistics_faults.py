@@ -152,7 +152,7 @@ def test_a_directory_that_vanishes_during_training_costs_a_warning():
         def on_train_epoch_end(self, trainer, pl_module):
             Path("logs/log.csv").unlink(missing_ok=True)
 
-    with pytest.warns(LightningPluginsWarning, match="somebody moved it, or another run took the path"):
+    with pytest.warns(LightningPluginsWarning, match="log.csv was moved or replaced during the run"):
         fit([CSVStatisticsLogger("logs/log.csv"), Vandal()])
 
 
