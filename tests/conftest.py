@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.support import conditions, counts, expected_warnings, record
 
-# A busy machine is slow, and that is no property of what is tested. The gate tries the same examples each time; whoever
-# runs the tests by hand looks for new ones.
+# A busy machine is slow, and that is no property of what is tested. The gate tries the same examples each time; you
+# look for new ones when you run the tests yourself.
 settings.register_profile(
     "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )

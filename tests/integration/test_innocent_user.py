@@ -163,7 +163,7 @@ def interrupt_in_this_process():
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("call", ["validate", "test", "predict"])
 def test_another_modules_evaluation_is_left_alone(call):
-    """After a fit with everything, somebody else's module is evaluated by the same Trainer."""
+    """After a fit with everything, another module is evaluated by the same Trainer."""
     found = []
     for callbacks in ([], made(STACK)):
         trainer = run(lightning.pytorch, None, callbacks)[1]

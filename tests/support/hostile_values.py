@@ -1,4 +1,4 @@
-"""Values that nobody should pass, by name: wrong types, numbers out of any range, things that lie about themselves."""
+"""Values that no one should pass, by name: wrong types, numbers out of any range, things that lie about themselves."""
 
 import decimal
 import enum
