@@ -325,3 +325,12 @@ def test_validations_of_other_callbacks_are_not_cancelled(tmp_path):
             raise CancelBatch
 
     assert scores(tmp_path / "cancelled", act) == scores(tmp_path / "whole", None)
+
+
+def test_two_that_call_the_same_function_stand_side_by_side(namespace, tmp_path):
+    """They have one key, which Lightning admits for callbacks without a state alone."""
+    seen = []
+    first, second = (EventCallback(lambda loop, event: seen.append(event), events=["fitStart"]) for _ in range(2))
+    assert first.state_key == second.state_key
+    make_trainer(tmp_path, namespace, callbacks=[first, second]).fit(make_module(namespace), loader(1))
+    assert len(seen) == 2
