@@ -106,13 +106,6 @@ class Callback(CallbackOfBoth):
 
     # -- state
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        # Lightning refuses two callbacks of one key where they define `state_dict`. Without a state they may be two.
-        super().__init_subclass__(**kwargs)
-        if cls.state_dict in {Callback.state_dict, CallbackOfBoth.state_dict}:
-            has_state = cls.get_state is not Callback.get_state
-            cls.state_dict = (Callback if has_state else CallbackOfBoth).state_dict  # type: ignore[method-assign]
-
     def get_state(self) -> dict[str, Any]:
         """Return the state as plain numbers, texts and tensors; empty when there is none to keep."""
         return {}
