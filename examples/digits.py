@@ -169,7 +169,7 @@ def main() -> None:
             *([MicroBatching(size)] if (size := options.micro_batch_size) else []),
             LearningRateScheduler(schedule),
             EMA(options.ema_decay),
-            StatisticsRecorder(["accuracy"]),
+            StatisticsRecorder(["accuracy"], progress_bar=["loss", "accuracy"]),
             CSVStatisticsLogger(str(folder / "log.csv")),
             TensorBoardStatisticsLogger(str(folder / "tensorboard")),
             best,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -81,7 +81,9 @@ class MicroBatching(Callback):
 
     stage = Stage.ACCUMULATION
 
-    def __init__(self, size: int | str = "auto", *, count: CountedBy = "samples", split: Split | None = None) -> None:
+    def __init__(
+        self, size: int | Literal["auto"] = "auto", *, count: CountedBy = "samples", split: Split | None = None
+    ) -> None:
         if isinstance(size, str):
             if size != "auto":
                 raise ValueError(f'`size` must be a number of samples or "auto", got {shown(size)}.')

@@ -136,7 +136,7 @@ def test_a_seed_gives_the_same_run_again(trial, program, capsys):
     assert logged(written) == logged(trial[1])
 
 
-@pytest.mark.filterwarnings("ignore:MicroBatching splits batches, and batch normalisation")
+@pytest.mark.filterwarnings("ignore:MicroBatching splits batches, and batch normalization")
 def test_accumulates_to_an_effective_batch_and_runs_it_in_pieces(program, capsys):
     program.main(*TRIAL, "--effective-batch-size", "64", "--micro-batch-size", "16", "--output", "elsewhere")
     out = capsys.readouterr().out

@@ -36,7 +36,7 @@ def trial(factory, name, arguments):
     done = run(folder, name, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not re.search(r"Tip:|Traceback|Warning", done.stdout + done.stderr)
-    assert "train_loss=" in done.stdout  # the progress bar shows the statistics
+    assert " loss=" in done.stdout  # the progress bar shows the statistics
     (written,) = (folder / "runs").iterdir()
     return done.stdout, written
 
@@ -87,7 +87,7 @@ def test_lenet_learns_and_shows_both_ends_of_its_log(lenet):
     lines = (written / "log.csv").read_text().splitlines()
     shown = [*lines[:4], "...", *lines[-3:]]
     assert "\n".join([f"runs/{written.name}/log.csv, {len(lines)} lines:", *shown]) in console
-    assert lines[0] == "epoch,batch,phase,step,lr,loss,accuracy,time"
+    assert lines[0] == "epoch,batch,phase,step,lr,loss,accuracy,loss_step,time"
     accuracy = float(re.search(r"^test accuracy ([01]\.\d{4}) on 360 images", console, re.MULTILINE)[1])
     assert accuracy == pytest.approx(float(rows(written / "log.csv", "validation")[-1]["accuracy"]), abs=5e-5)
     assert accuracy > 0.6  # guessing gives 0.1
