@@ -151,6 +151,11 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ("torch.distributed.fsdp.FSDPModule", "_get_fsdp_state", "gradients of an open window are dropped"),
         ("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState", "_fsdp_param_groups", "those of a module"),
         (
+            "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
+            "_fsdp_param_group",
+            "the one, in older versions",
+        ),
+        (
             "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
             "unsharded_accumulated_grad _unsharded_param",
             "those that are kept outside of the parameters",

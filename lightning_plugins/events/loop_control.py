@@ -147,7 +147,9 @@ def _no_step(*args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ARG001  # in
 
 def _drop_unsharded_gradients(module: Any) -> None:
     """Drop the gradients that FSDP2 keeps outside of the parameters until a window's last batch."""
-    for group in module._get_fsdp_state()._fsdp_param_groups:
+    state = module._get_fsdp_state()
+    one = getattr(state, "_fsdp_param_group", None)  # older versions of torch have one at most
+    for group in getattr(state, "_fsdp_param_groups", [] if one is None else [one]):
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:

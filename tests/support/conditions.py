@@ -42,3 +42,11 @@ whole_run_after_a_search = _needs(
 
 # a Trainer of Lightning before 2.6 cannot be told, and loads any object
 LOAD_ANY_OBJECT = {"weights_only": False} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
+
+# Names that the package uses where they are there: whether the installed version is known to have them.
+OF_SOME_VERSIONS = {
+    "_last_val_time": installed("lightning") >= (2, 6),
+    "_fsdp_param_groups": installed("torch") >= (2, 13),
+    "_fsdp_param_group": installed("torch") < (2, 7),
+    "_update_lr": installed("torch") >= (2, 13),
+}
