@@ -18,6 +18,7 @@ from lightning_plugins.statistics.rows import TRAIN, VALIDATION, StatisticsRow
 from lightning_plugins.statistics.spool import Spool, can_append, is_remote
 
 _NAME = re.compile(r"(?!\.+(?:/|$))[\w.,+=@ -]{1,100}(?:/(?!\.+(?:/|$))[\w.,+=@ -]{1,100}){0,4}")  # below the root
+_MOMENT = r"[0-9]{4}-[0-9]{2}-[0-9]{2}_[0-9]{2}-[0-9]{2}-[0-9]{2}-[0-9]{6}"  # as _free_name writes it
 
 
 class TensorBoardStatisticsLogger(RowWriter):
@@ -115,6 +116,8 @@ class TensorBoardStatisticsLogger(RowWriter):
         super().on_train_start(trainer, pl_module)
         self._tell_late_start(trainer, begun=bool(self._files))
         resumed, self._restored = self._restored, None
+        # a state that was cut before the first fit names no run
+        resumed = resumed if resumed and resumed["stamp"] else None
         if resumed is not None:
             self.close()
             self._stamp, self._last, self._last_step = resumed["stamp"], dict(resumed["last"]), resumed["last_step"]
@@ -179,12 +182,13 @@ class TensorBoardStatisticsLogger(RowWriter):
         return {"stamp": self._stamp, "last": dict(self._last), "last_step": self._last_step}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Keep the place until the fit begins, if it lies in the directory of the runs."""
+        """Keep the place until the fit begins, if its run is one that this logger would name so."""
         stamp = state.get("stamp")
-        if stamp != "" and not _is_name(stamp):
+        wanted = _MOMENT if self.name is None else re.escape(self.name)
+        if not isinstance(stamp, str) or not re.fullmatch(rf"(?:{wanted}(?:-[0-9]{{1,9}})?)?", stamp):
             raise MisconfigurationException(
                 "The checkpoint's `stamp` of TensorBoardStatisticsLogger must be the name of a run, "
-                f"got {shown(stamp)}."
+                f"{'a time stamp' if self.name is None else shown(self.name)}, got {shown(stamp)}."
             )
         last = state.get("last")
         if not isinstance(last, dict) or set(last) != {TRAIN, VALIDATION}:

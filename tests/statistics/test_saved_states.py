@@ -122,7 +122,20 @@ def test_parts_that_do_not_fit_each_other_are_refused(saved):
 
 def test_a_run_cannot_be_moved_by_a_state(saved):
     make, state = saved["tensorboard"]
-    for stamp in ("../up", "/root", "a/../../b", "x\ny", ".", "a" * 500):
+    moment = state["stamp"]
+    assert make().load_state_dict({**state, "stamp": f"{moment}-1"}) is None
+    for stamp in (
+        "../up",
+        "/root",
+        "a/../../b",
+        "x\ny",
+        ".",
+        "a" * 500,
+        "a/b",
+        f"{moment}/a",
+        f"a/{moment}",
+        f"{moment}\n",
+    ):
         with pytest.raises(MisconfigurationException, match="`stamp` of TensorBoardStatisticsLogger must be the name"):
             make().load_state_dict({**state, "stamp": stamp})
 

@@ -142,6 +142,17 @@ def test_a_run_has_the_name_that_it_was_given():
             TensorBoardStatisticsLogger(name=name)
 
 
+def test_a_checkpoint_from_before_the_first_fit_names_no_run(tmp_path):
+    trainer, model = trainer_of(pl, [TensorBoardStatisticsLogger("tb")], max_epochs=1), WithHyperparameters()
+    trainer.validate(model, loaders()[1], verbose=False)
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    logger = TensorBoardStatisticsLogger("tb")
+    fit([logger], WithHyperparameters, max_epochs=1, ckpt_path=tmp_path / "early.ckpt")
+    assert logger.run_directory.parent == Path("tb")
+    assert sorted(path.name for path in logger.run_directory.iterdir()) == ["train", "validation"]
+    assert not Path("/train").exists()
+
+
 def test_without_a_validation_there_is_no_run_of_it():
     logger = TensorBoardStatisticsLogger("tb")
     fit([logger], WithHyperparameters, max_epochs=1, limit_val_batches=0)
