@@ -43,7 +43,7 @@ Batch = dict[str, Tensor]  # "bytes" and "targets", the bytes that follow them
 
 
 class GPT(LightningModule):
-    """A decoder with normalisation before each part and the same table for bytes that come in and go out."""
+    """A decoder with normalization before each part and the same table for bytes that come in and go out."""
 
     def __init__(self, width: int = 64, layers: int = 3, context: int = 96, lr: float = 0.4) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class GPT(LightningModule):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Return the logits of the byte that follows each byte; padding comes last, so nobody sees it."""
+        """Return the logits of the byte that follows each byte; padding comes last, so it is never seen."""
         length = text.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=text.device)
         states = self.layers(self.bytes(text) + self.places.weight[:length], mask, is_causal=True)

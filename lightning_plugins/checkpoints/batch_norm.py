@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation for averaged weights, which no checkpoint has seen at work.
+"""Statistics of batch normalization for averaged weights, which no checkpoint has seen at work.
 
 The mean of running statistics is not the statistics of the mean weights. They are estimated anew: every layer's running
 mean and variance become the plain mean over batches of that batch's mean and (unbiased) variance.

@@ -1,7 +1,7 @@
 """Which checkpoints a run has written itself: an allow-list by name and digest.
 
 Only these are averaged, and only these may run what their pickle names. A directory can hold files of other runs, files
-that somebody put there, and files of a future that a run lost when it was resumed from before. Knows files and numbers.
+that were copied there, and files of a future that a run lost when it was resumed from before. Knows files and numbers.
 """
 
 from __future__ import annotations

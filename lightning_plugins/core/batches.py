@@ -193,7 +193,7 @@ def split_batch(batch: Any, sizes: Sequence[int], reading: Reading = None) -> li
 def even_sizes(length: int, at_most: int) -> list[int]:
     """Return the sizes of the fewest pieces of at most ``at_most`` samples; they differ by one at most.
 
-    Even pieces leave no remainder of a single sample, which layers such as batch normalisation cannot process.
+    Even pieces leave no remainder of a single sample, which layers such as batch normalization cannot process.
 
     Example:
         >>> even_sizes(10, 4), even_sizes(4, 4), even_sizes(9, 8)

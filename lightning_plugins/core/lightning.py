@@ -2,7 +2,7 @@
 
 ``lightning.pytorch`` and ``pytorch_lightning`` are two copies of one library with distinct classes. What is defined
 here belongs to both, so that one callback object runs in either Trainer and one ``except`` catches either's error.
-Objects that a user hands over are recognised by what they have, never by their class.
+Objects that a user hands over are recognized by what they have, never by their class.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class SizeSearch:
     """Runs batches at the size known so far, and the same batch again at half of it when memory runs out.
 
     On one device every batch is guarded. Under DDP a rank that ran out of memory cannot tell the others, who wait for
-    it in the gradients' all-reduce. So for the first batches at a size nobody synchronizes before all ranks have
+    it in the gradients' all-reduce. So for the first batches at a size no rank synchronizes before all have
     agreed that all succeeded; then the gradients are averaged by hand. Later batches take DDP's own, faster way.
 
     Args:

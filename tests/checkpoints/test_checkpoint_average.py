@@ -32,7 +32,7 @@ def test_a_tensor_longer_than_a_chunk_equals_the_float64_mean(tmp_path):
     assert_is_mean(average_checkpoints(paths), float64_mean(paths))
 
 
-def test_weights_are_normalised_and_applied_in_the_order_of_the_paths(tmp_path):
+def test_weights_are_normalized_and_applied_in_the_order_of_the_paths(tmp_path):
     paths = write_files(tmp_path, 4)
     weights = [0, 3, 1, 4]
     assert_is_mean(average_checkpoints(paths, weights=weights), float64_mean(paths, weights))

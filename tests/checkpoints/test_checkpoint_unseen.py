@@ -46,7 +46,7 @@ def listening_classes(namespace):
 
 def metered(namespace):
     class Metered(module_class(namespace)):
-        """Has what a run can disturb: metrics, batch normalisation, dropout, a logger that is used directly."""
+        """Has what a run can disturb: metrics, batch normalization, dropout, a logger that is used directly."""
 
         def __init__(self, **more):
             super().__init__(batch_norm=True, **more)

@@ -54,7 +54,7 @@ def test_update_interval_keeps_the_memory_of_the_average(every):
 
 
 class TwoOptimizers(unified.LightningModule):
-    """Manual optimisation of two weights, the second every other batch."""
+    """Manual optimization of two weights, the second every other batch."""
 
     def __init__(self, first_steps=1):
         super().__init__()
@@ -79,7 +79,7 @@ class TwoOptimizers(unified.LightningModule):
         return Script([self.a]), Script([self.b])
 
 
-def test_manual_optimisation_with_two_optimizers_ticks_on_the_first():
+def test_manual_optimization_with_two_optimizers_ticks_on_the_first():
     """Lightning's clock is global_step: with update_every_n_steps=2 it never updates here."""
     module, ema = TwoOptimizers(), EMA(ConstantDecay(0.5), update_every_n_steps=2)
     trainer(ema).fit(module, numbers(8))

@@ -24,8 +24,8 @@ from lightning_plugins.ema.snapshots import (
 from tests.support.ema_runs import THETA, Net, Scripted, follow, numbers, regression, same, trainer
 
 PROFILES = [(step, sigma) for sigma in (0.05, 0.10) for step in (2, 4, 6, 8, 10)]
-# Computed with the authors' own formulas: the normalised shares for sigma 0.08 at step 10, and the two results.
-NORMALISED = [
+# Computed with the authors' own formulas: the normalized shares for sigma 0.08 at step 10, and the two results.
+NORMALIZED = [
     1.301984e-08, 1.747745e-05, 1.115625e-03, 2.008501e-02, 2.396747e-01,
     -1.779557e-07, -9.471768e-05, -4.071390e-03, -6.067163e-02, 8.039451e-01,
 ]  # fmt: skip
@@ -37,7 +37,7 @@ def power_average(sigma, theta):
 
 def test_solver_agrees_with_the_reference():
     shares = synthesis_weights(PROFILES, step=10, sigma_rel=0.08)
-    assert shares == pytest.approx(NORMALISED, rel=1e-5)
+    assert shares == pytest.approx(NORMALIZED, rel=1e-5)
     assert sum(shares) == pytest.approx(1, rel=1e-12)
     averages = {sigma: power_average(sigma, THETA) for sigma in (0.05, 0.10)}
     values = [averages[sigma][step - 1] for step, sigma in PROFILES]

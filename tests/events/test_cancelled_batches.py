@@ -169,7 +169,7 @@ def test_counts_of_a_cancelled_batch_are_not_in_the_mean(tmp_path):
     assert same(run([0, 1, 2], cancelling(Event.BATCH_START, 1)), run([0, 2], cancelling(Event.FIT_END)))
 
 
-def test_manual_optimisation(tmp_path):
+def test_manual_optimization(tmp_path):
     def make():
         module = make_regression(automatic_optimization=False)
         loss_of = module.training_step

@@ -40,7 +40,7 @@ class Manual(Probe):
         self.automatic_optimization = False
 
 
-class Synchronised(Probe):
+class Synchronized(Probe):
     def __init__(self):
         super().__init__()
         self.norm = torch.nn.SyncBatchNorm(6)
@@ -50,7 +50,7 @@ class Synchronised(Probe):
     ("module", "message"),
     [
         (Manual, "MicroBatching needs automatic optimization, but `Manual.automatic_optimization` is False"),
-        (Synchronised, "MicroBatching does not work with synchronized batch normalization, whose ranks would have to"),
+        (Synchronized, "MicroBatching does not work with synchronized batch normalization, whose ranks would have to"),
     ],
 )
 def test_refuses_a_module_that_it_cannot_serve(module, message):

@@ -166,7 +166,7 @@ def test_a_loss_that_is_a_plain_number_counts_in_validation():
     assert float(trainer.callback_metrics["val_loss"]) == 0.5
 
 
-def test_manual_optimisation_that_returns_nothing_still_has_its_metrics():
+def test_manual_optimization_that_returns_nothing_still_has_its_metrics():
     class Manual(Classifier):
         automatic_optimization = False
 

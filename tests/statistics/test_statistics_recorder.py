@@ -83,7 +83,7 @@ def test_the_loss_is_the_users_and_not_the_divided_one(accumulate):
         assert row.values["loss"] == pytest.approx(values["loss"], rel=1e-7)
 
 
-def test_the_loss_of_manual_optimisation_is_not_multiplied():
+def test_the_loss_of_manual_optimization_is_not_multiplied():
     class Manual(Classifier):
         automatic_optimization = False
 

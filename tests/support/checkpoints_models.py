@@ -19,7 +19,7 @@ NAMESPACES = {"lightning.pytorch": unified, "pytorch_lightning": classic}
 
 def module_class(namespace: Any = unified) -> type:
     class Regressor(namespace.LightningModule):
-        """Two layers with a batch normalisation between them if asked; logs training and validation losses."""
+        """Two layers with a batch normalization between them if asked; logs training and validation losses."""
 
         def __init__(self, width: int = 4, batch_norm: bool = False, rate: float = 0.05) -> None:
             super().__init__()

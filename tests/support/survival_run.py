@@ -101,7 +101,7 @@ PLANS = {
 
 
 class Net(pl.LightningModule):
-    """Two layers with batch normalisation between them, and noise that is a function of epoch and batch."""
+    """Two layers with batch normalization between them, and noise that is a function of epoch and batch."""
 
     def __init__(self) -> None:
         super().__init__()
