@@ -209,3 +209,6 @@ def other_ranks(directory):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](sys.argv[2])
+    sys.stdout.flush()
+    # a thread of gloo that still holds a tensor when the interpreter ends would abort the process
+    os._exit(0)

@@ -33,9 +33,11 @@ def run_ranks(function, *arguments, world_size=2, timeout=180):
     """
     port = _free_port()
     code = (
-        "import json, sys, warnings; warnings.simplefilter('ignore'); import torch; torch.set_num_threads(1); "
+        "import json, os, sys, warnings; warnings.simplefilter('ignore'); import torch; torch.set_num_threads(1); "
         f"from {function.__module__} import {function.__name__} as function; "
-        f"print({_MARK!r} + json.dumps(function(*json.loads(sys.argv[1]))), flush=True)"
+        f"print({_MARK!r} + json.dumps(function(*json.loads(sys.argv[1]))), flush=True); "
+        # a thread of gloo that still holds a tensor when the interpreter ends would abort the process
+        "os._exit(0)"
     )
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
     ranks = [
