@@ -78,15 +78,3 @@ def agreed(flag: int, like: Tensor) -> bool:
     found = torch.tensor(int(flag), device=local(like).device)
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
     return bool(found.item())
-
-
-def sum_over_ranks(trainer: Any, value: Tensor) -> Tensor:
-    """Return the sum of ``value`` over all ranks, ``value`` itself when there is one rank.
-
-    Every rank must call it at the same moment. It waits for no device, the result lies on the rank's device, and
-    ``value`` is not changed.
-    """
-    if trainer.world_size == 1:
-        return value
-    strategy = trainer.strategy
-    return cast(Tensor, strategy.reduce(value.detach().to(strategy.root_device, copy=True), reduce_op="sum"))
