@@ -11,7 +11,7 @@ from lightning_plugins.checkpoints.batch_norm import batch_norms
 from lightning_plugins.checkpoints.formats.base import CheckpointError
 from lightning_plugins.checkpoints.isolated_validation import can_refresh, isolated, numbers, set_order_of_last_epoch
 from lightning_plugins.checkpoints.pool import Choice, History, Pool, output_problem
-from lightning_plugins.checkpoints.run_files import RunFiles
+from lightning_plugins.checkpoints.run_files import RunFiles, keeper_in
 from lightning_plugins.checkpoints.run_identity import Lineage, checked_lineage, new_fit_name
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.callback import Callback, Stage
@@ -286,7 +286,7 @@ class CheckpointAveraging(Callback):
                 self._files.moved(Path(self._saved_in), place)
         if resumed is not None and resumed.exists():
             # it is the run's own because the Trainer has loaded it; its own state cannot name it
-            self._files.add(resumed, keeper=self._files.keeper_in(resumed.parent))
+            self._files.add(resumed, keeper=keeper_in(resumed))
         self._saved_in = str(pool.folder)
         self.patches.wrap(trainer.strategy, "save_checkpoint", self._saving(trainer))
 

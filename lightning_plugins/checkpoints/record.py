@@ -38,6 +38,7 @@ class Record:
         ema: What its ``state_dict`` holds, if it is of a run with an EMA.
         lineage: The fits that led to it, empty if it does not say.
         written: Files that ModelCheckpoint had written, named as in ``scores``.
+        keeper: The state key of the ModelCheckpoint that wrote it, ``""`` if none says so.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Record:
     ema: str | None = None
     lineage: Lineage = Lineage()  # noqa: RUF009  # it cannot be changed
     written: frozenset[str] = frozenset()
+    keeper: str = ""
 
 
 def read_record(path: str | Path) -> Record:
@@ -99,6 +101,7 @@ def _torch_record(path: Path, file_path: Path) -> Record:
         _ema(content),
         lineage_of(content),
         kept.written,
+        kept.keeper,
     )
 
 
@@ -116,25 +119,30 @@ class _KeptFiles:
     scores: dict[str, float] = field(default_factory=dict)
     mode: str = "min"
     written: frozenset[str] = frozenset()
+    keeper: str = ""
 
 
 def _kept_files(archive: Archive, path: Path, callbacks: Any) -> _KeptFiles:
     """Return ModelCheckpoint's record; of several that rank files the one that names this file, else the first."""
     found = _KeptFiles()
     written: set[str] = set()
+    keeper = ""
     named_here = False
     for key, state in callbacks.items() if isinstance(callbacks, dict) else ():
         if not isinstance(state, dict) or not isinstance(state.get("best_k_models"), dict):
             continue
         root = state.get("dirpath")
         scores = {_from(root, name): _number(archive, value) for name, value in state["best_k_models"].items()}
-        written |= {*scores, *(_from(root, state.get(name)) for name in ("best_model_path", "last_model_path"))}
+        named = {*scores, *(_from(root, state.get(name)) for name in ("best_model_path", "last_model_path"))} - {""}
+        written |= named
+        if not keeper and looked_up(path, dict.fromkeys(named, True)):
+            keeper = str(key)
         names_this = looked_up(path, scores) is not None
         if state.get("monitor") and (not found.scores or (names_this and not named_here)):
             known = {name: value for name, value in scores.items() if value is not None}
             found = _KeptFiles(_number(archive, state.get("current_score")), known, _mode(str(key)))
             named_here = names_this
-    found.written = frozenset(written - {""})
+    found.written, found.keeper = frozenset(written), keeper
     return found
 
 

@@ -52,10 +52,6 @@ class RunFiles:
         """Forget all of them: a run begins."""
         self._files.clear()
 
-    def keeper_in(self, folder: Path) -> str:
-        """Return who keeps the files of a folder, ``""`` if none of the run's files is there."""
-        return next((found.keeper for path, found in self._files.items() if path.parent == folder), "")
-
     def keeper(self, path: Path) -> str | None:
         """Return who keeps a file, ``None`` if the run did not write it."""
         found = self._files.get(path)
@@ -137,6 +133,12 @@ def readable_records(paths: list[Path]) -> tuple[list[Record], list[Path]]:
         if record.manifest is None:
             records.append(record)
     return records, damaged
+
+
+def keeper_in(path: Path) -> str:
+    """Return the state key of the ModelCheckpoint that wrote a file, as the file says; ``""`` if it does not."""
+    found, _ = readable_records([path])
+    return found[0].keeper if found else ""
 
 
 def remove(path: Path) -> None:

@@ -172,11 +172,11 @@ class Crash(Regressor):
             raise RuntimeError("crash")
 
 
-def fit(folder, saving, crash_at=-1, **options):
+def fit(folder, saving, crash_at=-1, last=4, **options):
     torch.manual_seed(0)
     module = Crash()
     module.at_epoch = crash_at
-    averaging = CheckpointAveraging(last=4, compare=False)
+    averaging = CheckpointAveraging(last=last, compare=False)
     trainer(folder, callbacks=[averaging, saving], max_epochs=5).fit(module, loader(), **VALIDATION, **options)
     return averaging
 
@@ -205,6 +205,43 @@ def test_a_resumed_run_averages_what_it_wrote_before(tmp_path, save_on_train_epo
     steps = [[file["step"] for file in read_manifest(a.path)["files"]] for a in (whole, resumed)]
     assert steps[0] == steps[1] == [8, 12, 16, 20]
     assert read_manifest(resumed.path)["digest"] == read_manifest(whole.path)["digest"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("monitor", [None, "val_loss"])
+def test_the_first_checkpoint_is_averaged_after_a_resume_from_it_into_a_new_directory(tmp_path, monitor):
+    """Its own state cannot list it, so that what ModelCheckpoint says in it tells who keeps it."""
+    options = {"save_top_k": -1, "monitor": monitor}
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path, model_checkpoint(tmp_path / "first", **options), crash_at=1)
+    (newest,) = (tmp_path / "first").glob("epoch=0*.ckpt")
+    averaging = fit(tmp_path, model_checkpoint(tmp_path / "second", **options), last=5, ckpt_path=newest)
+    assert [file["step"] for file in read_manifest(averaging.path)["files"]] == [4, 8, 12, 16, 20]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_the_file_that_is_resumed_from_stays_with_the_model_checkpoint_that_wrote_it(tmp_path):
+    """Of two in one directory: after the resume into a new one, only what the one that is followed wrote counts."""
+
+    def run(folder, crash_at=-1, **options):
+        module = Crash()
+        module.at_epoch = crash_at
+        followed = model_checkpoint(folder, save_top_k=-1)
+        other = LIGHTNING.callbacks.ModelCheckpoint(folder, "other-{epoch}", save_top_k=-1, every_n_epochs=2)
+        averaging = CheckpointAveraging(last=9, compare=False)
+        fitting = trainer(tmp_path, callbacks=[averaging, followed, other], max_epochs=4)
+        fitting.fit(module, loader(), **VALIDATION, **options)
+        return averaging
+
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path / "first", crash_at=2)
+    averaging = run(tmp_path / "second", ckpt_path=tmp_path / "first" / "other-epoch=1.ckpt")
+    before = [path for file in read_manifest(averaging.path)["files"] if "first" in (path := file["path"])]
+    assert len(before) == 2
+    assert not [path for path in before if "other" in path]
 
 
 def test_added_on_resume_it_begins_with_the_file_resumed_from(tmp_path):
