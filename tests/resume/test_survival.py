@@ -48,7 +48,6 @@ def dying(tmp_path_factory):
         Fault("exception in validation", "validation", 0.4),
         Fault("exception in the writer", "append", 0.35),
         Fault("exception in the writer", "append", 0.6),
-        Fault("exception in the writer", "file", 0.6),  # a snapshot's
         Fault("SIGTERM", "training", 0.8),
     ],
     ids=lambda fault: f"{fault.kind} {fault.share}",
@@ -153,6 +152,21 @@ def test_a_run_that_forgets_nothing_is_the_uninterrupted_one(dead):
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_a_run_that_forgets_one_technique_is_told_from_the_uninterrupted_one(dead, technique):
     assert resumed(dead, technique) != []
+
+
+def test_a_file_that_cannot_be_written_changes_nothing_but_what_is_warned_of(dead):
+    """A snapshot, a file of the pool, the average; a fault in Lightning's own files ends the run, and it goes on."""
+    place, truth, _, _ = dead
+    every, lost = int(truth.totals["file"]), []
+    for number in range(every // 2, every, 2):
+        chain = Chain(place, CONTROL, truth)
+        if chain.step(Fault("exception in the writer", "file", (number + 0.5) / every)):
+            chain.step(None)
+        assert chain.differences() == [], chain.history
+        lost.append(chain.lost)
+    assert any(losses.snapshots for losses in lost)
+    assert any(losses.average for losses in lost)
+    assert not all(losses.snapshots or losses.average or losses.pool for losses in lost)
 
 
 # what a lie on disk would look like

@@ -25,8 +25,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.survival_evidence import (
     Evidence,
+    Losses,
     Truth,
     check_dead,
     compare,
@@ -92,7 +94,7 @@ def in_child(
     *,
     seconds: float = SECONDS,
 ) -> dict[str, Any]:
-    """Run ``work`` in a child; return how it ended: signal or exit code, exception, and what it returned.
+    """Run ``work`` in a child; return how it ended: signal or exit code, exception, warnings, and what it returned.
 
     Args:
         work: What to do.
@@ -118,7 +120,7 @@ def in_child(
         time.sleep(0.002)
     assert time.monotonic() < deadline, "the run did not end"
     told = json.loads(report.read_text()) if report.exists() else {}
-    return {"code": os.waitstatus_to_exitcode(status), "error": None, "text": "", **told}
+    return {"code": os.waitstatus_to_exitcode(status), "error": None, "text": "", "warnings": [], **told}
 
 
 def _be_child(work: Callable[[], Any], report: Path) -> None:
@@ -133,18 +135,21 @@ def _be_child(work: Callable[[], Any], report: Path) -> None:
 
 
 def _try(work: Callable[[], Any]) -> dict[str, Any]:
+    warned: list[str] = []
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SOFT)
         logging.disable(logging.CRITICAL)
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", LightningPluginsWarning)
+        warnings.showwarning = lambda message, *_: warned.append(str(message))
         told = {"code": 0, "result": work(), "error": None}
         signal.pthread_sigmask(signal.SIG_BLOCK, SOFT)
     except BaseException as error:  # noqa: BLE001  # whatever it is, the parent judges
         signal.pthread_sigmask(signal.SIG_BLOCK, SOFT)
         told = {"code": 1, "error": type(error).__name__, "text": traceback.format_exc()}
-    return told
+    return {**told, "warnings": warned}
 
 
 class Chronicle(pl.Callback):
@@ -264,6 +269,7 @@ class Chain:
         self.place, self.plan, self.truth = place, plan, truth
         self.counts: Counter[str] = Counter()
         self.found = Evidence()
+        self.lost = Losses()
         self.history: list[str] = []
         place.clear()
 
@@ -275,7 +281,11 @@ class Chain:
                 break
         else:
             self.step(None)
-        return compare(self.found, self.place.result(), self.truth)
+        return self.differences()
+
+    def differences(self) -> list[str]:
+        """Return where the finished run is not the uninterrupted one, but for what it has warned of."""
+        return compare(self.found, self.place.result(), self.truth, self.lost)
 
     def step(self, fault: Fault | None, *, extra: Any = ()) -> bool:
         """Let the run go on until the fault; look at what it left. Return whether the run has to go on."""
@@ -289,6 +299,7 @@ class Chain:
             died = False
         else:
             died = died_of(fault, ended)
+        self.lost.add(ended["warnings"])
         self._look(fault, *before)
         if died:
             self.counts[fault.kind] += 1
@@ -296,7 +307,7 @@ class Chain:
 
     def _look(self, fault: Fault | None, hidden: set[str], torn: set[str]) -> None:
         self.found = quietly(look, self.place.run)
-        check_dead(self.found, self.truth)
+        check_dead(self.found, self.truth, self.lost)
         if not torn and (fault is None or fault.kind != "cut in a write"):
             assert not (found := torn_files(self.place.run)), f"torn: {found}"
         if fault is None or fault.kind in CLEAN:

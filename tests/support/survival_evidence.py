@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.survival_run import Plan, can_resume
+from lightning_plugins import synthesize_ema
+from tests.support.survival_run import WIDTH, Plan, can_resume
 
 CHECKPOINT = r"(epoch=\d+-step=\d+|last)(-v\d+)?\.ckpt"
 # What may lie in a run's folder. Hidden files are what a kill can leave of a file that was being written.
@@ -24,7 +26,8 @@ DOCUMENTED = [
 ]
 HIDDEN = [
     r"\.(log|epochs)(\.replaced\.\d+)?\.csv\.\w+\.tmp",
-    r"posthoc/\.step=\d{10}\.pt\.part",
+    r"(tensorboard/)?\.\w{16}\.probe",
+    r"posthoc/\.step=\d{10}\.pt\.\w+\.tmp",
     r"checkpoints/\.averaged\.ckpt\.\w+\.tmp",
     r"checkpoints/\.(\.averaged\.draft\.ckpt\.\w+\.tmp|averaged\.draft\.ckpt)",
 ]
@@ -37,13 +40,15 @@ class Evidence:
     Args:
         rows: Name of a CSV file -> its rows without the time, the header first.
         scalars: Time stamp of a TensorBoard run -> (phase, tag) -> (place, value).
-        snapshots: Applied step -> what the post-hoc snapshot holds.
+        snapshots: Path below the folder -> what the post-hoc snapshot holds, without the name of its run.
+        runs: The names of the runs that those snapshots which were not set aside are of.
         checkpoints: Path below the folder -> what Lightning would load.
     """
 
     rows: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
     scalars: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = field(default_factory=dict)
     snapshots: dict[str, Any] = field(default_factory=dict)
+    runs: set[str] = field(default_factory=set)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -85,7 +90,10 @@ def look(folder: Path) -> Evidence:
         if name.endswith(".csv"):
             found.rows[name] = read_rows(path)
         elif name.endswith(".pt"):
-            found.snapshots[name] = {key: value for key, value in opened(path).items() if key != "run"}
+            found.snapshots[name] = snapshot = opened(path)
+            run = snapshot.pop("run")
+            if "superseded" not in name:
+                found.runs.add(run)
         elif name.endswith(".ckpt"):
             found.checkpoints[name] = opened(path)
     for stamp in sorted(path for path in (folder / "tensorboard").glob("*") if path.is_dir()):
@@ -158,17 +166,47 @@ def _short(value: Any) -> str:
     return text if len(text) < 300 else f"{text[:200]} ... {text[-90:]}"
 
 
+@dataclass
+class Losses:
+    """What a run has warned of: a file that cannot be written is lost, and the training goes on.
+
+    Args:
+        snapshots: Steps whose post-hoc snapshots may be missing.
+        average: Whether the average may be missing, or be one of other checkpoints.
+        pool: Whether files may lie in the pool that should have been deleted.
+    """
+
+    snapshots: set[int] = field(default_factory=set)
+    average: bool = False
+    pool: bool = False
+
+    def add(self, warned: list[str]) -> None:
+        """Read what was lost in the warnings of an attempt; one that names no loss is an AssertionError."""
+        for text in warned:
+            if found := re.search(r"the snapshot of step (\d+) could not be written", text):
+                self.snapshots.add(int(found[1]))
+            elif re.match(r"CheckpointAveraging (could not write .* The average will lack|made no)", text):
+                self.average = True
+            elif re.match(r"CheckpointAveraging could not delete", text):
+                self.pool = True
+            else:
+                assert re.search(r"training goes on, the (rows|events) wait", text), f"what was lost? {text}"
+
+
+NOTHING_LOST = Losses()
+
+
 # What of a checkpoint is not the run's, but a clock's or a path's;
 NOT_THE_RUNS = {"seconds", "stamp", "directory", "foreign", "time"}
-# the names that a run gives itself, and those of its files;
-NOT_THE_RUNS |= {"run", "fits", "files"}
+# the name that a run gives itself;
+NOT_THE_RUNS |= {"run"}
 # a count of Lightning's, the x axis of its own loggers, that loses one when a run goes on from a batch's end;
 NOT_THE_RUNS |= {"_batches_that_stepped"}
 # and metrics of training, which Lightning does not save: a run that goes on inside a validation has the latter's only.
 NOT_THE_RUNS |= {"train_loss", "train_accuracy"}
 
 
-def essence(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def essence(checkpoint: dict[str, Any], lost: Losses = NOTHING_LOST) -> dict[str, Any]:
     """Return what of a finished run's checkpoint must be equal in two runs that are the same run.
 
     The loops' progress is Lightning's own: of a run that was resumed at its end it is that of the checkpoint.
@@ -179,13 +217,32 @@ def essence(checkpoint: dict[str, Any]) -> dict[str, Any]:
         for key, state in checkpoint.get("callbacks", {}).items()
         if not key.startswith("ModelCheckpoint")
     }
+    for key, state in kept["callbacks"].items():
+        if (lost.average or lost.pool) and key.startswith("CheckpointAveraging"):
+            del state["files"]  # those in the pool are other ones
     return kept
 
 
 def _without(state: Any) -> Any:
     if not isinstance(state, dict):
         return state
-    return {key: _without(value) for key, value in state.items() if key not in NOT_THE_RUNS}
+    kept = {key: _without(value) for key, value in state.items() if key not in NOT_THE_RUNS}
+    if isinstance(state.get("fits"), (list, tuple)):  # each has a name of its own, and a resume begins another
+        steps = [step for _, step in state["fits"]]
+        kept["fits"] = steps == sorted(steps)
+    if isinstance(state.get("files"), dict):
+        kept["files"] = _steps_and_keepers(state["files"])
+    return kept
+
+
+def _steps_and_keepers(files: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return of which steps a run says that it wrote files, the test's own left out.
+
+    A resume can give a name a version, and ModelCheckpoint forgets which step it has saved last: it saves it again.
+    """
+    found = {Path(path).name: keeper for path, (_, keeper) in files.items()}
+    named = {name: keeper for name, keeper in found.items() if re.fullmatch(CHECKPOINT, name)}
+    return {(re.search(r"last|step=\d+", name)[0], re.sub(r"'[^']*/", "'", keeper)) for name, keeper in named.items()}
 
 
 def at_this_batch(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +274,7 @@ class Truth:
     totals: dict[str, float]
 
 
-def check_dead(found: Evidence, truth: Truth) -> None:
+def check_dead(found: Evidence, truth: Truth, lost: Losses = NOTHING_LOST) -> None:
     """Everything that lies there is true: it is what the uninterrupted run had at that place."""
     for name, rows in found.rows.items():
         whole = truth.evidence.rows[f"{name.partition('.')[0]}.csv"]
@@ -233,6 +290,8 @@ def check_dead(found: Evidence, truth: Truth) -> None:
         whole = truth.evidence.snapshots[f"posthoc/{Path(name).name}"]
         assert equal(snapshot, whole), f"{name} is not that of its step"
     for name, checkpoint in found.checkpoints.items():
+        if lost.average and name == "checkpoints/averaged.ckpt":
+            continue
         assert not (wrong := _untrue(name, checkpoint, truth)), f"{name}: {wrong}"
 
 
@@ -256,19 +315,44 @@ def _average(checkpoint: dict[str, Any] | None) -> Any:
     return {**kept, "files": files, "manifest": manifest}
 
 
-def compare(found: Evidence, result: dict[str, Any], truth: Truth) -> list[str]:
-    """Return where a finished run is not the uninterrupted one; nothing if they are the same, bit for bit."""
-    whole, expected = truth.evidence, truth.result
+def compare(found: Evidence, result: dict[str, Any], truth: Truth, lost: Losses = NOTHING_LOST) -> list[str]:
+    """Return where a finished run is not the uninterrupted one; nothing if they are the same, bit for bit.
+
+    What the run has warned of may be missing, and what is made of it is made of the rest.
+    """
+    whole, expected = truth.evidence, dict(truth.result)
     wrong = [f"{name}: rows differ" for name in ("log.csv", "epochs.csv") if found.rows.get(name) != whole.rows[name]]
     if found.newest_scalars != whole.newest_scalars:
         wrong.append("TensorBoard's scalars differ")
     current = {name: content for name, content in found.snapshots.items() if "superseded" not in name}
-    wrong += differences(current, whole.snapshots, "snapshots")
-    wrong += differences(_average(found.averaged), _average(whole.averaged), "averaged file")
-    wrong += differences(_pool(found), _pool(whole), "pool")
+    snapshots = {name: snapshot for name, snapshot in whole.snapshots.items() if _is_expected(name, current, lost)}
+    wrong += differences(current, snapshots, "snapshots")
+    if snapshots.keys() != whole.snapshots.keys():
+        expected["posthoc"] = _synthesized(snapshots)
+    wrong += [] if len(found.runs) == 1 else [f"the snapshots are of several runs: {found.runs}"]
+    if lost.average:
+        result = {**result, "scores": expected["scores"]}
+    else:
+        wrong += differences(_average(found.averaged), _average(whole.averaged), "averaged file")
+        pool, whole_pool = _pool(found), _pool(whole)
+        kept = pool.keys() & whole_pool.keys() if lost.pool else pool.keys()
+        wrong += differences({step: pool[step] for step in kept}, whole_pool, "pool")
     rates = expected["rates"][len(expected["rates"]) - len(result["rates"]) :]  # those since the resume
     wrong += differences(result, {**expected, "rates": rates, "checkpoint": result["checkpoint"]}, "result")
-    return wrong + differences(essence(result["checkpoint"]), essence(expected["checkpoint"]), "last checkpoint")
+    last, whole_last = essence(result["checkpoint"], lost), essence(expected["checkpoint"], lost)
+    return wrong + differences(last, whole_last, "last checkpoint")
+
+
+def _is_expected(name: str, current: dict[str, Any], lost: Losses) -> bool:
+    return name in current or int(re.findall(r"\d+", name)[-1]) not in lost.snapshots
+
+
+def _synthesized(snapshots: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the average that the test asks for, of these snapshots alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, snapshot in snapshots.items():
+            torch.save(snapshot, Path(folder, Path(name).name))
+        return synthesize_ema(folder, WIDTH)
 
 
 def _pool(found: Evidence) -> dict[int, Any]:

@@ -36,6 +36,7 @@ from lightning_plugins import (
 
 SAMPLES, BATCH, BATCHES = 22, 4, 6  # the last batch has two samples
 EPOCHS = 4
+WIDTH = 0.07  # of the average that is made of the snapshots
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def train(folder: Path, plan: Plan, final: Path, *, ckpt_path: Path | None = Non
         "module": {name: tensor.clone() for name, tensor in module.state_dict().items()},
         "rates": list(found["LearningRateScheduler"].lrs),
         "scores": found["CheckpointAveraging"].scores,
-        "posthoc": synthesize_ema(folder / "posthoc", 0.07),
+        "posthoc": synthesize_ema(folder / "posthoc", WIDTH),
     }
 
 
