@@ -190,7 +190,9 @@ class Losses:
             elif re.match(r"CheckpointAveraging could not delete", text):
                 self.pool = True
             else:
-                assert re.search(r"training goes on, the (rows|events) wait", text), f"what was lost? {text}"
+                # the disk was full: what waits is written later, or again by the run that goes on
+                wait = r"the (rows|events) wait|^\d+ (rows of|events for) .* could not be written"
+                assert re.search(wait, text), f"what was lost? {text}"
 
 
 NOTHING_LOST = Losses()
