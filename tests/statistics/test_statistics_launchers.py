@@ -1,4 +1,4 @@
-"""Statistics in processes that Lightning starts itself: all is pickled (spawn), or inherited (fork, as in notebooks)."""
+"""Statistics in processes that Lightning starts itself: pickled (spawn), or inherited (fork, as in notebooks)."""
 
 import json
 import os
