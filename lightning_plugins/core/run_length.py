@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_plugins.core.durations import Horizon
 from lightning_plugins.core.validation import one_of, shown, true_or_false, whole_number
 
 
@@ -162,6 +163,11 @@ class RunAhead:
         whole = math.floor(epochs)
         begin, end = self._steps_until(whole), self._steps_until(whole + 1)
         return begin + (epochs - whole) * (end - begin)
+
+    def horizon(self, end: RunEnd, *, strict: bool = True) -> Horizon:
+        """Return the whole run as what durations are counted in; past epochs count as they were."""
+        total = self.total_steps(end)
+        return Horizon(total, self.steps_of_epochs if self.batches_per_epoch else None, total, strict)
 
     def continues(self, other: RunAhead) -> bool:
         """Return whether batches make steps as they do in ``other``, wherever the two stand."""

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 from lightning_plugins.core.imports import lazy_exports
 
 if TYPE_CHECKING:
+    from lightning_plugins.core.durations import (
+        Duration as Duration,
+        RunLengthUnknownError as RunLengthUnknownError,
+        ScheduleTooLongError as ScheduleTooLongError,
+    )
     from lightning_plugins.schedules.callback import LearningRateScheduler as LearningRateScheduler
     from lightning_plugins.schedules.combinators import (
         CosineRestarts as CosineRestarts,
@@ -22,11 +27,6 @@ if TYPE_CHECKING:
         Shifted as Shifted,
     )
     from lightning_plugins.schedules.configuration import SCHEDULES as SCHEDULES
-    from lightning_plugins.schedules.durations import (
-        Duration as Duration,
-        RunLengthUnknownError as RunLengthUnknownError,
-        ScheduleTooLongError as ScheduleTooLongError,
-    )
     from lightning_plugins.schedules.expression import parse_schedule as parse_schedule
     from lightning_plugins.schedules.families import (
         InverseSqrt as InverseSqrt,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lightning_plugins.core.callback import Callback, Stage
+from lightning_plugins.core.durations import RunLengthUnknownError, ScheduleTooLongError
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -26,7 +27,6 @@ from lightning_plugins.core.validation import (
 )
 from lightning_plugins.schedules.attached_schedulers import AttachedSchedulers
 from lightning_plugins.schedules.continuation import Course, resolve
-from lightning_plugins.schedules.durations import RunLengthUnknownError, ScheduleTooLongError
 from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
 from lightning_plugins.schedules.ramps import Constant
 from lightning_plugins.schedules.schedule import Schedule

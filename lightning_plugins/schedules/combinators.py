@@ -6,9 +6,9 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from lightning_plugins.core.durations import Duration, Horizon, in_steps
 from lightning_plugins.core.validation import shown, whole_number
 from lightning_plugins.schedules.curves import cosine
-from lightning_plugins.schedules.durations import Duration, Horizon, in_steps
 from lightning_plugins.schedules.fields import duration, factor, number, parts, whole
 from lightning_plugins.schedules.schedule import Schedule
 

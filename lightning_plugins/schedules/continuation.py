@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning_plugins.core.run_length import RunAhead, RunEnd
 from lightning_plugins.core.validation import real_number, shown, whole_number
-from lightning_plugins.schedules.durations import Horizon
 from lightning_plugins.schedules.fields import parts
 from lightning_plugins.schedules.schedule import Schedule
 
@@ -107,9 +106,7 @@ class Course:
 
 def resolve(schedule: Schedule, ahead: RunAhead, end: RunEnd, *, strict: bool = True) -> Schedule:
     """Return ``schedule`` for a run, every duration counted in steps; past epochs count as they were."""
-    total = ahead.total_steps(end)
-    epochs = ahead.steps_of_epochs if ahead.batches_per_epoch else None
-    return schedule.resolve_for(Horizon(total, epochs, total, strict))
+    return schedule.resolve_for(ahead.horizon(end, strict=strict))
 
 
 @dataclass(frozen=True)

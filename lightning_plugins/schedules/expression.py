@@ -10,10 +10,10 @@ import re
 import warnings
 from typing import Any
 
+from lightning_plugins.core.durations import check_duration
 from lightning_plugins.core.validation import shortened, shown
 from lightning_plugins.schedules.configuration import known_schedules
 from lightning_plugins.schedules.curves import NAMED_CURVES
-from lightning_plugins.schedules.durations import check_duration
 from lightning_plugins.schedules.schedule import Schedule
 
 _LONGEST = 5000  # characters; the longest that a person writes has some hundred

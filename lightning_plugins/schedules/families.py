@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_plugins.schedules.durations import Duration, in_steps
+from lightning_plugins.core.durations import Duration, in_steps
 from lightning_plugins.schedules.fields import duration, factor, whole
 from lightning_plugins.schedules.schedule import Schedule
 

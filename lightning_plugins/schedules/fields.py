@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning_plugins.core.durations import Horizon, check_duration, is_open
 from lightning_plugins.core.validation import a_list, real_number, whole_number
-from lightning_plugins.schedules.durations import Horizon, check_duration, is_open
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform  # in `typing` from Python 3.11 on

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
+from lightning_plugins.core.durations import Duration, Horizon, ScheduleTooLongError, in_steps
 from lightning_plugins.core.validation import shown, true_or_false
 from lightning_plugins.schedules.curves import Curve, progress_along
-from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps
 from lightning_plugins.schedules.fields import (
     Declared,
     check_fields,

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lightning_plugins.core.durations import Duration, in_steps
 from lightning_plugins.core.validation import real_number
 from lightning_plugins.schedules import curves
 from lightning_plugins.schedules.curves import Curve, Progress, progress_along
-from lightning_plugins.schedules.durations import Duration, in_steps
 from lightning_plugins.schedules.fields import curve, duration, factor, number
 from lightning_plugins.schedules.schedule import Schedule
 

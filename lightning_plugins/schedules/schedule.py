@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from lightning_plugins.core.durations import Duration, Horizon, ScheduleTooLongError
 from lightning_plugins.core.imports import by_import_path
-from lightning_plugins.core.validation import real_number, shown, whole_number
-from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError
+from lightning_plugins.core.validation import shown, whole_number
 from lightning_plugins.schedules.fields import Declared, check_fields, keep, resolve_fields
 
 Self = TypeVar("Self", bound="Schedule")
@@ -101,13 +101,7 @@ class Schedule(ABC, Declared):
             ValueError: If the parts need more steps than there are (:class:`ScheduleTooLongError`) or a share of a
                 run of unknown length is asked for (:class:`RunLengthUnknownError`).
         """
-        if total_steps is not None:
-            total_steps = whole_number("total_steps", total_steps, unit="steps")
-        if steps_per_epoch is not None:
-            steps_per_epoch = real_number("steps_per_epoch", steps_per_epoch, above=0)
-        per_epoch = steps_per_epoch  # bound below, where it is known not to be None
-        epochs = None if per_epoch is None else lambda number: number * per_epoch
-        return self.resolve_for(Horizon(total_steps, epochs, total_steps, strict))
+        return self.resolve_for(Horizon.of(total_steps, steps_per_epoch, strict=strict))
 
     def resolve_for(self: Self, horizon: Horizon) -> Self:
         """Return this schedule for a run whose epochs may differ; see :meth:`resolve`."""

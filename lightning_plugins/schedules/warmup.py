@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
+from lightning_plugins.core.durations import Duration, Horizon, ScheduleTooLongError, in_steps, is_open
 from lightning_plugins.core.validation import one_of
 from lightning_plugins.schedules.curves import NAMED_CURVES, Progress
-from lightning_plugins.schedules.durations import Duration, Horizon, ScheduleTooLongError, in_steps, is_open
 from lightning_plugins.schedules.fields import duration, factor, number
 from lightning_plugins.schedules.schedule import Schedule
 

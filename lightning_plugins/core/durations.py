@@ -1,4 +1,4 @@
-"""Lengths of time in a schedule: steps, shares of the run, epochs, or the rest.
+"""Lengths of time in a run: steps, shares of the run, epochs, or the rest.
 
 =============  ==========================================================================================
 ``100``        optimizer steps
@@ -31,7 +31,7 @@ class ScheduleTooLongError(ValueError):
 
 
 class RunLengthUnknownError(ValueError):
-    """A schedule asks for a share of a run, or for its rest, and the length of the run is not known."""
+    """A share of a run, its rest or a number of epochs is asked for, and the length of that is not known."""
 
 
 def check_duration(name: str, value: Any, *, rest: bool = False) -> Duration:
@@ -85,12 +85,32 @@ class Horizon:
         remaining: What ``None`` durations fill: less than the run for a part that begins later.
         strict: Whether stated lengths that do not fit are an error. Otherwise the rest is empty and the run ends
             inside the schedule.
+
+    Example:
+        >>> [Horizon.of(200, steps_per_epoch=20).steps("warmup", length) for length in (7, 0.05, "5%", "2ep", None)]
+        [7, 10, 10, 40, 200]
     """
 
     total_steps: int | None
     steps_of_epochs: Callable[[float], float] | None
     remaining: int | None
     strict: bool = True
+
+    @classmethod
+    def of(cls, total_steps: int | None, steps_per_epoch: float | None = None, *, strict: bool = True) -> Horizon:
+        """Return the whole of a run whose epochs are alike.
+
+        Args:
+            total_steps: Optimizer steps of the run, at least 0; ``None`` when unknown.
+            steps_per_epoch: Optimizer steps of an epoch, above 0; ``None`` when unknown.
+            strict: Whether stated lengths that do not fit are an error.
+        """
+        if total_steps is not None:
+            total_steps = whole_number("total_steps", total_steps, unit="steps")
+        if steps_per_epoch is None:
+            return cls(total_steps, None, total_steps, strict)
+        per_epoch = real_number("steps_per_epoch", steps_per_epoch, above=0)
+        return cls(total_steps, lambda number: number * per_epoch, total_steps, strict)
 
     def steps(self, name: str, duration: Duration) -> int:
         """Return ``duration`` in steps.
