@@ -1,38 +1,74 @@
-"""Which strategies each technique supports, and what a user of another one is told."""
+"""The table of techniques and strategies, and what a user of a combination outside of it is told.
+
+The page docs/strategies.md is made from this table, and the callbacks ask it at setup.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_plugins.core.lightning import MisconfigurationException, Trainer
 
-_ONE, _DDP, _FSDP1, _FSDP2 = "SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"
+ONE, DDP, FSDP1, FSDP2 = "SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"
+# a strategy of Lightning's in a way of its own: several processes share a batch
+TENSOR = "ModelParallelStrategy(tensor_parallel_size>1)"
+DEEPSPEED, XLA = "DeepSpeedStrategy", "XLAStrategy"
 
-SUPPORTED: dict[str, tuple[str, ...]] = {
-    "Cancelling": (_ONE, _DDP, _FSDP2),
-    "CheckpointAveraging": (_ONE, _DDP, _FSDP1, _FSDP2),
-    "EMA": (_ONE, _DDP, _FSDP2),
-    "GradientAccumulation": (_ONE, _DDP, _FSDP1, _FSDP2),
-    # the gradients of an open window are not saved in shards
-    "GradientAccumulation(carry=True)": (_ONE, _DDP),
-    "MicroBatching": (_ONE, _DDP),
-    "PostHocEMA": (_ONE, _DDP, _FSDP2),
+STRATEGIES = {
+    ONE: "one device",
+    DDP: "DDP",
+    FSDP1: "FSDP1",
+    FSDP2: "FSDP2",
+    TENSOR: "FSDP2 x tensor parallel",
+    DEEPSPEED: "DeepSpeed",
+    XLA: "XLA",
 }
-"""What was tested: technique -> names of Lightning's strategies. Their subclasses are supported, too."""
+"""Lightning's name of a strategy -> its name on the page. A subclass is treated as the nearest of these above it."""
 
-# Subclasses of DDPStrategy that keep parameters or gradients in another place, so they are no DDP.
-_NO_DDP = ("DeepSpeedStrategy", "XLAStrategy")
 
-# These count or split the batch of a process, which must be its own.
-_NEED_OWN_BATCHES = ("GradientAccumulation", "GradientAccumulation(carry=True)", "MicroBatching")
-# These steer the batches of a step, which a strategy must not do by itself.
-_STEER_WINDOWS = ("Cancelling", *_NEED_OWN_BATCHES)
+@dataclass(frozen=True)
+class Support:
+    """What was tested of a technique.
+
+    Args:
+        tested: Names of :data:`STRATEGIES`, each with a note for the page, empty where there is nothing to say.
+        instead: Another strategy -> what comes nearest, where that is not another strategy.
+        refuses: Whether the technique refuses every strategy that is not in ``tested``; if not, it runs there untested.
+        steers_windows: Whether it steers the batches of a step, which a strategy must not do by itself then.
+    """
+
+    tested: Mapping[str, str]
+    instead: Mapping[str, str] = field(default_factory=dict)
+    refuses: bool = True
+    steers_windows: bool = False
+
+
+SUPPORTED: dict[str, Support] = {
+    "LearningRateScheduler": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "EMA": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}),
+    "PostHocEMA": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}),
+    "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "averages, does not compare", FSDP2: "", TENSOR: ""}),
+    "GradientAccumulation": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: ""}, steers_windows=True),
+    "GradientAccumulation(carry=True)": Support({ONE: "", DDP: ""}, steers_windows=True),
+    "MicroBatching(size)": Support({ONE: "", DDP: ""}, steers_windows=True),
+    'MicroBatching("auto")': Support({ONE: "", DDP: ""}, steers_windows=True),
+    "StatisticsRecorder": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "CSVStatisticsLogger": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "TensorBoardStatisticsLogger": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "ClassificationReport": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "EventCallback": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "Cancelling": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}, steers_windows=True),
+}
+"""Technique, or a mode of it, -> what was tested."""
 
 # What comes nearest to a strategy that is not supported: first those that shard as it does.
 _NEAREST = {
-    "DeepSpeedStrategy": (_FSDP2, _FSDP1, _DDP),
-    _FSDP1: (_FSDP2, _DDP),
-    _FSDP2: (_FSDP1, _DDP),
+    DEEPSPEED: (FSDP2, FSDP1, DDP),
+    FSDP1: (FSDP2, DDP),
+    FSDP2: (FSDP1, DDP),
+    TENSOR: (FSDP2, FSDP1, DDP),
 }
 
 
@@ -44,37 +80,54 @@ def check_strategy(trainer: Trainer, technique: str) -> None:
         technique: A key of :data:`SUPPORTED`.
 
     Raises:
-        MisconfigurationException: If the strategy is not in the table, accumulates gradients by itself, or splits one
-            batch over several processes where the technique needs whole ones. The message names the strategy, the
-            technique and the nearest strategy that works.
+        MisconfigurationException: If the strategy is not in the table, or accumulates gradients by itself where the
+            technique steers them. The message names the strategy, the technique and the nearest thing that works.
     """
     strategy: Any = trainer.strategy
-    name, supported = type(strategy).__name__, SUPPORTED[technique]
-    known = _known_as(type(strategy))
-    accumulates = strategy.handles_gradient_accumulation and technique in _STEER_WINDOWS
-    if accumulates and technique in _NEED_OWN_BATCHES:
-        problem = f"does not work under {name}, which accumulates gradients by itself"
-    elif accumulates or known not in supported:
-        problem = f"was not tested under {name}"
-    elif technique in _NEED_OWN_BATCHES and _shares_batches(strategy):
-        raise MisconfigurationException(
-            f"{technique} does not work with tensor parallelism, where several processes share a batch. Give "
-            f"{name}(data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
-        )
-    else:
-        return
-    nearest = next(like for like in (*_NEAREST.get(known, ()), _DDP) if like in supported)
-    raise MisconfigurationException(
-        f"{technique} {problem}; it works under {', '.join(sorted(supported))}. The nearest to {name} is {nearest}."
-    )
+    kind = type(strategy).__name__
+    told = refusal(technique, known_as(strategy), kind, accumulates=strategy.handles_gradient_accumulation)
+    if told:
+        raise MisconfigurationException(told)
 
 
-def _known_as(kind: type) -> str:
-    """Return the name of the nearest of Lightning's strategies among a class and its bases, an empty text for none."""
-    names = {_ONE, _DDP, _FSDP1, _FSDP2, *_NO_DDP}
-    return next((base.__name__ for base in kind.__mro__ if base.__name__ in names), "")
+def refusal(technique: str, strategy: str, name: str = "", *, accumulates: bool = False) -> str:
+    """Return what a user of a technique under a strategy is told, an empty text where it is not refused.
+
+    Args:
+        technique: A key of :data:`SUPPORTED`.
+        strategy: A key of :data:`STRATEGIES`, or an empty text for a strategy of no such kind.
+        name: The strategy's class.
+        accumulates: Whether it accumulates gradients by itself; DeepSpeed always does.
+
+    Example:
+        >>> refusal("EMA", "DDPStrategy"), "ModelParallelStrategy" in refusal("EMA", "XLAStrategy")
+        ('', True)
+    """
+    support = SUPPORTED[technique]
+    clashes = support.steers_windows and (accumulates or strategy == DEEPSPEED)
+    # a technique that supports DeepSpeed lives with its windows
+    if not support.refuses or (strategy in support.tested and (strategy == DEEPSPEED or not clashes)):
+        return ""
+    name = name if name and strategy != TENSOR else strategy
+    reason = f"does not work under {name}, which accumulates gradients by itself"
+    problem = reason if clashes else f"was not tested under {name}"
+    works = ", ".join(sorted(support.tested))
+    return f"{technique} {problem}; it works under {works}. The nearest to {name} is {nearest(technique, strategy)}."
 
 
-def _shares_batches(strategy: Any) -> bool:
+def nearest(technique: str, strategy: str) -> str:
+    """Return what comes nearest to a technique under a strategy that it refuses: another strategy, or another mode."""
+    support = SUPPORTED[technique]
+    other = next(like for like in (*_NEAREST.get(strategy, ()), DDP) if like in support.tested)
+    return support.instead.get(strategy, other)
+
+
+def known_as(strategy: Any) -> str:
+    """Return the key of :data:`STRATEGIES` that a strategy is treated as, an empty text for none.
+
+    DeepSpeed's and XLA's are subclasses of DDP's that keep parameters or gradients in another place, so the nearest of
+    the class and its bases decides.
+    """
+    kind = next((base.__name__ for base in type(strategy).__mro__ if base.__name__ in STRATEGIES), "")
     mesh = getattr(strategy, "_device_mesh", None)
-    return mesh is not None and mesh["tensor_parallel"].size() > 1
+    return TENSOR if kind == FSDP2 and mesh is not None and mesh["tensor_parallel"].size() > 1 else kind

@@ -114,7 +114,7 @@ class MicroBatching(Callback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_automatic(pl_module, "MicroBatching")
-            check_strategy(trainer, "MicroBatching")
+            check_strategy(trainer, 'MicroBatching("auto")' if self.size == "auto" else "MicroBatching(size)")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what only the strategy's model and the optimizers show, and warn of batch normalization."""
