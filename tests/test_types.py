@@ -30,6 +30,9 @@ import lightning_plugins as lp
 RIGHT = """
 lp.EMA(0.9)
 lp.EMA(lp.HalfLife(steps=100), evaluate="raw")
+lp.EMA(lp.Cosine(None, 0.996, 1.0), start_step="95%", update_every_n_steps=0.01)
+lp.EMA(lambda n: 1 - 1 / n)
+lp.EMA(lp.HalfLife("2%"))
 lp.EventCallback(lambda loop, event: None, events=[lp.Event.BATCH_END, "epochEnd"])
 lp.GradientAccumulation(4)
 lp.GradientAccumulation(schedule={0: 1, 100: 4})
@@ -60,6 +63,8 @@ from lightning_plugins.events import EventCallbak
 lp.EMA("often")
 lp.EMA(decays=0.9)
 lp.EMA(evaluate="both")
+lp.EMA(len)
+lp.EMA(start_step=None)
 lp.EventCallback(3)
 lp.CSVStatisticsLogger(every="minute")
 lp.TensorBoardStatisticsLogger(axis="minutes")

@@ -264,6 +264,19 @@ def run_length(trainer: Any) -> RunLength:
     return RunLength(ahead.total_steps(run_end(trainer)), per_epoch, source_of_length(trainer))
 
 
+def horizon_of_run(trainer: Any, batch_idx: int | None = None, *, automatic: bool) -> tuple[Horizon, str]:
+    """Return what durations are counted in, and where that comes from, for a log line or an error message.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start`` or later.
+        batch_idx: As in :func:`run_ahead`.
+        automatic: Whether the optimization is: in manual optimization no length is known.
+    """
+    if not automatic:
+        return Horizon(None, None, None), "manual optimization: only the module knows its steps"
+    return run_ahead(trainer, batch_idx).horizon(run_end(trainer)), source_of_length(trainer)
+
+
 def run_end(trainer: Any) -> RunEnd:
     """Return what ends a Trainer's run."""
     epochs, steps = trainer.max_epochs, trainer.max_steps

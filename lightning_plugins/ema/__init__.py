@@ -20,11 +20,11 @@ if TYPE_CHECKING:
         ConstantDecay as ConstantDecay,
         DebiasedDecay as DebiasedDecay,
         DecayRule as DecayRule,
-        HalfLife as HalfLife,
         InverseGammaDecay as InverseGammaDecay,
         PowerDecay as PowerDecay,
         WarmupDecay as WarmupDecay,
     )
+    from lightning_plugins.ema.half_life import HalfLife as HalfLife
     from lightning_plugins.ema.posthoc import synthesize_ema as synthesize_ema
     from lightning_plugins.ema.posthoc_callback import PostHocEMA as PostHocEMA
     from lightning_plugins.ema.shadow import Shadow as Shadow

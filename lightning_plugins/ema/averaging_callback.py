@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from lightning_plugins.core.callback import Callback, Stage
+from lightning_plugins.core.durations import RunLengthUnknownError
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -18,10 +19,12 @@ from lightning_plugins.core.lightning import (
 )
 from lightning_plugins.core.loaders import samples_per_step
 from lightning_plugins.core.patching import Patches
+from lightning_plugins.core.run_length import horizon_of_run
 from lightning_plugins.core.step_clock import RunClock
 from lightning_plugins.core.strategies import check_strategy
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
+from lightning_plugins.ema.pace import Pace
 from lightning_plugins.ema.shadow import Shadow, showing
 
 
@@ -33,8 +36,7 @@ class AveragingCallback(Callback):
 
     Args:
         rules: The decay of each average.
-        start_step: Applied steps after which the averages begin.
-        every: Applied steps between two updates.
+        counter: When the averages begin and when they are updated.
         **identity: Names and values that tell two instances apart.
     """
 
@@ -42,13 +44,12 @@ class AveragingCallback(Callback):
     technique: ClassVar[str]
     """Its name in the table of supported strategies."""
 
-    def __init__(self, rules: list[DecayRule], start_step: int, every: int, **identity: Any) -> None:
+    def __init__(self, rules: list[DecayRule], counter: UpdateCounter, **identity: Any) -> None:
         super().__init__(**identity)
         self._key_of_0_1 = f"{type(self).__qualname__}{identity!r}"
-        self._rules = rules
-        self._counts_samples = any(rule.needs_samples_per_step for rule in rules)
+        self._pace = Pace(rules, counter)
         self._shadows: list[Shadow] = []
-        self._counter = UpdateCounter(start_step, every)
+        self._counter = counter
         # from a fit's setup until its training has ended
         self._fitting = False
         # while the clock runs
@@ -56,6 +57,8 @@ class AveragingCallback(Callback):
         self._clock: RunClock | None = None
         self._in_batch = False
         self._new_epoch = False
+        # as it was when the run's length was last asked for
+        self._accumulation = 0
         self._evaluating = False
         self._file_patches = Patches()
 
@@ -136,7 +139,9 @@ class AveragingCallback(Callback):
         if not optimizers:
             return
         counter = self._counter
-        if counter.applied == 0 and trainer.global_step > 0:
+        if trainer.global_step == 0:
+            counter.earlier = counter.applied
+        elif counter.applied == 0:
             counter.applied = trainer.global_step // (1 if pl_module.automatic_optimization else len(optimizers))
             rank_zero_info(
                 f"{self.state_key} joins at step {trainer.global_step}: no average was restored, so it begins with the "
@@ -150,8 +155,8 @@ class AveragingCallback(Callback):
                 f"`{type(self).__name__}` must see the steps of the optimizer, but {type(optimizers[0]).__name__} has "
                 "neither step hooks nor a `step` that can be wrapped."
             ) from error
-        if counter.begins(counter.applied):
-            self._begin(pl_module)
+        self._plan(trainer, pl_module)
+        self._begin_if_due(pl_module, counter.applied)
         self._new_epoch = True
         self._report()
 
@@ -169,6 +174,8 @@ class AveragingCallback(Callback):
             self._in_batch = False
             self._catch_up()
         self._clock.start_batch()
+        if self._new_epoch or trainer.accumulate_grad_batches != self._accumulation:
+            self._plan(trainer, pl_module, batch_idx)
         if self._new_epoch:
             self._new_epoch = False
             for shadow in self._shadows:
@@ -221,17 +228,19 @@ class AveragingCallback(Callback):
             # then there is nothing new, and nothing raw to be seen
             return
         counter, applied = self._counter, clock.applied
-        if counter.origin is None and counter.begins(applied):
-            self._begin(module)
+        if counter.origin is None:
+            self._begin_if_due(module, applied)
         due = counter.due(applied)
         if due is None:
             return
         # first: a step must not be blended in twice, whatever fails
-        counter.last, steps = due[0], due[1]
-        rules = [self._in_steps(rule, trainer) for rule in self._rules] if self._counts_samples else self._rules
+        counter.last = due[0]
+        pace = self._pace
+        rules = pace.for_samples_per_step(self._samples_per_step(trainer)) if pace.counts_samples else pace.rules
         for rule, shadow in zip(rules, self._shadows, strict=True):
-            # the unchecked form: these numbers are right
-            shadow.update(rule._over(due[0], steps))
+            # the unchecked form: the numbers are right, and a decay of the user's own is looked at here
+            decay = rule._over(*due)
+            shadow.update(decay if 0 <= decay <= 1 else rule.checked(decay, due[0]))
         if clock.news or self._shadows[0].changes is not None:
             self._report()
         self._updated(trainer, due[0])
@@ -242,15 +251,35 @@ class AveragingCallback(Callback):
             if isinstance(callback, AveragingCallback):
                 callback._catch_up()
 
+    def _begin_if_due(self, pl_module: LightningModule, applied: int) -> None:
+        if self._counter.begins(applied):
+            self._begin(pl_module)
+            self._pace.follow_origin()
+
+    def _plan(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None = None) -> None:
+        """Count what depends on the length of the run in steps, as that is known now."""
+        self._accumulation = trainer.accumulate_grad_batches
+        if not self._pace.is_open:
+            return
+        horizon, source = horizon_of_run(trainer, batch_idx, automatic=pl_module.automatic_optimization)
+        try:
+            said, warned = self._pace.resolve_for(horizon)
+        except RunLengthUnknownError as error:
+            raise MisconfigurationException(f"{error} Here, {source}; or set the Trainer's `max_steps`.") from error
+        if said:
+            rank_zero_info(f"{self.state_key}: {said} Steps of the run: {horizon.total_steps} ({source}).")
+        if warned:
+            rank_zero_warn(f"{self.state_key}: {warned}", category=LightningPluginsWarning)
+
     @staticmethod
-    def _in_steps(rule: DecayRule, trainer: Trainer) -> DecayRule:
+    def _samples_per_step(trainer: Trainer) -> int:
         samples = samples_per_step(trainer)
         if samples is None:
             raise MisconfigurationException(
                 "`HalfLife(samples=...)` must find the batch size of the training loader, which has none: "
                 "give the half-life as HalfLife(steps=...)."
             )
-        return rule.for_samples_per_step(samples)
+        return samples
 
     def _release_clock(self) -> None:
         """Take the hooks off the optimizer; the count stays."""
@@ -325,11 +354,11 @@ class AveragingCallback(Callback):
             if state is not None:
                 self.load_state_dict(state)
             self._place_restored(pl_module)
+            self._pace.follow_origin()
         else:
             applied = clock.applied
             self._forget()
-            if self._counter.begins(applied):
-                self._begin(pl_module)
+            self._begin_if_due(pl_module, applied)
             rank_zero_info(f"{self.state_key}: weights without an average were loaded; the average begins anew.")
         self._report()
         clock.restore(self._counter.applied)

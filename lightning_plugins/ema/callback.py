@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_plugins.core.durations import check_duration
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -17,9 +18,10 @@ from lightning_plugins.core.lightning import (
 )
 from lightning_plugins.core.module_state import clean_name, device_name, named_tensors, uncompiled
 from lightning_plugins.core.sharding import gather, local, reshard
-from lightning_plugins.core.validation import LightningPluginsWarning, one_of, shown, whole_number
+from lightning_plugins.core.validation import LightningPluginsWarning, one_of, shown
 from lightning_plugins.ema.checkpoint_hooks import AverageInCheckpoints, roles_of
-from lightning_plugins.ema.decay import DecayRule, as_decay_rule
+from lightning_plugins.ema.decay import DecayRule, UpdateCounter, interval
+from lightning_plugins.ema.function_decay import as_decay_rule
 from lightning_plugins.ema.shadow import Shadow, Which, disown
 from lightning_plugins.ema.swapping import Swapper
 
@@ -57,9 +59,13 @@ class EMA(AverageInCheckpoints):
     Args:
         decay: Share of the old average that an update keeps. A number d means
             :class:`~lightning_plugins.WarmupDecay`: min(d, (1 + n) / (10 + n)) at the n-th step, so that the untrained
-            weights are forgotten at once; otherwise a :class:`~lightning_plugins.DecayRule`.
-        update_every_n_steps: Applied steps between two updates, each with the decay of that many steps; at least 1.
+            weights are forgotten at once. A :class:`~lightning_plugins.DecayRule`, or any function of n, the first step
+            being 1, or its import path. A :class:`~lightning_plugins.Schedule` is taken at n - 1, as it counts steps
+            from 0, and counts its lengths in the run's: ``Cosine(None, 0.996, 1.0)`` is BYOL's and DINO's momentum.
+        update_every_n_steps: Applied steps between two updates, each with the decay of that many steps; at least 1. Or
+            a share of the run (``0.01``, ``"1%"``) or epochs (``"1ep"``).
         start_step: Applied steps after which the average begins, as a copy of the weights; before, everything is raw.
+            Or a share of the run, as ``"95%"``, or epochs.
         device: Where the average lies; ``None`` for beside the weights. ``"cpu"`` spares GPU memory: the average is
             pinned and every update streams it over the bus twice, so pair it with a large ``update_every_n_steps``.
         buffers: ``"copy"`` evaluates the average with the module's own buffers (batch statistics), ``"average"``
@@ -72,7 +78,9 @@ class EMA(AverageInCheckpoints):
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a number is out of its range or a word not one of those listed.
+        ValueError: If a number is out of its range or a word not one of those listed; in a run, if a decay of your own
+            is outside [0, 1].
+        MisconfigurationException: When the fit starts, if something depends on the length of a run that is not known.
 
     References:
         B. Polyak and A. Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up is
@@ -83,10 +91,10 @@ class EMA(AverageInCheckpoints):
 
     def __init__(
         self,
-        decay: float | DecayRule = 0.9999,
+        decay: float | DecayRule | Callable[[int], float] = 0.9999,
         *,
-        update_every_n_steps: int = 1,
-        start_step: int = 0,
+        update_every_n_steps: int | float | str = 1,
+        start_step: int | float | str = 0,
         device: str | None = None,
         buffers: Literal["copy", "average"] = "copy",
         evaluate: Literal["average", "raw"] = "average",
@@ -94,12 +102,12 @@ class EMA(AverageInCheckpoints):
         after_fit: Literal["average", "raw"] = "average",
         name: str = "ema",
     ) -> None:
-        self.update_every_n_steps = whole_number("update_every_n_steps", update_every_n_steps, at_least=1, unit="steps")
-        self.start_step = whole_number("start_step", start_step, unit="steps")
+        self.update_every_n_steps = interval("update_every_n_steps", update_every_n_steps)
+        self.start_step = check_duration("start_step", start_step)
         if not isinstance(name, str) or not name:
             raise ValueError(f"`name` must be a word, got {shown(name)}.")
         self.decay = as_decay_rule(decay)
-        super().__init__(self.decay, self.start_step, self.update_every_n_steps, name)
+        super().__init__(self.decay, UpdateCounter(self.start_step, self.update_every_n_steps), name)
         self.device = device_name(device)
         self.average_buffers = one_of("buffers", buffers, ("copy", "average")) == "average"
         self.evaluate = one_of("evaluate", evaluate, ("average", "raw"))

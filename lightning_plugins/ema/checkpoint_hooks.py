@@ -20,7 +20,7 @@ from lightning_plugins.ema.checkpoint_format import (
     record,
     replace_raw,
 )
-from lightning_plugins.ema.decay import DecayRule
+from lightning_plugins.ema.decay import DecayRule, UpdateCounter
 from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
 from lightning_plugins.ema.shadow import showing
 
@@ -30,8 +30,7 @@ class AverageInCheckpoints(AveragingCallback):
 
     Args:
         rule: The average's decay.
-        start_step: Applied steps after which it begins.
-        every: Applied steps between two updates.
+        counter: When it begins and when it is updated.
         name: Tells it from others.
 
     Attributes:
@@ -44,8 +43,8 @@ class AverageInCheckpoints(AveragingCallback):
     checkpoint: str
     after_fit: str
 
-    def __init__(self, rule: DecayRule, start_step: int, every: int, name: str) -> None:
-        super().__init__([rule], start_step, every, name=name)
+    def __init__(self, rule: DecayRule, counter: UpdateCounter, name: str) -> None:
+        super().__init__([rule], counter, name=name)
         self.name = name
         # from a file, until the module is on its device
         self._restored: dict[str, Tensor] | None = None

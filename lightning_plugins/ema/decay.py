@@ -2,18 +2,21 @@
 
 The average *s* follows the weights *w* by ``s <- s - (1 - d) * (s - w)``. A rule says what *d* is for an update that
 covers ``steps`` applied optimizer steps and ends with the ``n``-th since the average began, the first being 1. An
-update that covers several steps uses the product of their single decays, so an average that is updated every k steps
-forgets as fast as one that is updated every step. :class:`UpdateCounter` says when an update is due.
+update that covers several steps uses the product of their single decays, each taken at its own step, so an average that
+is updated every k steps forgets as fast as one that is updated every step. :class:`UpdateCounter` says when an update
+is due.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_plugins.core.durations import Duration, Horizon, check_duration, is_open
 from lightning_plugins.core.validation import real_number, shown, whole_number
 from lightning_plugins.ema.power_exponent import check_sigma_rel, exponent
 
@@ -24,10 +27,21 @@ _LONGEST_GAP = 1_000_000
 class DecayRule(ABC):
     """The decay of an update, as a function of the step; every rule is a frozen dataclass below this class.
 
+    To write a rule of your own, subclass this class as a frozen dataclass and define ``_single(n)``, the decay of step
+    n alone, in [0, 1]; an update over several steps takes the product. Where you know that in closed form, override
+    ``_over(n, steps)``. A function of n needs no class: ``EMA(function)``.
+
     Example:
         >>> rule = ConstantDecay(0.9)
         >>> rule(1), round(rule(4, steps=2), 2)
         (0.9, 0.81)
+        >>> @dataclass(frozen=True)
+        ... class Sum(DecayRule):
+        ...     # the mean of all weights so far, the untrained ones among them
+        ...     def _single(self, n: int) -> float:
+        ...         return n / (n + 1)
+        >>> Sum()(1), Sum()(3, steps=2)
+        (0.5, 0.5)
     """
 
     def __call__(self, n: int, steps: int = 1) -> float:
@@ -41,13 +55,13 @@ class DecayRule(ABC):
             The share of the old average that is kept, in [0, 1].
 
         Raises:
-            ValueError: If ``n`` is below 1 or ``steps`` outside 1 to ``n``.
+            ValueError: If ``n`` is below 1, ``steps`` outside 1 to ``n``, or a decay of your own outside [0, 1].
         """
         n = whole_number("n", n, at_least=1, unit="steps")
         steps = whole_number("steps", steps, at_least=1, unit="steps")
         if steps > n:
             raise ValueError(f"`steps` must be at most `n`, got {steps} of {n} steps.")
-        return self._over(n, steps)
+        return self.checked(self._over(n, steps), n)
 
     def for_samples_per_step(self, samples: float) -> DecayRule:
         """Return the rule for a run whose every step sees ``samples`` samples; only :class:`HalfLife` cares."""
@@ -58,40 +72,66 @@ class DecayRule(ABC):
         """Whether the rule counts samples, so that :meth:`for_samples_per_step` has to be called first."""
         return False
 
-    @abstractmethod
+    @property
+    def is_open(self) -> bool:
+        """Whether a length waits for the run's: then call :meth:`resolve` first."""
+        return False
+
+    def resolve(self, total_steps: int | None, steps_per_epoch: float | None = None) -> DecayRule:
+        """Return the rule for a run of known length, every duration counted in steps.
+
+        Args:
+            total_steps: Optimizer steps of the run, at least 0; ``None`` when unknown.
+            steps_per_epoch: Optimizer steps of an epoch, above 0; needed by durations such as ``"2ep"``.
+
+        Raises:
+            ValueError: If a length that depends on the run's cannot be known
+                (:class:`~lightning_plugins.core.durations.RunLengthUnknownError`).
+        """
+        return self.resolve_for(Horizon.of(total_steps, steps_per_epoch)) if self.is_open else self
+
+    def resolve_for(self, horizon: Horizon) -> DecayRule:
+        """Return the rule for a run whose epochs may differ; see :meth:`resolve`."""
+        return self
+
     def _over(self, n: int, steps: int) -> float:
         """Return the decay of the ``steps`` steps up to ``n``; both are checked."""
-
-
-class _SingleSteps(DecayRule):
-    """A rule without a closed form over several steps: the product of the single decays."""
-
-    def _over(self, n: int, steps: int) -> float:
         if steps == 1:
-            return self._single(n)
-        return math.prod(self._single(step) for step in range(n - steps + 1, n + 1))
+            return self.checked(self._single(n), n)
+        return math.prod(self.checked(self._single(step), step) for step in range(n - steps + 1, n + 1))
 
     @abstractmethod
     def _single(self, n: int) -> float:
         """Return the decay of step ``n`` alone."""
 
+    def checked(self, decay: Any, n: int) -> float:
+        """Return ``decay`` of step ``n``, or raise when it is not a number in [0, 1].
 
-def as_decay_rule(decay: float | DecayRule) -> DecayRule:
-    """Return ``decay`` as a rule; a plain number d means ``WarmupDecay(d)``.
+        Raises:
+            TypeError: If it is no number.
+            ValueError: If it is outside [0, 1].
+        """
+        if type(decay) is float and 0 <= decay <= 1:
+            return decay
+        try:
+            return float(_share("decay", decay))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{str(error).removesuffix('.')} at step {n} from {shown(self)}.") from error
 
-    Raises:
-        TypeError: If it is neither a number nor a rule.
-        ValueError: If it is a number outside [0, 1].
-    """
-    if isinstance(decay, DecayRule):
-        return decay
-    if isinstance(decay, bool) or not hasattr(decay, "__float__"):
-        raise TypeError(f"`decay` must be a number or a decay rule such as HalfLife(steps=1000), got {shown(decay)}.")
-    return WarmupDecay(_share("decay", decay))
+
+class _ClosedForm(DecayRule):
+    """A rule whose decay over several steps has a closed form."""
+
+    def _single(self, n: int) -> float:
+        return self._over(n, 1)
+
+    @abstractmethod
+    def _over(self, n: int, steps: int) -> float:
+        """Return the decay of the ``steps`` steps up to ``n``; both are checked."""
 
 
 @dataclass(frozen=True)
-class ConstantDecay(DecayRule):
+class ConstantDecay(_ClosedForm):
     """The same decay at every step: d.
 
     Over k steps d^k. The average starts at the untrained weights and forgets them only after several times 1 / (1 - d)
@@ -111,7 +151,7 @@ class ConstantDecay(DecayRule):
 
 
 @dataclass(frozen=True)
-class WarmupDecay(_SingleSteps):
+class WarmupDecay(DecayRule):
     """min(d, (1 + n) / (10 + n)): TensorFlow's rule, and what a plain number means.
 
     The average spans about a ninth of the steps so far until it reaches its full length, near n = 9 / (1 - d).
@@ -138,7 +178,7 @@ class WarmupDecay(_SingleSteps):
 
 
 @dataclass(frozen=True)
-class InverseGammaDecay(_SingleSteps):
+class InverseGammaDecay(DecayRule):
     """clip(1 - (1 + (n - 1) / inv_gamma)^(-power), min_value, max_value), and 0 at n = 1.
 
     With ``power=1`` it is the plain mean of all weights so far.
@@ -172,7 +212,7 @@ class InverseGammaDecay(_SingleSteps):
 
 
 @dataclass(frozen=True)
-class PowerDecay(DecayRule):
+class PowerDecay(_ClosedForm):
     """(1 - 1/n)^(gamma + 1): an average whose length is a fixed share of the training so far.
 
     The weight of step t in the average at step n is proportional to t^gamma. Over k steps (1 - k/n)^(gamma + 1).
@@ -195,57 +235,7 @@ class PowerDecay(DecayRule):
 
 
 @dataclass(frozen=True)
-class HalfLife(DecayRule):
-    """2^(-k / h): after h steps, or h samples, half of the average is new.
-
-    Args:
-        steps: h in optimizer steps, above 0.
-        samples: h in training samples, above 0; the half-life then stays the same when the batch size changes.
-            Exactly one of the two.
-
-    Example:
-        >>> HalfLife(steps=4)(4, steps=4)
-        0.5
-        >>> HalfLife(samples=512).for_samples_per_step(128) == HalfLife(steps=4)
-        True
-
-    References:
-        D. Busbridge et al., "How to scale your EMA", 2023, arXiv:2307.13813, for why samples.
-    """
-
-    steps: float | None = None
-    samples: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.samples is None):
-            raise ValueError(
-                f"`HalfLife` must have exactly one of `steps` and `samples`, "
-                f"got {shown(self.steps)} and {shown(self.samples)}."
-            )
-        if self.steps is not None:
-            _keep(self, steps=real_number("steps", self.steps, above=0))
-        if self.samples is not None:
-            _keep(self, samples=real_number("samples", self.samples, above=0))
-
-    @property
-    def needs_samples_per_step(self) -> bool:
-        """Whether the half-life is in samples."""
-        return self.samples is not None
-
-    def for_samples_per_step(self, samples: float) -> HalfLife:
-        """Return the half-life in steps of ``samples`` samples each."""
-        if self.samples is None:
-            return self
-        return HalfLife(steps=self.samples / real_number("samples", samples, above=0))
-
-    def _over(self, n: int, steps: int) -> float:
-        if self.steps is None:
-            raise ValueError("`HalfLife(samples=...)` must know the samples per step: call `for_samples_per_step`.")
-        return float(2 ** (-steps / self.steps))
-
-
-@dataclass(frozen=True)
-class DebiasedDecay(DecayRule):
+class DebiasedDecay(_ClosedForm):
     """d (1 - d^(n-1)) / (1 - d^n): the average of a constant decay that knows nothing of the untrained weights.
 
     The same as an average that starts at zero and is divided by 1 - d^n. The first step copies; over k steps the
@@ -271,15 +261,30 @@ class DebiasedDecay(DecayRule):
         return float(self.value**steps * math.expm1((n - steps) * log) / math.expm1(n * log))
 
 
+def interval(name: str, value: Any) -> Duration:
+    """Return ``value``, or raise when it is not a duration that can lie between two updates.
+
+    Raises:
+        TypeError: If it is of another type.
+        ValueError: If it is below 1 step, or a share or a text that cannot be read.
+    """
+    duration = check_duration(name, value)
+    return whole_number(name, duration, at_least=1, unit="steps") if isinstance(duration, int) else duration
+
+
 class UpdateCounter:
     """Counts the steps of an average and says when an update is due, all in applied optimizer steps.
 
     Args:
-        start_step: Applied steps after which the average begins, as a copy of the weights.
-        every: Steps between two updates.
+        start_step: Applied steps after which the average begins, as a copy of the weights; a duration.
+        every: Steps between two updates; a duration, of which 0 steps count as 1.
+        name_of_every: What that is called in messages.
 
     Attributes:
+        start_step: The same in steps; see :meth:`resolve_for`.
+        every: The same in steps.
         applied: Applied steps of the run, as of the last look.
+        earlier: Of these, how many were taken in the fits of other Trainers, which count anew.
         origin: Of these, how many had been taken when the average began; ``None`` before.
         last: Steps from there to the last update; 0 means that the average is still the copy it began as.
 
@@ -293,16 +298,35 @@ class UpdateCounter:
         (None, (4, 2))
     """
 
-    def __init__(self, start_step: int = 0, every: int = 1) -> None:
-        self.start_step = start_step
-        self.every = every
+    def __init__(
+        self, start_step: Duration = 0, every: Duration = 1, *, name_of_every: str = "update_every_n_steps"
+    ) -> None:
+        self._given = {"start_step": start_step, name_of_every: every}
+        # one that waits for the length of the run begins later
+        self.start_step = start_step if isinstance(start_step, int) else sys.maxsize
+        self.every = every if isinstance(every, int) else 1
         self.reset()
 
     def reset(self) -> None:
         """Begin to count anew."""
         self.applied = 0
+        self.earlier = 0
         self.origin: int | None = None
         self.last = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a length waits for the run's: then :meth:`resolve_for` has to be called first."""
+        return any(map(is_open, self._given.values()))
+
+    def resolve_for(self, horizon: Horizon) -> None:
+        """Count both lengths in steps.
+
+        Raises:
+            RunLengthUnknownError: If that needs a length which is not known.
+        """
+        self.start_step, every = (horizon.steps(name, duration) for name, duration in self._given.items())
+        self.every = max(every, 1)
 
     def begins(self, applied: int) -> bool:
         """Return whether the average begins now, and remember it."""
@@ -325,7 +349,8 @@ class UpdateCounter:
         if not self.applied and self.origin is None:
             return {}
         origin = -1 if self.origin is None else self.origin
-        return {"applied_steps": self.applied, "origin": origin, "last_update": self.last}
+        earlier = {"earlier_steps": self.earlier} if self.earlier else {}
+        return {"applied_steps": self.applied, "origin": origin, "last_update": self.last, **earlier}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take the counters over.
@@ -346,7 +371,9 @@ class UpdateCounter:
                 f"`last_update` must be at most the steps since the average began, and at most {_LONGEST_GAP} fewer, "
                 f"got {last} with {since} steps: the checkpoint's state was damaged."
             )
-        self.applied, self.origin, self.last = applied, None if origin < 0 else origin, last
+        earlier = whole_number("earlier_steps", state.get("earlier_steps", 0), at_most=applied, unit="steps")
+        self.applied, self.earlier = applied, earlier
+        self.origin, self.last = None if origin < 0 else origin, last
 
 
 def _share(name: str, value: float) -> float:

@@ -24,7 +24,7 @@ from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a
 from lightning_plugins.core.writable import check_writable
 from lightning_plugins.ema.averaging_callback import AveragingCallback
 from lightning_plugins.ema.checkpoint_format import check_fit, follow_pruning, tensors_by_name
-from lightning_plugins.ema.decay import PowerDecay
+from lightning_plugins.ema.decay import PowerDecay, UpdateCounter
 from lightning_plugins.ema.power_exponent import check_sigma_rel
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.ema.snapshots import (
@@ -101,7 +101,7 @@ class PostHocEMA(AveragingCallback):
         if not given or len(set(self.sigma_rels)) < len(given):
             raise ValueError(f"`sigma_rels` must be one or more different numbers, got {self.sigma_rels}.")
         self.rules = [PowerDecay(sigma) for sigma in self.sigma_rels]
-        super().__init__([*self.rules], start_step=0, every=1, sigma_rels=self.sigma_rels)
+        super().__init__([*self.rules], UpdateCounter(), sigma_rels=self.sigma_rels)
         self.every_n_steps = whole_number("every_n_steps", every_n_steps, at_least=1, unit="steps")
         self.dirpath = None if dirpath is None else Path(a_path("dirpath", dirpath))
         self.dtype = one_of("dtype", dtype, ("float32", "float16", "bfloat16"))

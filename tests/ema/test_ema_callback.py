@@ -272,7 +272,11 @@ def test_averaged_inside_a_run_shows_the_latest_average():
         ({"decay": 1.01}, ValueError, "`decay` must be at least 0 and at most 1, got 1.01"),
         ({"decay": None}, TypeError, "`decay` must be a number or a decay rule"),
         ({"update_every_n_steps": 0}, ValueError, "`update_every_n_steps` must be at least 1 steps, got 0"),
-        ({"update_every_n_steps": 1.5}, TypeError, "`update_every_n_steps` must be a whole number of steps, got 1.5"),
+        (
+            {"update_every_n_steps": 1.5},
+            ValueError,
+            "`update_every_n_steps` as a float is a share .* got 1.5",
+        ),
         ({"start_step": -1}, ValueError, "`start_step` must be at least 0 steps, got -1"),
         ({"buffers": "drop"}, ValueError, "`buffers` must be one of 'copy', 'average', got 'drop'"),
         ({"evaluate": "both"}, ValueError, "`evaluate` must be one of 'average', 'raw', got 'both'"),

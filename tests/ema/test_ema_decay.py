@@ -16,7 +16,7 @@ from lightning_plugins import (
     PowerDecay,
     WarmupDecay,
 )
-from lightning_plugins.ema.decay import as_decay_rule
+from lightning_plugins.ema.function_decay import as_decay_rule
 from lightning_plugins.ema.power_exponent import power_exponent
 from tests.support.ema_runs import THETA, follow
 

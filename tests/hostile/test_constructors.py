@@ -186,7 +186,7 @@ def works(made):
     if isinstance(made, Schedule):
         works_as_schedule(made)
     elif isinstance(made, DecayRule):
-        rule = made.for_samples_per_step(3) if made.needs_samples_per_step else made
+        rule = made.for_samples_per_step(3).resolve(100, 10)
         for step in (1, 2, 100, 10**6):
             assert type(rule(step)) is float
             assert 0 <= rule(step) <= 1

@@ -9,6 +9,7 @@ import torch
 from lightning_plugins import (
     EMA,
     CancelBatch,
+    Cosine,
     CSVStatisticsLogger,
     Event,
     GradientAccumulation,
@@ -34,7 +35,7 @@ def stack(path):
     return [
         GradientAccumulation(4),
         LearningRateScheduler(WarmupCosine("20%")),
-        EMA(0.9),
+        EMA(Cosine(None, 0.8, 1.0)),
         StatisticsRecorder(),
         CSVStatisticsLogger(str(path / "log.csv")),
         TensorBoardStatisticsLogger(str(path / "tensorboard")),

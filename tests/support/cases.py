@@ -44,6 +44,10 @@ def look(loop, event):
     return loop.batch_index
 
 
+def rising(n):
+    return 1 - 1 / n
+
+
 @dataclass(frozen=True)
 class Case:
     """How a public callback is used.
@@ -64,6 +68,7 @@ def case(*calls, pair):
 
 _HERE = __name__
 _LABELS = "{class_path: lightning_plugins.Tokens, init_args: {key: labels, ignore_index: 0}}"
+_COSINE = "{class_path: lightning_plugins.Cosine, init_args: {steps: rest, start: 0.996, end: 1}}"
 _MEAN = "{class_path: torchmetrics.MeanMetric}"
 _BASES = {"Schedule", "DecayRule"}
 _TYPES = {"Duration", "TrainingLoop"}  # for annotations
@@ -137,6 +142,11 @@ CALLBACKS = {
                 "name": "slow",
             },
         ),
+        (
+            f"{{decay: {_COSINE}, update_every_n_steps: 0.01, start_step: 95%}}",
+            {"decay": lp.Cosine(None, 0.996, 1.0), "update_every_n_steps": 0.01, "start_step": "95%"},
+        ),
+        (f"{{decay: {_HERE}.rising}}", {"decay": rising}),
         pair=({}, {"name": "slow"}),
     ),
     "EventCallback": case(

@@ -37,7 +37,9 @@ VALUES = {
     "Tokens": calls(("{key: labels}", {"key": "labels"}), ("{key: 1, ignore_index: 0}", {"key": 1, "ignore_index": 0})),
     "ConstantDecay": calls(("{value: 0.9}", {"value": 0.9})),
     "DebiasedDecay": calls(("{value: 0.9}", {"value": 0.9})),
-    "HalfLife": calls(("{steps: 500}", {"steps": 500.0}), ("{samples: 1000000}", {"samples": 1e6})),
+    "HalfLife": calls(
+        ("{steps: 500}", {"steps": 500.0}), ("{samples: 1000000}", {"samples": 1e6}), ("{steps: 2%}", {"steps": "2%"})
+    ),
     "InverseGammaDecay": calls(
         ("{}", {}),
         (
