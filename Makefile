@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo
 DOCS_STAMP := $(VENV)/.docs
 CLIENTS := .venv-clients
+DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 WHEEL := .venv-wheel
@@ -15,7 +16,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' lightning_plugins/_ver
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 SUITE := -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test torture test-clients test-lowest test-newest lint docs build release-check bench peers clean
+.PHONY: help demo test torture test-clients test-deepspeed test-lowest test-newest lint docs build release-check bench peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +33,9 @@ torture: $(STAMP)  ## a thousand kills and ten thousand damaged files, from a ne
 test-clients: $(CLIENTS)/.installed  ## the callbacks inside pytorch-forecasting and darts
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
+test-deepspeed: $(DEEPSPEED)/.installed  ## the callbacks under DeepSpeed's ZeRO, on two CPU processes
+	$(DEEPSPEED)/bin/python -m pytest tests/deepspeed $(ARGS)
+
 test-lowest: $(LOWEST)/.installed  ## the test suite with the oldest versions that the package declares
 	$(LOWEST)/bin/python $(SUITE) $(ARGS)
 
@@ -45,9 +49,8 @@ lint: $(STAMP)  ## formatting, lint, types and import rules
 	$(BIN)/lint-imports
 
 docs: export NO_MKDOCS_2_WARNING = 1  # the pinned version is not that one
-docs: $(DOCS_STAMP)  ## README, cards and API reference as a site, into site/, looked at in a browser if there is one
+docs: $(DOCS_STAMP)  ## README, cards and API reference as a site, into site/
 	$(BIN)/mkdocs build --strict
-	$(BIN)/python -m pytest -q docs/test_in_browser.py
 
 build: $(STAMP)  ## the wheel and the source distribution, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
@@ -71,8 +74,8 @@ peers: $(STAMP)  ## install the libraries that bench compares with
 	$(BIN)/python $(PIP_INSTALL) -c constraints/tested.txt -e '.[bench]'
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(CLIENTS) $(LOWEST) $(NEWEST) $(RELEASE) $(WHEEL) dist runs site site-pictures .coverage .coverage.* .hypothesis \
-		.mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(DEEPSPEED) $(LOWEST) $(NEWEST) $(RELEASE) $(WHEEL) dist runs site .coverage .coverage.* \
+		.hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(DEMO_STAMP): pyproject.toml constraints/tested.txt
 	@echo 'Installing what the demo needs into $(VENV): a few minutes, most of them for torch.'
@@ -94,6 +97,15 @@ $(DOCS_STAMP): $(STAMP)
 $(CLIENTS)/.installed: pyproject.toml constraints/clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python $(PIP_INSTALL) -c constraints/clients.txt -e . darts hypothesis pytest pytorch-forecasting
+	touch $@
+
+# Without its C++: on a CPU nothing of it is used. What it needs is installed first, as its setup asks for torch.
+$(DEEPSPEED)/.installed: pyproject.toml constraints/deepspeed.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python $(PIP_INSTALL) -c constraints/deepspeed.txt -e . hypothesis pytest \
+		einops hjson msgpack ninja psutil py-cpuinfo pydantic setuptools wheel
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python $(PIP_INSTALL) -c constraints/deepspeed.txt --no-deps --no-build-isolation \
+		deepspeed
 	touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt

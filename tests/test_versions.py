@@ -16,7 +16,7 @@ from tests.support import conditions, expected_warnings, record
 from tests.support.snippets import ROOT, python_path
 
 PROJECT = (ROOT / "pyproject.toml").read_text()
-SETS = ("tested", "lowest", "clients")
+SETS = ("tested", "lowest", "clients", "deepspeed")
 FLOOR = {"torch": "2.6", "lightning": "2.5.0", "torchmetrics": "1.4", "tensorboard": "2.18"}
 
 

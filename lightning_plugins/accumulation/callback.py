@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_plugins.accumulation.carried_windows import CarriedWindows
-from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
+from lightning_plugins.accumulation.weighting import Window, scale, scale_gradients, weigh_backward
 from lightning_plugins.accumulation.windows import batches_for, plan_changes
+from lightning_plugins.accumulation.zero_windows import ZeroWindows
 from lightning_plugins.core.automatic_optimization import check_automatic
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter, wide
@@ -51,7 +52,9 @@ class GradientAccumulation(Callback):
 
     Distributed:
         A window's counts are added over all ranks, so that every sample of the step has the same weight on all. DDP,
-        FSDP1 and FSDP2 (data-parallel only), without ``carry`` under FSDP. One reduction of one number a step.
+        FSDP1 and FSDP2 (data-parallel only) and DeepSpeed's ZeRO 1, 2 and 3, without ``carry`` where anything is
+        sharded. One reduction of one number a step. Under DeepSpeed its windows become Lightning's, the short one at an
+        epoch's end included, and this rank's part of the gradients is scaled; not with ``offload_optimizer``.
 
     Cost:
         A count of each batch and one scaling of the gradients a step, without a wait for the device. Memory: two
@@ -108,6 +111,8 @@ class GradientAccumulation(Callback):
         self._window = Window()
         self._check = CountCheck()
         self._carried = CarriedWindows() if carry else None
+        # DeepSpeed's, while a run is under it
+        self._zero: ZeroWindows | None = None
         self._counter: Callable[[Any], Count] = as_count
         self._count: Count = 0
         self._counted = False
@@ -163,6 +168,10 @@ class GradientAccumulation(Callback):
         rank_zero_info(f"GradientAccumulation: {self._describe(trainer)}.")
         trainer.accumulate_grad_batches = self._batches_now(trainer)
         self._window.total = 0
+        try:
+            self._zero = ZeroWindows.take_over(trainer, self.patches)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
         if self._carried is not None:
             self._carried.take_over(trainer, self.patches)
             self._window.total = self._carried.resume(trainer, pl_module)
@@ -174,6 +183,8 @@ class GradientAccumulation(Callback):
                 trainer.accumulate_grad_batches = self._batches_now(trainer)
         elif self._scheduled and batch_idx % trainer.accumulate_grad_batches == 0:
             self._begin_scheduled(trainer, pl_module, batch_idx)
+        if self._zero is not None:
+            self._zero.next_batch(trainer)
         self._count, self._counted = self._counter(batch), False
         if self._window.reference is None:
             self._window.reference = _reference(trainer, self._count)
@@ -197,13 +208,22 @@ class GradientAccumulation(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Turn the window's gradient into that of the mean over all its items."""
+        zero = self._zero
+        if zero is not None and not zero.ends:
+            # Lightning asks DeepSpeed for a step after every batch
+            return
         total, ranks = self._window.total, trainer.world_size
         if ranks > 1:
             total = _sum(trainer, total)
-        factor = self._window.factor(total, batches=trainer.accumulate_grad_batches, ranks=ranks)
+        divisor = trainer.accumulate_grad_batches * (1 if zero is None else zero.divisor)
+        factor = self._window.factor(total, batches=divisor, ranks=ranks)
         # equal, full windows pay nothing
         if isinstance(factor, Tensor) or factor != 1:
-            scale_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), factor)
+            if zero is not None:
+                scale(zero.gradients(), factor)
+            else:
+                parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+                scale_gradients(parameters, factor)
         if not self._check.counted:
             self._check.add_window(total)
         if self._carried is not None:
@@ -229,7 +249,7 @@ class GradientAccumulation(Callback):
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the Trainer as it was."""
-        self._counter = as_count
+        self._counter, self._zero = as_count, None
         if self._holds:
             trainer.accumulate_grad_batches = 1
             self._holds = False

@@ -69,11 +69,15 @@ def weigh_backward(loss: Tensor, weight: Count) -> None:
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: Count) -> None:
     """Multiply the gradients of ``parameters`` in place: a few kernels in all, no wait for the device."""
+    scale((parameter.grad for parameter in parameters if parameter.grad is not None), factor)
+
+
+@torch.no_grad()
+def scale(tensors: Iterable[Tensor], factor: Count) -> None:
+    """Multiply ``tensors`` in place, likewise."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        gradient = local(parameter.grad)
+    for tensor in tensors:
+        gradient = local(tensor)
         if gradient.layout is torch.strided:
             groups[gradient.device, gradient.dtype].append(gradient)
         else:

@@ -40,6 +40,7 @@ def _of(technique: str, *rows: tuple[str, str, str]) -> tuple[ForeignName, ...]:
 _FIT, _EPOCH = "trainer.fit_loop", "trainer.fit_loop.epoch_loop"
 _AUTOMATIC, _MANUAL = f"{_EPOCH}.automatic_optimization", f"{_EPOCH}.manual_optimization"
 _VALIDATION = f"{_EPOCH}.val_loop"
+_ZERO = "deepspeed.runtime.zero"
 
 FOREIGN_NAMES: tuple[ForeignName, ...] = (
     *_of(
@@ -60,6 +61,46 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ("torchmetrics.MeanMetric()", "_forward_cache", "the value of the last batch"),
         ("torchmetrics.MeanMetric()", "_cache _is_synced", "a metric's own states while it is synced"),
         ("lightning.pytorch.strategies.ModelParallelStrategy", "_device_mesh", "ranks that see different data"),
+        (
+            "deepspeed.runtime.engine.DeepSpeedEngine",
+            "optimizer global_steps skipped_steps gradient_accumulation_steps",
+            "the steps that DeepSpeed counts and skips, and what it divides losses by",
+        ),
+        (
+            "deepspeed.runtime.engine.DeepSpeedEngine",
+            "is_gradient_accumulation_boundary set_gradient_accumulation_boundary",
+            "its windows are Lightning's",
+        ),
+        (f"{_ZERO}.stage_1_and_2.DeepSpeedZeroOptimizer", "cpu_offload", "where gradients are"),
+        (f"{_ZERO}.stage_1_and_2.DeepSpeedZeroOptimizer", "averaged_gradients", "this rank's part of the gradients"),
+        (f"{_ZERO}.stage_1_and_2.DeepSpeedZeroOptimizer", "update_lp_params", "weights out of their masters"),
+        (
+            f"{_ZERO}.stage3.DeepSpeedZeroOptimizer_Stage3",
+            "averaged_gradients offload_optimizer",
+            "this rank's part of the gradients, and where they are",
+        ),
+        (
+            f"{_ZERO}.stage3.DeepSpeedZeroOptimizer_Stage3",
+            "grad_position get_param_id fp32_partitioned_groups_flat",
+            "where the master weights of a parameter are",
+        ),
+        (
+            f"{_ZERO}.stage3.DeepSpeedZeroOptimizer_Stage3",
+            "fp16_groups _partition_all_parameters _reassign_or_swap_out_partitioned_parameters",
+            "weights out of their masters, as after a step; there is no public call for all",
+        ),
+        (
+            f"{_ZERO}.stage3.DeepSpeedZeroOptimizer_Stage3",
+            "persistent_parameters invalidate_secondary_tensor",
+            "the rest of that",
+        ),
+        (
+            f"{_ZERO}.partition_parameters",
+            "ds_id ds_shape ds_numel ds_tensor ds_process_group partition_numel",
+            "this rank's part of a parameter",
+        ),
+        ("deepspeed.utils.mixed_precision_linkage", "_hp_mapping", "the master weights of a parameter"),
+        ("deepspeed.utils.tensor_fragment", "lp_fragment_address hp_fragment", "they, and their place in it"),
     ),
     *_of(
         "accumulation",

@@ -16,6 +16,9 @@ ONE, DDP, FSDP1, FSDP2 = "SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", 
 TENSOR = "ModelParallelStrategy(tensor_parallel_size>1)"
 DEEPSPEED, XLA = "DeepSpeedStrategy", "XLAStrategy"
 
+# a note for the page
+_ZERO = "ZeRO 1, 2, 3"
+
 STRATEGIES = {
     ONE: "one device",
     DDP: "DDP",
@@ -50,8 +53,11 @@ SUPPORTED: dict[str, Support] = {
     "EMA": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}),
     "PostHocEMA": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}),
     "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "averages, does not compare", FSDP2: "", TENSOR: ""}),
-    "GradientAccumulation": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: ""}, steers_windows=True),
-    "GradientAccumulation(carry=True)": Support({ONE: "", DDP: ""}, steers_windows=True),
+    "GradientAccumulation": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", DEEPSPEED: _ZERO}, steers_windows=True),
+    # no DeepSpeed checkpoint has the gradients of an open window
+    "GradientAccumulation(carry=True)": Support(
+        {ONE: "", DDP: ""}, {DEEPSPEED: "GradientAccumulation without `carry`"}, steers_windows=True
+    ),
     "MicroBatching(size)": Support({ONE: "", DDP: ""}, steers_windows=True),
     'MicroBatching("auto")': Support({ONE: "", DDP: ""}, steers_windows=True),
     "StatisticsRecorder": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
@@ -81,13 +87,20 @@ def check_strategy(trainer: Trainer, technique: str) -> None:
 
     Raises:
         MisconfigurationException: If the strategy is not in the table, or accumulates gradients by itself where the
-            technique steers them. The message names the strategy, the technique and the nearest thing that works.
+            technique steers them. The message names the strategy, the technique and the nearest thing that works. Also
+            if it is DeepSpeed's without ZeRO.
     """
     strategy: Any = trainer.strategy
     kind = type(strategy).__name__
     told = refusal(technique, known_as(strategy), kind, accumulates=strategy.handles_gradient_accumulation)
     if told:
         raise MisconfigurationException(told)
+    if known_as(strategy) == DEEPSPEED and SUPPORTED[technique].refuses:
+        stage = (getattr(strategy, "config", None) or {}).get("zero_optimization", {}).get("stage", 0)
+        if stage not in (1, 2, 3):
+            raise MisconfigurationException(
+                f"{technique} under {kind} needs ZeRO of stage 1, 2 or 3, got {stage}. Pass `stage`, or take {DDP}."
+            )
 
 
 def refusal(technique: str, strategy: str, name: str = "", *, accumulates: bool = False) -> str:

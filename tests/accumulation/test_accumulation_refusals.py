@@ -114,7 +114,7 @@ def test_refuses_strategies_by_name():
         accumulation.setup(trainer, Probe(), "fit")
     trainer = pl.Trainer(accelerator="cpu", logger=False)
     trainer._accelerator_connector.strategy = Novel.__new__(Novel)
-    with pytest.raises(MisconfigurationException, match="was not tested under Novel; it works under DDPStrategy, FSD"):
+    with pytest.raises(MisconfigurationException, match="was not tested under Novel; it works under DDPStrategy, D"):
         accumulation.setup(trainer, Probe(), "fit")
 
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 from collections import defaultdict
+from importlib.util import find_spec
 
 import pytest
 
@@ -14,7 +15,15 @@ from tests.support.cases import CALLBACKS, PACKAGE, PUBLIC, make
 from tests.support.foreign_names import foreign_attributes, own_attributes
 from tests.support.training import make_module, make_trainer
 
-LIBRARIES = ("lightning.", "pytorch_lightning.", "torch.distributed", "torch.nn", "torch.optim", "torchmetrics")
+LIBRARIES = (
+    "lightning.",
+    "pytorch_lightning.",
+    "torch.distributed",
+    "torch.nn",
+    "torch.optim",
+    "torchmetrics",
+    "deepspeed",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 OF_TRAINER = sorted({(entry.owner, entry.name) for entry in FOREIGN_NAMES if entry.owner.startswith("trainer")})
 OF_LIBRARIES = sorted({(entry.owner, entry.name) for entry in FOREIGN_NAMES} - set(OF_TRAINER))
@@ -103,6 +112,8 @@ def test_a_listed_name_of_the_trainer_is_installed(path, name, namespace, tmp_pa
 
 @pytest.mark.parametrize(("path", "name"), OF_LIBRARIES)
 def test_a_listed_name_of_a_library_is_installed(path, name):
+    if path.startswith("deepspeed.") and find_spec("deepspeed") is None:
+        pytest.skip(f"{conditions.NEEDS}DeepSpeed: make test-deepspeed")
     if not conditions.OF_SOME_VERSIONS.get(name, True):
         pytest.skip(f"{conditions.NEEDS}a version that has {name}")
     for other in {path, path.replace("lightning.pytorch.", "pytorch_lightning.")}:

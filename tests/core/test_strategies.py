@@ -39,10 +39,12 @@ def trainer_of(base, name="Mine", *, tensor_parallel=1, **attributes):
     return SimpleNamespace(strategy=kind.__new__(kind), world_size=2)
 
 
-def trainer_under(strategy, package=stock):
+def trainer_under(strategy, package=stock, stage=3):
     """The same for a name of the table."""
     base = getattr(package, FSDP2 if strategy == TENSOR else strategy)
-    return trainer_of(base, tensor_parallel=2 if strategy == TENSOR else 1)
+    return trainer_of(
+        base, tensor_parallel=2 if strategy == TENSOR else 1, config={"zero_optimization": {"stage": stage}}
+    )
 
 
 @pytest.mark.parametrize("package", [stock, classic], ids=["lightning.pytorch", "pytorch_lightning"])
@@ -104,6 +106,11 @@ NEAREST = {
 def test_others_are_refused_with_the_nearest_that_works(technique, strategy):
     with pytest.raises(MisconfigurationException, match=rf"The nearest to Mine is {NEAREST[technique, strategy]}\.$"):
         check_strategy(trainer_under(strategy), technique)
+
+
+def test_deepspeed_without_zero_is_refused():
+    with pytest.raises(MisconfigurationException, match="Mine needs ZeRO of stage 1, 2 or 3, got 0"):
+        check_strategy(trainer_under(DEEPSPEED, stage=0), "GradientAccumulation")
 
 
 def test_a_strategy_of_its_own_is_refused():

@@ -17,7 +17,7 @@ from typing import Any
 from tests.support.snippets import ROOT
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "tensorboard", "numpy", "jsonargparse")
-CLIENTS = ("pytorch-forecasting", "darts")
+CLIENTS = ("pytorch-forecasting", "darts", "deepspeed")
 COUNTED = ("passed", "failed", "error", "skipped", "xfailed")
 
 
