@@ -49,8 +49,9 @@ lint: $(STAMP)  ## formatting, lint, types and import rules
 	$(BIN)/lint-imports
 
 docs: export NO_MKDOCS_2_WARNING = 1  # the pinned version is not that one
-docs: $(DOCS_STAMP)  ## README, cards and API reference as a site, into site/
+docs: $(DOCS_STAMP)  ## README, cards and API reference as a site, into site/, looked at in a browser if there is one
 	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -q docs/test_in_browser.py
 
 build: $(STAMP)  ## the wheel and the source distribution, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .
@@ -74,8 +75,8 @@ peers: $(STAMP)  ## install the libraries that bench compares with
 	$(BIN)/python $(PIP_INSTALL) -c constraints/tested.txt -e '.[bench]'
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(CLIENTS) $(DEEPSPEED) $(LOWEST) $(NEWEST) $(RELEASE) $(WHEEL) dist runs site .coverage .coverage.* \
-		.hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(DEEPSPEED) $(LOWEST) $(NEWEST) $(RELEASE) $(WHEEL) dist runs site site-pictures \
+		.coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(DEMO_STAMP): pyproject.toml constraints/tested.txt
 	@echo 'Installing what the demo needs into $(VENV): a few minutes, most of them for torch.'

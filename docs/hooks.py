@@ -5,19 +5,23 @@ The pages keep their paths, so that a link which is right in the repository is r
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import lightning_plugins
 from lightning_plugins.core.imports import declared_names
+from lightning_plugins.core.lightning import CallbackOfBoth
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
-    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _DOCUMENTS = (
@@ -37,7 +41,21 @@ _FILES = (
     "examples/*.py",
     "examples/*.yaml",
 )
-_FORMULA = re.compile(r"\$(?! )([^$\n`]+?)(?<! )\$")
+# What a reader calls and reads of a class; the rest is for the Trainer and for the package itself.
+_MEMBERS = {
+    "CheckpointAveraging": "path scores",
+    "ClassificationReport": "update compute reset",
+    "EMA": "average_state_dict raw_state_dict averaged",
+    "GradientAccumulation": "accumulation_plan",
+    "MicroBatching": "size_found",
+    "Plan": "paths table run",
+    "Schedule": "is_open resolve preview plot to_dict from_dict delay shift hold_every floor scale cycle",
+    "ScheduleLR": "position step",
+    "Shadow": "names update swap_in swap_out collect",
+    "StatisticsRecorder": "names last_statistics flush",
+    "TensorBoardStatisticsLogger": "run_directory",
+    "TrainingLoop": "model optimizers epoch_index epoch_count last_statistics",
+}
 
 
 def documents() -> list[str]:
@@ -70,21 +88,49 @@ def api_pages() -> dict[str, str]:
 
 
 def _api_page(technique: str) -> str:
-    package = importlib.import_module(f"lightning_plugins.{technique}")
+    module = f"lightning_plugins.{technique}"
+    package = importlib.import_module(module)
     public = set(lightning_plugins.__all__)
+    names = sorted(package.__all__, key=lambda name: (name not in public, not _is_callback(getattr(package, name))))
     lines = [
-        f"# `lightning_plugins.{technique}`",
+        f"# `{module}`",
         "",
-        f"Version {lightning_plugins.__version__}. How and when to use what stands here is on",
+        f"Version {lightning_plugins.__version__}. When to use what stands here, and with which numbers:",
         f"[the card](../lightning_plugins/{technique}/README.md).",
+        "",
+        "| name | |",
+        "|---|---|",
+        *(f"| [`{name}`](#{module}.{name}) | {_first_line(package, name)} |" for name in names),
     ]
-    for title, names in (
-        ("Also from `lightning_plugins`", [name for name in package.__all__ if name in public]),
-        (f"Only from `lightning_plugins.{technique}`", [name for name in package.__all__ if name not in public]),
-    ):
-        if names:
-            lines += ["", f"**{title}**", *(f"\n::: lightning_plugins.{technique}.{name}" for name in names)]
+    if not public.issuperset(names):
+        only = ", ".join(f"`{name}`" for name in names if name not in public)
+        lines += ["", f"Import them from `lightning_plugins`, and from `{module}` alone: {only}."]
+    for name in names:
+        shown = _MEMBERS.get(name, "").split()
+        lines += ["", f"::: {module}.{name}", "    options:", f"      members: [{', '.join(shown)}]"]
     return "\n".join(lines) + "\n"
+
+
+def _is_callback(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, CallbackOfBoth)
+
+
+def _first_line(package: ModuleType, name: str) -> str:
+    """Return what a name is: the first line of its docstring, which for a value stands below it in the source."""
+    value = getattr(package, name)
+    text = inspect.getdoc(value) if isinstance(value, (type, FunctionType)) else None
+    if text is None:
+        source = importlib.import_module(declared_names(package.__name__)[name])
+        body = ast.parse(inspect.getsource(source)).body
+        place = next(
+            index
+            for index, node in enumerate(body)
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and name in ast.unparse(node)
+        )
+        following = body[place + 1].value if isinstance(body[place + 1], ast.Expr) else None
+        text = following.value if isinstance(following, ast.Constant) else ""
+    line = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", str(text).split("\n\n")[0].replace("\n", " "))
+    return line.replace("|", "\\|")
 
 
 def _matching(patterns: tuple[str, ...]) -> list[str]:
@@ -99,6 +145,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Show the version of the package that the pages are of, and every technique."""
     config.nav = navigation(config.nav or [])
     config.copyright = f"lightning_plugins {lightning_plugins.__version__}, Apache-2.0"
+    if "MIKE_DOCS_VERSION" not in os.environ:  # which mike sets: without it there is no list of versions to ask for
+        del config.extra["version"]
     return config
 
 
@@ -114,14 +162,3 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in api_pages().items():
         files.append(File.generated(config, path, content=text))
     return files
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """Turn formulas into MathML, which browsers draw without a script."""
-    if not page.file.src_uri.startswith("lightning_plugins/"):
-        return markdown
-    from latex2mathml.converter import convert
-
-    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)  # code keeps its dollars
-    parts[::2] = [_FORMULA.sub(lambda match: convert(match[1]), part) for part in parts[::2]]
-    return "".join(parts)

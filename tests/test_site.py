@@ -15,15 +15,20 @@ import yaml
 import lightning_plugins
 from lightning_plugins.cli import main
 from tests.support import conditions
+from tests.support.cases import TECHNIQUES, callback_names
 from tests.support.snippets import ROOT
+
+
+def module_of_docs(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of_docs("hooks")
 
 
 def leaves(entry):
@@ -46,6 +51,44 @@ def test_every_public_name_has_one_place_in_the_reference(hooks):
         assert sorted(listed) == sorted(f"lightning_plugins.{technique}.{name}" for name in package.__all__)
     places = Counter(name.rpartition(".")[2] for name in shown)
     assert {places[name] for name in lightning_plugins.__all__ if name != "__version__"} == {1}
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_a_page_of_the_reference_begins_with_a_table_of_its_names_callbacks_first(hooks, technique):
+    page = hooks.api_pages()[f"api/{technique}.md"]
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#(\S+)\) \| (.+) \|$", page, re.MULTILINE)
+    shown = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    assert [anchor for _, anchor, _ in rows] == shown
+    assert all(len(said) > 10 for _, _, said in rows)
+    names = [name for name, _, _ in rows]
+    callbacks = [name for name in names if name in callback_names()]
+    assert names[: len(callbacks)] == callbacks
+
+
+def test_the_reference_shows_no_internals(hooks):
+    """Of a class what is listed, which exists; nothing of what the Trainer calls."""
+    for name, members in hooks._MEMBERS.items():
+        module = next(m for m in map(importlib.import_module, packages(hooks)) if name in m.__all__)
+        documented = inspect.getdoc(getattr(module, name))
+        for member in members.split():
+            assert hasattr(getattr(module, name), member) or f"{member}:" in documented, (name, member)
+        assert not {"release", "get_state", "set_state", "setup"} & set(members.split())
+
+
+def packages(hooks):
+    return [f"lightning_plugins.{technique}" for technique in hooks.techniques()]
+
+
+def test_cells_of_tables_name_their_columns_and_break_in_the_right_places():
+    table = (
+        "<table><thead><tr><th>you <em>add</em></th><th></th></tr></thead>"
+        '<tr><td style="x"><code>a.b(c, d_e)</code> f.g</td><td>&lt;_x</td></tr></table>'
+    )
+    assert module_of_docs("appearance").fitted(table) == (
+        "<table><thead><tr><th>you <em>add</em></th><th></th></tr></thead>"
+        '<tr><td style="x" data-label="you add"><code>a.<wbr>b(<wbr>c, d_<wbr>e)</code> f.g</td>'
+        '<td data-label="">&lt;_x</td></tr></table>'
+    )
 
 
 def test_the_hooks_hand_over_what_exists(hooks):

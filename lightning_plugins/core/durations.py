@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from lightning_plugins.core.validation import real_number, shown, whole_number
 
 Duration: TypeAlias = int | float | str | None
+"""A length: steps (``100``), share of the run (``0.05`` or ``"5%"``), epochs (``"2ep"``), or ``None``: the rest."""
 
 _TEXT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>%|ep)")
 _REMEDY = "give steps (100), a share of the run (0.05 or '5%') or epochs ('2ep')"

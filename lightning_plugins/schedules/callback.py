@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch.optim import Optimizer
 
 from lightning_plugins.core.callback import Callback, Stage
-from lightning_plugins.core.durations import RunLengthUnknownError, ScheduleTooLongError
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
     rank_zero_info,
-    rank_zero_warn,
 )
-from lightning_plugins.core.run_length import RunAhead, RunEnd, run_ahead, run_end, source_of_length
 from lightning_plugins.core.validation import (
-    LightningPluginsWarning,
     one_of,
     real_number,
     shown,
@@ -26,12 +22,13 @@ from lightning_plugins.core.validation import (
     whole_number,
 )
 from lightning_plugins.schedules.attached_schedulers import AttachedSchedulers
-from lightning_plugins.schedules.continuation import Course, resolve
 from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
 from lightning_plugins.schedules.ramps import Constant
+from lightning_plugins.schedules.run_plan import RunPlan, Schedules, StepPlan, TimePlan, each_schedule
 from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.scheduler import ScheduleLR
 from lightning_plugins.schedules.scheduler_arguments import (
+    CLOCKS,
     GroupSchedules,
     check_base_lr,
     check_parameter,
@@ -46,6 +43,9 @@ class LearningRateScheduler(Callback):
     length, other accumulation, an epoch that was left), the schedule goes on from the value where it stands and ends
     with the run. A longer horizon (more epochs on resume) is followed from the next step on.
 
+    With ``clock="time"`` the shares are those of the time that the run may take (``Trainer(max_time=...)`` or a
+    ``Timer``), and the rate reaches its end when time does. Such a run cannot be repeated bit by bit.
+
     A rate that was written elsewhere (by a finetuning callback, a search, your code) is that group's rate at this step,
     and its base rate from there on is rate / schedule(t). timm's ``lr_scale`` of a group multiplies its rate.
 
@@ -59,7 +59,8 @@ class LearningRateScheduler(Callback):
         starts at the steps already taken.
 
     Distributed:
-        Every rank computes the same rates; a monitored metric is rank zero's.
+        Every rank computes the same rates; a monitored metric is rank zero's. Time is rank zero's too: it is broadcast
+        after 1, 2, 4, ... batches, at most 128 and at least once a second, and goes on at the pace of the last batches.
 
     Cost:
         About what a torch scheduler costs.
@@ -83,13 +84,14 @@ class LearningRateScheduler(Callback):
             ``"replace"`` its scheduler.
         clock: What a position counts. ``"attempted"``: steps as ``trainer.global_step`` counts them, and as the run's
             length is planned. ``"applied"``: those that changed the weights, so the schedule waits while the gradient
-            scaler skips and may not reach its end.
+            scaler skips and may not reach its end. ``"time"``: milliseconds of training, as Lightning's ``Timer``
+            counts them, earlier parts of the run included; every length must be a share.
         record: Whether to keep every step's rate in :attr:`lrs`.
 
     Attributes:
         lrs: With ``record=True`` the rate that each step of this process ran with: a float, or a tuple when the
             optimizer has several groups.
-        resolved: The schedule with its lengths in steps for the run as it is known now, once training has started.
+        resolved: The schedule with its lengths counted for the run as it is known now, once training has started.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -114,7 +116,7 @@ class LearningRateScheduler(Callback):
         parameter: str = "lr",
         plateau: Plateau | None = None,
         existing: Literal["refuse", "replace"] = "refuse",
-        clock: Literal["attempted", "applied"] = "attempted",
+        clock: Literal["attempted", "applied", "time"] = "attempted",
         record: bool = False,
     ) -> None:
         if plateau is not None and not isinstance(plateau, Plateau):
@@ -126,7 +128,7 @@ class LearningRateScheduler(Callback):
         self.parameter = check_parameter(parameter)
         self.plateau = plateau
         self.existing = one_of("existing", existing, ("refuse", "replace"))
-        one_of("clock", clock, ("attempted", "applied"))
+        one_of("clock", clock, CLOCKS)
         self.clock = clock
         self.record = true_or_false("record", record)
         identity: dict[str, Any] = {"optimizer": self.optimizer}
@@ -136,16 +138,19 @@ class LearningRateScheduler(Callback):
             identity["groups"] = list(self.schedule)
         super().__init__(**identity)
         self.lrs: list[float | tuple[float, ...]] = []
-        self.resolved: Schedule | dict[str | int, Schedule] | None = None
         options = {"base_lr": self.base_lr, "min_lr": self.min_lr, "clock": self.clock, "parameter": self.parameter}
-        first = _each(self.schedule, lambda _: Constant())
+        first = each_schedule(self.schedule, lambda _: Constant())
         self._attached = AttachedSchedulers(first, self.optimizer, self.existing, options)
-        self._course: Course | None = None
-        self._planned_end: RunEnd | None = None
-        self._accumulation = 0
+        title = "Learning-rate schedule" if self.parameter == "lr" else f"Schedule of `{self.parameter}`"
+        self._run: RunPlan = (TimePlan if clock == "time" else StepPlan)(self.schedule, title)
         self._epoch_begins = True
         self._announces = False  # whether steps may be skipped unseen: manual optimization under a gradient scaler
         self._watch = None if plateau is None else PlateauWatch(plateau)
+
+    @property
+    def resolved(self) -> Schedules | None:
+        """The schedule with its lengths counted for the run as it is known now, once training has started."""
+        return self._run.resolved
 
     # -- hooks, in the order in which they fire
 
@@ -153,32 +158,32 @@ class LearningRateScheduler(Callback):
         """Forget another run; a state of this one is loaded later."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.global_step == 0:
-            self._course = None
+            self._run.forget()
             self._watch = None if self.plateau is None else PlateauWatch(self.plateau)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put a scheduler beside each optimizer; it is told its schedule when the run's length is known."""
+        self._run.prepare(trainer)
         self._attached.attach(trainer)
         self.when_nothing_is_left(trainer, lambda: self.on_train_start(trainer, pl_module))  # for the rate at the end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start at the restored position, or at the steps already taken."""
         self.training_starts()
-        taken = trainer.global_step
-        if not pl_module.automatic_optimization:
-            taken //= max(len(trainer.optimizers), 1)  # there global_step counts every optimizer's
-        self.resolved = None  # every fit logs its schedule
-        if taken == 0:
+        self._run.resolved = None  # every fit logs its schedule
+        stands, timed = self._run.begin(trainer, automatic=pl_module.automatic_optimization), self.clock == "time"
+        if trainer.global_step == 0:
             self.lrs.clear()
         elif any(scheduler.restored is False for scheduler in self._attached.schedulers):
             rank_zero_info("LearningRateScheduler does not load the state of the scheduler that was here before it.")
         elif not all(scheduler.restored for scheduler in self._attached.schedulers):
-            rank_zero_info(f"LearningRateScheduler joins a run that has taken {taken} steps, and starts there.")
+            unit = "milliseconds" if timed else "steps"
+            rank_zero_info(f"LearningRateScheduler joins a run that has taken {stands} {unit}, and starts there.")
         for scheduler in self._attached.schedulers:
-            if taken == 0:
+            if trainer.global_step == 0:
                 scheduler.rebase()
             scheduler.scale = 1.0 if self._watch is None else self._watch.state.factor
-            self._start(scheduler, scheduler.position if scheduler.restored else taken, pl_module)
+            self._start(scheduler, scheduler.position if scheduler.restored and not timed else stands, pl_module)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._epoch_begins, self._announces = True, scaled and not pl_module.automatic_optimization
         if self._watch is not None:
@@ -192,13 +197,14 @@ class LearningRateScheduler(Callback):
             self._check_monitor(trainer)
             self._show_plateau(trainer, self._watch, self._watch.before_epoch(trainer.callback_metrics))
         self._plan(trainer, pl_module, batch_idx=0)
+        self._keep_time(pause=True)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Announce the step; before it, notice other accumulation, other optimizers and other schedulers."""
         if self._epoch_begins or trainer.strategy.optimizers is not self._attached.optimizers:
             self._epoch_begins = False
             self._follow_optimizers(trainer, pl_module)
-        if trainer.accumulate_grad_batches != self._accumulation:
+        if self._run.sees_other_accumulation(trainer):
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
         for scheduler in self._attached.schedulers:
             if not self._announces:
@@ -209,11 +215,12 @@ class LearningRateScheduler(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """In automatic optimization, catch up with a step that the gradient scaler skipped."""
+        """In automatic optimization, catch up with a step that the gradient scaler skipped; look at the time."""
         if pl_module.automatic_optimization and self.clock == "attempted":
             for scheduler in self._attached.schedulers:
                 if scheduler.last_epoch != trainer.global_step:
                     scheduler.skip_to(trainer.global_step)
+        self._keep_time()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metric as it is, so that only what this validation logs is new."""
@@ -221,7 +228,8 @@ class LearningRateScheduler(Callback):
             self._watch.look(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show a metric of the validation to the plateau, before checkpoints are written."""
+        """Show a metric of the validation to the plateau, before checkpoints are written; look at the time."""
+        self._keep_time(pause=True)
         if self._watch is not None and not trainer.sanity_checking:
             self._show_plateau(trainer, self._watch, self._watch.after_validation(trainer.callback_metrics))
 
@@ -231,24 +239,25 @@ class LearningRateScheduler(Callback):
             self._show_plateau(trainer, self._watch, self._watch.after_epoch(trainer.callback_metrics))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a metric that never came in a run of one epoch, too."""
+        """Refuse a metric that never came in a run of one epoch, too; tell when time has not ended the run."""
         self._check_monitor(trainer)
+        self._run.end()
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take every hook off the optimizers."""
         self._attached.release()
+        self._run.release()
 
     # -- state
 
     def get_state(self) -> dict[str, Any]:
-        """Return what lay ahead of the run, and the plateau's state if there is a plateau."""
-        state: dict[str, Any] = {} if self._course is None else {"run": self._course.as_state()}
+        """Return what lay ahead of the run or how long it took, and the plateau's state if there is a plateau."""
+        state = self._run.state()
         return state if self._watch is None else {**state, "plateau": list(self._watch.state)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Take over both, as far as there are any; the position comes with the Trainer's schedulers."""
-        if "run" in state:
-            self._course = Course.from_state(state["run"])
+        self._run.load(state)
         if self._watch is not None and "plateau" in state:
             self._watch.state = PlateauState.from_state(state["plateau"])
 
@@ -271,43 +280,17 @@ class LearningRateScheduler(Callback):
     # -- the run's length
 
     def _plan(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None = None) -> None:
-        """Follow the schedule for the run as it is now; nothing happens where its length is the one that was known."""
-        self._accumulation = trainer.accumulate_grad_batches
-        if not pl_module.automatic_optimization:
-            if self.resolved is None:
-                source = "manual optimization: only the module knows its steps"
-                unknown = RunAhead(None, run_ahead(trainer).accumulation)
-                self.resolved = _each(self.schedule, lambda part: _resolve(part, unknown, RunEnd(None, None), source))
-                self._show(self.resolved, "unknown", source)
-                self._follow(self.resolved)
-            return
-        now, end = run_ahead(trainer, batch_idx), run_end(trainer)
-        before = self._course or Course(now, now)
-        parts = self.schedule.values() if isinstance(self.schedule, dict) else (self.schedule,)
-        course = before.goes_on(now, end, parts)
-        total, source = now.total_steps(end), source_of_length(trainer)
-        if self.resolved is not None and end == self._planned_end and (course is before or total is None):
-            return  # a length that is not known any more leaves what was planned
-        seen = course.curve if course.curve == course.latest else now
-        resolved = _each(self.schedule, lambda part: _resolve(part, seen, end, source))
-        followed = _each(self.schedule, lambda part: course.follow(part, end))
-        if resolved != self.resolved:
-            known = before.latest.total_steps(end)
-            steps = "unknown" if total is None else str(total)
-            if known != total:
-                steps += f", before: {known}; it goes on from where it stands"
-            self._show(resolved, steps, source)
-        self._course, self._planned_end, self.resolved = course, end, resolved
-        self._follow(followed)
-
-    def _show(self, resolved: Any, steps: str, source: str) -> None:
-        what = "Learning-rate schedule" if self.parameter == "lr" else f"Schedule of `{self.parameter}`"
-        rank_zero_info(f"{what}: {resolved}. Steps of the run: {steps} ({source}).")
-
-    def _follow(self, schedule: Any) -> None:
-        for scheduler in self._attached.schedulers:
+        """Follow the schedule for the run as it is now."""
+        schedule = self._run.look(trainer, automatic=pl_module.automatic_optimization, batch_idx=batch_idx)
+        for scheduler in self._attached.schedulers if schedule is not None else ():
             scheduler.schedule = schedule
             scheduler.refresh()
+
+    def _keep_time(self, *, pause: bool = False) -> None:
+        position = self._run.position(pause=pause)
+        if position is not None:
+            for scheduler in self._attached.schedulers:
+                scheduler.refresh(position)
 
     # -- the plateau
 
@@ -331,23 +314,3 @@ class LearningRateScheduler(Callback):
                 f"did not come in an epoch and its validation. There are: {names}. Correct the name, or log it with "
                 "`self.log`."
             )
-
-
-def _each(schedule: Schedule | dict[str | int, Schedule], function: Callable[[Schedule], Schedule]) -> Any:
-    """Apply ``function`` to a schedule, or to those of each group."""
-    if isinstance(schedule, dict):
-        return {name: function(part) for name, part in schedule.items()}
-    return function(schedule)
-
-
-def _resolve(schedule: Schedule, ahead: RunAhead, end: RunEnd, source: str) -> Schedule:
-    try:
-        return resolve(schedule, ahead, end)
-    except RunLengthUnknownError as error:
-        raise MisconfigurationException(f"{error} Here, {source}; or set the Trainer's `max_steps`.") from error
-    except ScheduleTooLongError as error:
-        rank_zero_warn(
-            f"The run of {ahead.total_steps(end)} steps ({source}) ends inside the learning-rate schedule: {error}",
-            category=LightningPluginsWarning,
-        )
-        return resolve(schedule, ahead, end, strict=False)

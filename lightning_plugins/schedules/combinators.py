@@ -237,7 +237,7 @@ class Cycled(_OfOne):
 
     def _resolve(self, horizon: Horizon) -> Cycled:
         period = _at_least_one("period", horizon.steps("period", self.period))
-        inner = Horizon(period, horizon.steps_of_epochs, period, horizon.strict)
+        inner = replace(horizon, total_steps=period, remaining=period)
         return replace(self, schedule=self.schedule._resolve(inner), period=period)
 
     def _factor(self, step: float) -> float:

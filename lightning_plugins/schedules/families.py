@@ -51,6 +51,9 @@ class InverseSqrt(Schedule):
             return self.start + (1.0 - self.start) * (step / self._warmup)
         return math.sqrt(self._scale / (past + self._scale))
 
+    def _counts_steps(self) -> bool:
+        return self.timescale is not None or self.warmup == 0
+
     def _needed_steps(self) -> int:
         return self._warmup
 
@@ -83,6 +86,9 @@ class ReciprocalSqrt(Schedule):
 
     def _factor(self, step: float) -> float:
         return 1.0 / math.sqrt(max(step, self._warmup, 1))
+
+    def _counts_steps(self) -> bool:
+        return True
 
     def _needed_steps(self) -> int:
         return self._warmup
@@ -126,6 +132,9 @@ class Noam(Schedule):
     def _factor(self, step: float) -> float:
         n = step + 1
         return self._scale * (n * self._slope if n < self._warmup else 1.0 / math.sqrt(n))
+
+    def _counts_steps(self) -> bool:
+        return True
 
     def _needed_steps(self) -> int:
         return self._warmup
@@ -173,6 +182,9 @@ class RNMTPlus(Schedule):
             return float(min(ramp, replicas))
         decay = replicas * (2 * replicas) ** (-past / (end - start)) if end > start else 0.0
         return float(min(ramp, replicas, decay))
+
+    def _counts_steps(self) -> bool:
+        return True
 
     def _needed_steps(self) -> int:
         return self._lengths[0]

@@ -67,6 +67,10 @@ class Schedule(ABC, Declared):
         """Return how long a run must be for every stated part to happen."""
         return 0
 
+    def _counts_steps(self) -> bool:
+        """Return whether the factor depends on a number of steps that is no length: no clock but steps will do then."""
+        return False
+
     # -- what is done with one
 
     def __call__(self, step: int) -> float:

@@ -23,16 +23,19 @@ from lightning_plugins.core.validation import (
 )
 from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.scheduler_arguments import (
+    CLOCKS,
     GroupSchedules,
     check_base_lr,
     check_closed,
     check_group,
     check_parameter,
     first_of,
+    identity,
+    is_of,
+    lr_scale,
     named_groups,
 )
 
-_FORMAT = "lightning_plugins.ScheduleLR"
 _VERSION = 1
 
 
@@ -61,7 +64,7 @@ class ScheduleLR(LRScheduler):
             compiled again.
         clock: What a position counts. ``"attempted"``: calls of :meth:`step`. ``"applied"``: steps that changed the
             weights, so the schedule waits while a gradient scaler skips; it may then not reach its end in the planned
-            number of steps.
+            number of steps. ``"time"``: no steps; :meth:`refresh` says where the schedule stands.
 
     Attributes:
         schedule: May be replaced during the run; the next :meth:`step` or :meth:`seek` follows the new one.
@@ -95,7 +98,7 @@ class ScheduleLR(LRScheduler):
         base_lr: float | Sequence[float | None] | None = None,
         min_lr: float = 0.0,
         parameter: str = "lr",
-        clock: Literal["attempted", "applied"] = "attempted",
+        clock: Literal["attempted", "applied", "time"] = "attempted",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {shown(optimizer)}.")
@@ -104,7 +107,7 @@ class ScheduleLR(LRScheduler):
         self.scale = 1.0
         self.min_lr = real_number("min_lr", min_lr, at_least=0)
         self.parameter = check_parameter(parameter)
-        self.clock = one_of("clock", clock, ("attempted", "applied"))
+        self.clock = one_of("clock", clock, CLOCKS)
         self._base_name = f"initial_{parameter}"
         self._given_base = check_base_lr(base_lr)
         self._own_base: set[int] = set()  # groups whose base rate is not the argument's any more
@@ -169,10 +172,8 @@ class ScheduleLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position; everything else is in the arguments or in the optimizer's own state."""
-        other: dict[str, Any] = {} if self.parameter == "lr" else {"parameter": self.parameter}
-        if self._own_base:
-            other["own_base"] = sorted(self._own_base)
-        return {"format": _FORMAT, "version": _VERSION, "position": self.last_epoch, **other}
+        own = {"own_base": sorted(self._own_base)} if self._own_base else {}
+        return {**identity(self.parameter, self.clock), "version": _VERSION, "position": self.last_epoch, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to the saved position and write the rates there, from the optimizer's restored base rates.
@@ -184,7 +185,7 @@ class ScheduleLR(LRScheduler):
             TypeError: If a value is of the wrong type; nothing is changed then.
             ValueError: If one is out of range, or the state is another scheduler's or a later release's.
         """
-        if (state_dict.get("format"), state_dict.get("parameter", "lr")) != (_FORMAT, self.parameter):
+        if not is_of(state_dict, self.parameter, self.clock):
             if self.held:
                 self.restored = False
                 return
@@ -223,7 +224,7 @@ class ScheduleLR(LRScheduler):
         self._every_step, self.expected = every_step, False
 
     def expect(self) -> None:
-        """Announce a step. One that was announced before and did not come was skipped by a gradient scaler."""
+        """Announce a step; the one before, if it did not come, was skipped by a gradient scaler."""
         if self.expected:
             self._move()
         self.expected = True
@@ -231,8 +232,7 @@ class ScheduleLR(LRScheduler):
     def skip_to(self, position: int) -> None:
         """Go to a position that no hook told of."""
         self.expected = False
-        if self.lrs is not None:
-            self._record(self.lrs)
+        self._record()
         self._write(position)
 
     def refresh(self, position: int | None = None) -> None:
@@ -258,7 +258,7 @@ class ScheduleLR(LRScheduler):
             self.seek(epoch)
             return
         self._warn_if_epochwise()
-        self._write(self.last_epoch + 1 if self.step_clock is None else self._origin + self.step_clock.applied)
+        self._write(self._next())
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._running = True
@@ -276,9 +276,13 @@ class ScheduleLR(LRScheduler):
 
     def _move(self) -> None:
         """Note the rates of the step that is over, and write those of the next."""
-        if self.lrs is not None:
-            self._record(self.lrs)
-        self._write(self.last_epoch + 1 if self.step_clock is None else self._origin + self.step_clock.applied)
+        self._record()
+        self._write(self._next())
+
+    def _next(self) -> int:
+        if self.clock == "time":
+            return self.position
+        return self.position + 1 if self.step_clock is None else self._origin + self.step_clock.applied
 
     def _write(self, position: int) -> None:
         """Take over what was written elsewhere, then write the rates of ``position``."""
@@ -303,7 +307,7 @@ class ScheduleLR(LRScheduler):
         base: float = group[self._base_name]
         rate = base * factor
         if "lr_scale" in group:
-            rate *= self._lr_scale(group)
+            rate *= lr_scale(group, self.parameter)
         return max(rate, self.min_lr) if base or self.parameter == "lr" else rate
 
     def _put(self, index: int, group: dict[str, Any], rate: float) -> None:
@@ -342,7 +346,7 @@ class ScheduleLR(LRScheduler):
         check_group(group, self.parameter)
         known = index < len(self._factors)
         factor = self._factors[index] if known else self._factor_of(index, group, self.last_epoch)
-        group[self._base_name] = self._base_of(group, (factor or 0.0) * self._lr_scale(group))
+        group[self._base_name] = self._base_of(group, (factor or 0.0) * lr_scale(group, self.parameter))
         self._own_base.add(index)
 
     def _base_of(self, group: dict[str, Any], factor: float) -> float:
@@ -358,14 +362,12 @@ class ScheduleLR(LRScheduler):
             if isinstance(rate, Tensor):
                 self._filled[index] = rate, rate._version
 
-    def _record(self, lrs: list[float | tuple[float, ...]]) -> None:
+    def _record(self) -> None:
+        if self.lrs is None:
+            return
         groups, known = list(enumerate(self.optimizer.param_groups)), self._last_lr
         rates = [float(first_of(g[self.parameter])) if self._is_foreign(i, g) else float(known[i]) for i, g in groups]
-        lrs.append(rates[0] if len(rates) == 1 else tuple(rates))
-
-    def _lr_scale(self, group: dict[str, Any]) -> float:
-        scale: float = group.get("lr_scale", 1.0) if self.parameter == "lr" else 1.0
-        return scale
+        self.lrs.append(rates[0] if len(rates) == 1 else tuple(rates))
 
     def _set_base_rates(self, optimizer: Optimizer, position: int | None = None) -> None:
         """Give every group its base rate: the argument's, else the one that it has, else its rate.

@@ -11,6 +11,8 @@ from lightning_plugins.core.validation import real_number, shown, whole_number
 from lightning_plugins.schedules.fields import unwrapped
 from lightning_plugins.schedules.schedule import Schedule
 
+_FORMAT = "lightning_plugins.ScheduleLR"
+CLOCKS = ("attempted", "applied", "time")
 GroupSchedules: TypeAlias = Mapping[str, Schedule] | Mapping[int, Schedule]
 
 
@@ -89,6 +91,25 @@ def check_group(group: dict[str, Any], parameter: str) -> None:
         )
     if "lr_scale" in group:
         real_number("lr_scale", group["lr_scale"], at_least=0)
+
+
+def identity(parameter: str, clock: str) -> dict[str, str]:
+    """Return what the state of a scheduler has in common with every scheduler that may load it."""
+    others = {} if parameter == "lr" else {"parameter": parameter}
+    return {"format": _FORMAT, **others, **({"clock": clock} if clock == "time" else {})}
+
+
+def is_of(state: Mapping[str, Any], parameter: str, clock: str) -> bool:
+    """Return whether a state is that of a scheduler of the same entry, whose positions count the same."""
+    return {name: state[name] for name in ("format", "parameter", "clock") if name in state} == identity(
+        parameter, clock
+    )
+
+
+def lr_scale(group: Mapping[str, Any], parameter: str) -> float:
+    """Return the factor that a group brings for its rate, as timm's do: 1 where there is none."""
+    scale: float = group.get("lr_scale", 1.0) if parameter == "lr" else 1.0
+    return scale
 
 
 def first_of(value: Any) -> Any:

@@ -31,7 +31,7 @@ def module_for(name):
 def train(strategy, path, checkpoint, epochs):
     """Train, and save the last state where a path is given; return this rank's rates."""
     module = module_for(strategy)
-    callback = LearningRateScheduler(WarmupCosine("20%"), record=True)
+    callback = LearningRateScheduler({0: WarmupCosine("20%")}, record=True)
     options = {"devices": 2, "strategy": strategy_of(strategy), "accumulate_grad_batches": 2, "max_epochs": epochs}
     trainer = make_trainer(path, callbacks=[callback], **options)
     trainer.fit(module, loader(20), ckpt_path=checkpoint)
@@ -54,7 +54,7 @@ def test_ranks_agree_and_resume(tmp_path, strategy):
 
 def train_on_a_metric_that_differs(path):
     """Each rank logs its own metric; rank zero's stalls, the other's improves."""
-    module = make_module()
+    module = make_module(momentum=0.9)
 
     def validation_step(batch, batch_idx):
         value = 1.0 if trainer.global_rank == 0 else -float(trainer.global_step)
@@ -62,11 +62,16 @@ def train_on_a_metric_that_differs(path):
 
     module.validation_step = validation_step
     callback = LearningRateScheduler(Linear(1, 0, 1), plateau=Plateau("metric", factor=0.5, patience=0))
-    trainer = make_trainer(path, callbacks=[callback], devices=2, strategy=strategy_of("ddp"), max_epochs=3)
+    timed = LearningRateScheduler(Linear(None, 1, 0), parameter="momentum", clock="time", record=True)
+    options = {"devices": 2, "strategy": strategy_of("ddp"), "max_epochs": 3, "max_time": {"minutes": 10}}
+    trainer = make_trainer(path, callbacks=[callback, timed], **options)
     trainer.fit(module, loader(4), loader(2))
-    return rates(module)
+    return rates(module), timed.lrs
 
 
-def test_ranks_agree_on_a_plateau_even_when_their_metrics_do_not(tmp_path):
-    first, second = run_ranks(train_on_a_metric_that_differs, str(tmp_path))
+def test_ranks_agree_on_a_plateau_and_on_the_time_even_when_their_metrics_and_clocks_do_not(tmp_path):
+    (first, momenta), (second, other) = run_ranks(train_on_a_metric_that_differs, str(tmp_path))
     assert first == second == pytest.approx([0, 0.1, 0.1, 0.1, 0.05, 0.05])
+    assert momenta == other == sorted(other, reverse=True)
+    assert momenta[0] == pytest.approx(0.9, rel=0.1)
+    assert momenta[-1] < momenta[0]

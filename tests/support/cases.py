@@ -189,7 +189,7 @@ CALLBACKS = {
             {"schedule": LINE, "base_lr": 0.5, "parameter": "weight_decay", "plateau": lp.Plateau("val_loss")},
         ),
         (f"{{schedule: {{backbone: {LINEAR}, head: {LINEAR}}}}}", {"schedule": {"backbone": LINE, "head": LINE}}),
-        (f"{{schedule: {{0: {LINEAR}}}}}", {"schedule": {0: LINE}}),
+        (f"{{schedule: {{0: {LINEAR}}}, clock: time}}", {"schedule": {0: LINE}, "clock": "time"}),
         pair=(
             {"schedule": lp.WarmupCosine("5%"), "optimizer": 0},
             {"schedule": lp.WarmupCosine("5%"), "optimizer": 1},
