@@ -32,12 +32,13 @@ class AttachedSchedulers:
         options: Keyword arguments of :class:`ScheduleLR`.
 
     Attributes:
+        options: The same.
         schedulers: Those that are there now.
         optimizers: The Trainer's list as last seen: another list may hold other optimizers.
     """
 
     def __init__(self, schedule: Any, index: int | None, existing: str, options: dict[str, Any]) -> None:
-        self._schedule, self._index, self._existing, self._options = schedule, index, existing, options
+        self._schedule, self._index, self._existing, self.options = schedule, index, existing, options
         self.schedulers: list[ScheduleLR] = []
         self._left: list[Optimizer] = []  # those whose rates another scheduler has taken over in mid-fit
         self.optimizers: list[Optimizer] = []
@@ -105,7 +106,7 @@ class AttachedSchedulers:
         return [optimizers[self._index]]
 
     def _put_beside(self, trainer: Trainer, optimizer: Optimizer) -> ScheduleLR:
-        options, rates = self._options, self._options["base_lr"]
+        options, rates = self.options, self.options["base_lr"]
         if isinstance(rates, tuple) and trainer.ckpt_path is not None:  # groups that came later may be there already
             options = {**options, "base_lr": rates + (None,) * (len(optimizer.param_groups) - len(rates))}
         scheduler = ScheduleLR(optimizer, self._schedule, **options)
@@ -116,7 +117,7 @@ class AttachedSchedulers:
 
     def _conflicts(self, scheduler: Any, optimizer: Optimizer) -> bool:
         """Return whether a scheduler sets what we set, of one group at least."""
-        parameter = self._options["parameter"]
+        parameter = self.options["parameter"]
         if getattr(scheduler, "optimizer", None) is not optimizer:
             return False
         if not isinstance(scheduler, ScheduleLR):  # torch's cyclic ones drive the momentum as well
@@ -131,7 +132,7 @@ class AttachedSchedulers:
             name = type(config.scheduler).__name__
             if isinstance(config.scheduler, ScheduleLR) and config.scheduler.held:
                 raise MisconfigurationException(
-                    f"`{self._options['parameter']}` of the {type(optimizer).__name__} is already scheduled by another "
+                    f"`{self.options['parameter']}` of the {type(optimizer).__name__} is already scheduled by another "
                     "LearningRateScheduler. Remove one, or give each its own groups or its own `parameter`."
                 )
             if self._existing == "refuse":
@@ -140,7 +141,7 @@ class AttachedSchedulers:
                     "without a scheduler from `configure_optimizers`, or pass "
                     "`LearningRateScheduler(..., existing='replace')`, which takes that scheduler away."
                 )
-            if self._options["base_lr"] is None and _rewrites_base_rates(config.scheduler):
+            if self.options["base_lr"] is None and _rewrites_base_rates(config.scheduler):
                 raise MisconfigurationException(
                     f"`base_lr` must be given to replace a {name}, which has overwritten the optimizer's own rates."
                 )

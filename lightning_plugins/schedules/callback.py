@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -23,6 +24,8 @@ from lightning_plugins.core.validation import (
 )
 from lightning_plugins.schedules.attached_schedulers import AttachedSchedulers
 from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
+from lightning_plugins.schedules.plot import draw_panels, drawn_steps
+from lightning_plugins.schedules.preview import preview_groups
 from lightning_plugins.schedules.ramps import Constant
 from lightning_plugins.schedules.run_plan import RunPlan, Schedules, StepPlan, TimePlan, each_schedule
 from lightning_plugins.schedules.schedule import Schedule
@@ -151,6 +154,62 @@ class LearningRateScheduler(Callback):
     def resolved(self) -> Schedules | None:
         """The schedule with its lengths counted for the run as it is known now, once training has started."""
         return self._run.resolved
+
+    def preview(
+        self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float | None = None
+    ) -> dict[str | int, list[float]]:
+        """Return what every group of an optimizer would have in each step of a run, without training.
+
+        Args:
+            optimizer: As ``configure_optimizers`` returns it; it is not changed.
+            total_steps: Optimizer steps of the run; with ``clock="time"`` equal parts of its time.
+            steps_per_epoch: Optimizer steps of an epoch, for durations in epochs.
+
+        Returns:
+            A list for each group, by its name, or by its index where it has none: rates, or what ``parameter`` names.
+            The plateau counts as one that never stalls.
+
+        Raises:
+            TypeError: If an argument is of the wrong type.
+            ValueError: If the schedule does not fit into the run, or a group lacks what is asked for.
+
+        Example:
+            >>> import torch
+            >>> from lightning_plugins import LearningRateScheduler, Linear
+            >>> optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "name": "head"}], lr=0.4)
+            >>> LearningRateScheduler(Linear("50%", 1, 0.5)).preview(optimizer, 4)
+            {'head': [0.4, 0.30000000000000004, 0.2, 0.2]}
+        """
+        schedule = self._run.resolved_for(total_steps, steps_per_epoch)
+        return preview_groups(optimizer, schedule, total_steps, self._attached.options)
+
+    def plot(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        path: str | Path,
+        *,
+        beside: Sequence[LearningRateScheduler] = (),
+        steps_per_epoch: float | None = None,
+    ) -> Path:
+        """Draw what :meth:`preview` returns; needs matplotlib (``pip install lightning-plugins[plot]``).
+
+        Args:
+            optimizer: As ``configure_optimizers`` returns it; it is not changed.
+            total_steps: Optimizer steps of the run.
+            path: Where to write; the suffix chooses the format. Parent directories are made.
+            beside: Others that drive the same optimizer; each parameter has a panel of its own.
+            steps_per_epoch: Optimizer steps of an epoch, for durations in epochs.
+
+        Returns:
+            The path written.
+        """
+        steps = drawn_steps(whole_number("total_steps", total_steps, at_least=1, unit="steps"))
+        panels: dict[str, dict[str, list[float]]] = {}
+        for callback in (self, *beside):
+            for name, values in callback.preview(optimizer, total_steps, steps_per_epoch).items():
+                panels.setdefault(callback.parameter, {})[str(name)] = [values[step] for step in steps]
+        return draw_panels(panels, steps, path)
 
     # -- hooks, in the order in which they fire
 

@@ -19,7 +19,7 @@ _LABEL_WIDTH = 95  # characters across the picture
 
 
 def plot_schedules(
-    schedules: Mapping[str, Schedule],
+    schedules: Mapping[str, Schedule | Mapping[str, Schedule]],
     total_steps: int,
     path: str | Path,
     *,
@@ -29,10 +29,11 @@ def plot_schedules(
     """Draw several schedules into one picture; needs matplotlib (``pip install lightning-plugins[plot]``).
 
     Args:
-        schedules: Schedules by label; open ones are resolved for ``total_steps``.
+        schedules: Schedules by label; open ones are resolved for ``total_steps``. A mapping in place of a schedule is a
+            panel of its own, for one of several parameters: ``{"lr": {"backbone": ..., "head": ...}}``.
         total_steps: Optimizer steps to draw, at least 1.
         path: Where to write; the suffix chooses the format. Parent directories are made.
-        base_lr: Base learning rate; the axis then shows rates instead of factors.
+        base_lr: Base learning rate; the axis then shows rates instead of factors. Of panels, ``"lr"`` alone takes it.
         steps_per_epoch: Optimizer steps of an epoch, for durations in epochs.
 
     Returns:
@@ -42,25 +43,58 @@ def plot_schedules(
         ImportError: If matplotlib is not installed.
         ValueError: If there is nothing to draw, or matplotlib cannot write such a file.
     """
+    if not schedules or not all(schedules.values()):
+        raise ValueError("`schedules` must hold at least one schedule, got none.")
+    steps = drawn_steps(whole_number("total_steps", total_steps, at_least=1, unit="steps"))
+    scale = 1.0 if base_lr is None else real_number("base_lr", base_lr, above=0)
+    rates = "factor of the base learning rate" if base_lr is None else "learning rate"
+    panels: dict[str, dict[str, list[float]]] = {}
+    for name, part in schedules.items():
+        several = isinstance(part, Mapping)
+        for label, schedule in part.items() if isinstance(part, Mapping) else [(name, part)]:
+            known = schedule.resolve(total_steps, steps_per_epoch) if schedule.is_open else schedule
+            factor = scale if name == "lr" or not several else 1.0
+            panels.setdefault(name if several else rates, {})[label] = _values(known, steps, factor)
+    return draw_panels(panels, steps, path)
+
+
+def draw_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], steps: Sequence[int], path: str | Path) -> Path:
+    """Draw lines into one picture, a panel above the other.
+
+    Args:
+        panels: Lines by label, by what their axis shows; each has a value for each step.
+        steps: The steps that are drawn, in ascending order.
+        path: Where to write; the suffix chooses the format. Parent directories are made.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib cannot write such a file.
+    """
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  # optional, and slow to import
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: `pip install lightning-plugins[plot]`.") from error
-    if not schedules:
-        raise ValueError("`schedules` must hold at least one schedule, got none.")
-    steps = _drawn_steps(whole_number("total_steps", total_steps, at_least=1, unit="steps"))
-    scale = 1.0 if base_lr is None else real_number("base_lr", base_lr, above=0)
-    figure = Figure(figsize=(7, 3.2 + 0.2 * len(schedules)), layout="constrained")  # no pyplot: nothing global
-    axes = figure.subplots()
-    for label, schedule in schedules.items():
-        known = schedule.resolve(total_steps, steps_per_epoch) if schedule.is_open else schedule
-        axes.plot(steps, _values(known, steps, scale), label=textwrap.fill(label, _LABEL_WIDTH))
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("factor of the base learning rate" if base_lr is None else "learning rate")
-    axes.set_xlim(0, total_steps)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper left", fontsize="small", frameon=False)
+    lines = sum(map(len, panels.values()))
+    figure = Figure(figsize=(7, 3.2 * len(panels) + 0.2 * lines), layout="constrained")  # no pyplot: nothing global
+    every = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, curves) in zip(every, panels.items(), strict=True):
+        for label, values in curves.items():
+            axes.plot(steps, values, label=textwrap.fill(label, _LABEL_WIDTH))
+        axes.set_ylabel(title)
+        axes.set_xlim(0, steps[-1] + 1)
+        lowest, highest = min(map(min, curves.values())), max(map(max, curves.values()))
+        if len(panels) == 1 or not highest / 2 < lowest < highest:
+            # an average's decay from 0.996 to 1 would be a flat line
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if len(panels) > 1:
+            axes.legend(fontsize="small", frameon=False)
+    every[-1].set_xlabel("optimizer step")
+    if len(panels) == 1:
+        figure.legend(loc="outside upper left", fontsize="small", frameon=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -125,7 +159,8 @@ def _values(schedule: Schedule, steps: Sequence[int], scale: float) -> list[floa
     return values
 
 
-def _drawn_steps(total_steps: int) -> list[int]:
+def drawn_steps(total_steps: int) -> list[int]:
+    """Return the steps of so many that a picture shows: evenly chosen ones, and the last."""
     stride = max(total_steps // _POINTS, 1)
     return sorted({*range(0, total_steps, stride), total_steps - 1})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from lightning_plugins.core.durations import RunLengthUnknownError, ScheduleTooLongError
 from lightning_plugins.core.lightning import MisconfigurationException, Trainer, rank_zero_info, rank_zero_warn
@@ -32,6 +32,10 @@ class RunPlan(ABC):
     def __init__(self, schedule: Schedules, title: str) -> None:
         self._schedule, self._title = schedule, title
         self.resolved: Schedules | None = None
+
+    def resolved_for(self, total_steps: int, steps_per_epoch: float | None) -> Schedules:
+        """Return the schedule for a run of so many steps, to look at before training."""
+        return cast(Schedules, each_schedule(self._schedule, lambda part: part.resolve(total_steps, steps_per_epoch)))
 
     @abstractmethod
     def forget(self) -> None:
@@ -153,6 +157,11 @@ class TimePlan(RunPlan):
         self._limit: TimeLimit | None = None
         self._budget: TimeBudget | None = None
         self._followed: Schedules | None = None
+
+    def resolved_for(self, total_steps: int, steps_per_epoch: float | None) -> Schedules:
+        """Return the schedule for so many equal parts of the time."""
+        budget = TimeBudget(0.0, total_steps / 1000)
+        return cast(Schedules, each_schedule(self._schedule, lambda part: resolve_in_time(part, budget)))
 
     def forget(self) -> None:
         """Forget another run."""
