@@ -229,6 +229,7 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
     *_of(
         "statistics",
         ("trainer", "_results", "what the module logs, batch by batch"),
+        (_EPOCH, "_results", "likewise, in training"),
         (
             "lightning.pytorch.trainer.connectors.logger_connector.result._ResultCollection",
             "_get_cache _forked_name",

@@ -28,9 +28,11 @@ def loss_of(outputs: Any) -> Tensor | None:
         >>> loss_of({"loss": torch.tensor(0.5), "logits": torch.zeros(3, 2)}), loss_of(None)
         (tensor(0.5000), None)
     """
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    loss = outputs.get("loss") if _is_mapping(outputs) else outputs
     if isinstance(loss, Tensor):
-        return loss.detach() if loss.numel() == 1 else None
+        if loss.numel() != 1:
+            return None
+        return loss.detach() if loss.requires_grad else loss
     if isinstance(loss, (int, float)) and not isinstance(loss, bool):
         return torch.tensor(loss, dtype=torch.float64)
     return None
@@ -38,7 +40,7 @@ def loss_of(outputs: Any) -> Tensor | None:
 
 def predictions_of(outputs: Any, otherwise: Any = None) -> Any:
     """Return the predictions among what a step returned: its entry ``"logits"`` or ``"preds"``, else ``otherwise``."""
-    if isinstance(outputs, Mapping):
+    if _is_mapping(outputs):
         for key in PREDICTION_KEYS:
             if key in outputs:
                 return outputs[key]
@@ -58,7 +60,7 @@ def targets_of(outputs: Any, batch: Any, otherwise: Any = None) -> Any:
         >>> targets_of(None, {"input_ids": torch.zeros(2, 3), "labels": torch.tensor([0, 1])})
         tensor([0, 1])
     """
-    if isinstance(outputs, Mapping) and "target" in outputs:
+    if _is_mapping(outputs) and "target" in outputs:
         return outputs["target"]
     if type(batch) in (tuple, list):
         return batch[1] if len(batch) > 1 else otherwise
@@ -71,6 +73,15 @@ def targets_of(outputs: Any, batch: Any, otherwise: Any = None) -> Any:
     if found:
         return next(iter(found.values()))
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else otherwise
+
+
+def _is_mapping(outputs: Any) -> bool:
+    # the plain type first: an abstract one is asked at ten times the price
+    return type(outputs) is dict or isinstance(outputs, Mapping)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def entry_of(holder: Any, key: str) -> Any:
@@ -158,15 +169,10 @@ class StepSources:
         """
         captured = self._captured
         if self._predictions is None:
-            predictions = predictions_of(outputs) if isinstance(outputs, Mapping) else None
+            predictions = predictions_of(outputs)
         else:
             predictions = self._named(self._predictions, outputs, batch)
-        if self._targets is not None:
-            targets = self._named(self._targets, outputs, batch)
-        elif type(batch) in (tuple, list) and not (isinstance(outputs, Mapping) and "target" in outputs):
-            targets = batch[1] if len(batch) > 1 else None
-        else:
-            targets = targets_of(outputs, batch)
+        targets = targets_of(outputs, batch) if self._targets is None else self._named(self._targets, outputs, batch)
         if predictions is None and captured:
             predictions = captured[-1] if len(captured) == 1 else _joined(list(captured), targets)
         captured.clear()
@@ -174,7 +180,7 @@ class StepSources:
             raise self._missing("predictions", predictions, outputs, batch)
         if not isinstance(targets, Tensor):
             raise self._missing("targets", targets, outputs, batch)
-        return predictions.detach(), targets.detach()
+        return _without_graph(predictions), _without_graph(targets)
 
     def _named(self, source: Source, outputs: Any, batch: Any) -> Any:
         if not isinstance(source, str):

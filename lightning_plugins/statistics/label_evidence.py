@@ -1,7 +1,7 @@
 """Which of two readings of predictions and labels a phase's values speak for.
 
-Both readings were counted, and so was the evidence: see :class:`~.labels.LabelCounter`. The choice is made when the
-counts are read, and needs no look at the device in between.
+Both readings were counted, and so was the evidence: see :class:`~.label_counter.LabelCounter`. The choice is made when
+the counts are read, and needs no look at the device in between.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ scores may be one-hot, soft or multi-hot. Then both readings are counted, and so
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -29,7 +29,6 @@ Reading = Literal["scores of classes", "class numbers", "score per label", "rows
 WIDEST = {"mps": torch.float32}
 """The widest type that a device adds in, where it is not float64."""
 
-_MOST_NUMBERS = 1024  # classes that are told apart where only their numbers are known
 NO_TOP_5 = "`top5_accuracy` needs a score for every class, and one class for every label."
 _TOLERANCE = 0.01  # of a row's sum: half precision, label smoothing and mixing round
 
@@ -251,134 +250,6 @@ def _holds(kind: torch.dtype, number: int) -> bool:
         return kind.is_floating_point
     limits = torch.iinfo(kind)
     return limits.min <= number <= limits.max
-
-
-class LabelCounter:
-    """Counts the batches of one phase, each as one vector that lies on the device.
-
-    Args:
-        wanted: Which counts: ``labels``, ``right``, ``right_of_5``, and ``by_label`` and ``by_prediction``, which have
-            an element for every class.
-        task: What the user said that the targets are.
-        ignore_index: The target that does not count.
-
-    Attributes:
-        reading: How the phase's batches are read; empty before the first.
-        layout: Name and number of elements of each count, in the vector's order.
-
-    Example:
-        >>> counter = LabelCounter(["labels", "right"], "auto", -100)
-        >>> counter.count(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])), counter.layout
-        (tensor([2., 1.], dtype=torch.float64), (('labels', 1), ('right', 1)))
-    """
-
-    def __init__(self, wanted: Collection[str], task: str, ignore_index: int | None) -> None:
-        self.wanted, self.task, self.ignore_index = wanted, task, ignore_index
-        self._ignored = IGNORED if ignore_index is None else ignore_index
-        self.reading = ""
-        self.layout: tuple[tuple[str, int], ...] = ()
-        self._plain = False
-
-    def begin(self) -> None:
-        """Begin a phase, whose batches may be of another kind."""
-        self.reading, self.layout, self._plain = "", (), False
-
-    def count(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the counts of a batch.
-
-        Raises:
-            ValueError: If the batch cannot be read, or is of another kind than those before it.
-        """
-        if self._is_plain(predictions, targets):
-            masks = [torch.ne(targets, self._ignored), torch.eq(predictions.argmax(1), targets)]
-            if len(self.layout) == 3:
-                masks.append(right_of(5, predictions, targets))
-            return torch.stack(masks).sum(1, dtype=WIDEST.get(targets.device.type, torch.float64))
-        batch = read_batch(predictions, targets, self.task, self.ignore_index)
-        if batch.reading in ("score per label", "rows"):
-            groups, vectors = self._two_readings(batch)
-        elif batch.reading == "rows of numbers":
-            groups, vectors = self._rows_of_numbers(batch)
-        else:
-            groups, vectors = [self._labels(batch)], self._by_class(batch)
-        parts = [torch.stack(list(masks.values())).sum(1, dtype=widest(predictions.device)) for masks in groups]
-        self._lay_out(batch, groups, vectors)
-        parts += vectors.values()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _is_plain(self, predictions: Tensor, targets: Tensor) -> bool:
-        """Whether a batch is one more of scores beside whole numbers, the case that nearly every module has.
-
-        It goes a shorter way to the same counts: a label that does not count equals no class then.
-        """
-        return (
-            self._plain
-            and targets.dtype is torch.int64
-            and targets.dim() == 1
-            and predictions.dim() == 2
-            and predictions.shape[1] > 1
-            and predictions.shape[0] == targets.shape[0]
-        )
-
-    def _lay_out(self, batch: LabelledBatch, groups: list[dict[str, Tensor]], vectors: dict[str, Tensor]) -> None:
-        sizes = [(name, 1) for masks in groups for name in masks] + [(name, len(v)) for name, v in vectors.items()]
-        if self.reading and (self.reading != batch.reading or self.layout != tuple(sizes)):
-            raise ValueError(
-                f"The batches of a phase must be alike, but predictions and targets were read as {self.reading} before "
-                f"and as {batch.reading} now, of {batch.predictions.shape[-1]} classes."
-            )
-        self.reading, self.layout = batch.reading, tuple(sizes)
-        ignored = self.ignore_index
-        self._plain = batch.reading == "scores of classes" and not vectors and ignored is not None and ignored < 0
-
-    def _labels(self, batch: LabelledBatch) -> dict[str, Tensor]:
-        masks = {"labels": batch.counted, "right": batch.right}
-        if "right_of_5" in self.wanted:
-            masks["right_of_5"] = batch.right_of(5)
-        return masks
-
-    def _by_class(self, batch: LabelledBatch) -> dict[str, Tensor]:
-        if "by_label" not in self.wanted:
-            return {}
-        size = batch.predictions.shape[1] if batch.predictions.dim() == 2 else _MOST_NUMBERS
-        pairs = (("by_label", batch.labels), ("by_prediction", batch.classes))
-        return {name: count_by_class(numbers, batch.counted, size) for name, numbers in pairs}
-
-    def _two_readings(self, batch: LabelledBatch) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        entries = self._entries(batch)
-        if batch.reading == "score per label" or self.task == "multilabel":
-            if "right_of_5" in self.wanted:
-                raise ValueError(NO_TOP_5)
-            return [entries], {}
-        kinds = dict(zip(("soft", "multi_hot", "other"), batch.row_kinds, strict=True))
-        return [self._labels(batch) | kinds, entries], self._by_class(batch)
-
-    def _rows_of_numbers(self, batch: LabelledBatch) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        flat = LabelledBatch(
-            "class numbers", batch.predictions.reshape(-1), batch.targets.reshape(-1), self.ignore_index
-        )
-        whole = (batch.predictions == batch.targets).all(1)
-        one_hot = is_one_hot(batch.predictions) & is_one_hot(batch.targets)
-        rows = {"rows": torch.ones_like(whole), "rows_right": whole, "one_hot": one_hot}
-        vectors = self._by_class(flat)
-        if vectors:
-            for name, numbers in (("rows_by_label", batch.targets), ("rows_by_prediction", batch.predictions)):
-                vectors[name] = (numbers == 1).sum(0, dtype=widest(numbers.device))
-        return [self._labels(flat), rows], vectors
-
-    def _entries(self, batch: LabelledBatch) -> dict[str, Tensor]:
-        masks = {
-            "entries": batch.counted_entries,
-            "right_by_logits": batch.right_entries(logits=True),
-            "right_by_probabilities": batch.right_entries(logits=False),
-            "outside": batch.outside,
-            "not_binary": batch.not_binary,
-        }
-        if "by_label" in self.wanted:
-            masks["positive"] = batch.positive
-            masks["predicted_by_logits"] = batch.predicted(logits=True)
-            masks["predicted_by_probabilities"] = batch.predicted(logits=False)
-        return {name: mask.reshape(-1) for name, mask in masks.items()}
 
 
 def is_one_hot(rows: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class Recording:
         self._lr: float | Tensor | None = None
         self._undivide = 1
         self._published: dict[str, Any] | None = None  # where running values are looked for
+        self._needs_predictions = statistics.needs_predictions
         self._published_as = {name: f"train_{name}" for name in statistics.names}
 
     @property
@@ -125,7 +126,7 @@ class Recording:
         self.rows.reduce = sum_over_ranks(trainer)
         self.rows.chief = trainer.is_global_zero
         self._fits = stage == "fit"
-        if self.statistics.needs_predictions and stage != "predict":
+        if self._needs_predictions and stage != "predict":
             self.sources.listen(pl_module)
 
     def validation_start(self) -> None:
@@ -169,16 +170,16 @@ class Recording:
     ) -> None:
         """Add the batch, and end the phase with the epoch's last one."""
         batches = trainer.num_training_batches
-        # a step that returned nothing has taken place in manual optimization alone
-        manual = not pl_module.automatic_optimization and (self.statistics.needs_predictions or logs_anything(trainer))
-        if (outputs or manual) and not (self._cancelling and self._was_cancelled()):
+        if (outputs or self._took_place_by_hand(trainer, pl_module)) and not (
+            self._cancelling and self._was_cancelled()
+        ):
             loss = loss_of(outputs)
             if loss is not None and self._undivide > 1:
                 loss = loss * self._undivide
             if self._counter is not None:
                 self._count_samples(self._counter, batch)
-            found = self.sources.find(outputs, batch) if self.statistics.needs_predictions else (None, None)
-            self._sums[TRAIN].update(loss, *found)
+            predictions, targets = self.sources.find(outputs, batch) if self._needs_predictions else (None, None)
+            self._sums[TRAIN].update(loss, predictions, targets)
             row = self._note(trainer, TRAIN, batch_idx + 1, batches)
             if self._published is not None:
                 self._publish(row, self._published)
@@ -202,14 +203,14 @@ class Recording:
         if len(loaders) > 1 and not self._by_loader:
             self._by_loader = [self._new_sums() for _ in loaders]
         loss = loss_of(outputs)
-        found = self.sources.find(outputs, batch) if self.statistics.needs_predictions else (None, None)
+        found = self.sources.find(outputs, batch) if self._needs_predictions else (None, None)
         for sums in (self._sums[VALIDATION], *self._by_loader[loader : loader + 1]):
             sums.update(loss, *found)
         if loss is None and not self._take_logged_loss(trainer):
             self._tell_once(
                 "StatisticsRecorder: the step returns no loss and logs none, so validation has none either."
             )
-            if not self.statistics.needs_predictions and not logs_anything(trainer):
+            if not self._needs_predictions and not logs_anything(trainer):
                 return
         self._note(trainer, VALIDATION, self._batch, sum(loaders))
 
@@ -283,11 +284,15 @@ class Recording:
 
     # -- one batch
 
+    def _took_place_by_hand(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether a step that returned nothing has taken place: in manual optimization alone."""
+        return not pl_module.automatic_optimization and (self._needs_predictions or logs_anything(trainer))
+
     def _took_place(self, outputs: Any, batch: Any) -> bool:
         """Whether a validation step did anything with its batch."""
         if outputs is not None:
             return True
-        if batch is not None and self.statistics.needs_predictions and self.sources.listens and not self.sources.heard:
+        if batch is not None and self._needs_predictions and self.sources.listens and not self.sources.heard:
             self._tell_once(
                 "StatisticsRecorder: a validation batch whose step returns nothing and does not call the module "
                 "counts nowhere."
@@ -339,23 +344,25 @@ class Recording:
 
     def _note(self, trainer: Trainer, phase: str, batch: int, batches: float) -> StatisticsRow:
         """Keep the row that the batch makes, among those that wait if rows are wanted for every batch."""
-        max_epochs = trainer.max_epochs
+        max_epochs, every_batch = trainer.max_epochs, self.every == "batch"
+        # by place: this is done for every batch
         row = StatisticsRow(
-            phase=phase,
-            epoch=trainer.current_epoch + 1,
-            epochs=None if max_epochs is None or max_epochs < 0 else max_epochs,
-            batch=batch,
-            batches=None if math.isinf(batches) else int(batches),
-            step=trainer.global_step,
-            samples=self._samples,
-            lr=self._lr if phase == TRAIN else None,
-            seconds=self._elapsed(),
-            wall_time=time.time(),
-            sums=self._sums[phase].state_now(with_metrics=self.every == "batch"),
+            phase,
+            trainer.current_epoch + 1,
+            None if max_epochs is None or max_epochs < 0 else max_epochs,
+            batch,
+            None if batches == math.inf else int(batches),
+            trainer.global_step,
+            self._samples,
+            self._lr if phase == TRAIN else None,
+            self._elapsed(),
+            time.time(),
+            self._sums[phase].state_now(with_metrics=every_batch),
         )
         self._latest[phase] = self._newest = row
-        if self.every == "batch" and self._fits:
-            if self.rows.readers and trainer._results:
+        if every_batch and self._fits:
+            results = trainer.fit_loop.epoch_loop._results if phase == TRAIN else trainer._results
+            if results and self.rows.readers:
                 self._take_logged(row, logged_values(trainer, on_step=True))
             self.rows.add(row)
         return row

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_plugins.core.counting import Count
 from lightning_plugins.statistics.label_evidence import EVIDENCE, contradiction, decided
 from lightning_plugins.statistics.labels import WIDEST, Columns
-from lightning_plugins.statistics.running import COUNTED_ONCE, NOTHING, PhaseState, Reduce, StatisticSet, named
+from lightning_plugins.statistics.running import COUNTED_ONCE, PhaseState, Reduce, StatisticSet, named
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -140,39 +140,49 @@ def _fill(
 
 def _fetch(rows: Sequence[StatisticsRow], reduce: Reduce | None) -> tuple[Tensor, list[float]]:
     """Bring everything to the host: a table of sums with a row for each, and the numbers that are no sums."""
-    lead = rows[-1].sums.loss if rows[-1].sums.counts is None else rows[-1].sums.counts
-    for row in rows:
-        # a loss that is a plain number, or is not there, lies on the host
-        lead = row.sums.loss if lead.device.type == "cpu" != row.sums.loss.device.type else lead
-    device, dtype = lead.device, WIDEST.get(lead.device.type, torch.float64)
-    known: list[tuple[float, float, bool]] = []
-    sums: list[Tensor] = []
-    others: list[Tensor] = []
-    counts: list[Tensor] = []
-    for row in rows:
-        part = row.sums
-        counted = row.samples if isinstance(row.samples, Tensor) else NOTHING
-        known.append((part.batches, 0 if isinstance(row.samples, Tensor) else row.samples, part.newest is not None))
-        sums += [part.loss, NOTHING if part.newest is None else part.newest]
-        sums += [NOTHING if part.weight is None else part.weight, counted]
-        others += part.others.values()
-        others += [row.lr] if isinstance(row.lr, Tensor) else []
-        if part.counts is not None:
-            counts.append(part.counts)
-    for values in (sums, others):
-        for place, value in enumerate(values):
-            if value.device != device or value.dtype != dtype or value.dim() or value.requires_grad:
-                values[place] = value.detach().reshape(()).to(device, dtype)
-    flat = [torch.stack(sums).reshape(-1, 4), *([torch.stack(counts)] if counts else [])]
-    table = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+    states = [row.sums for row in rows]
+    counts = [state.counts for state in states if state.counts is not None]
+    # a loss that is a plain number, or is not there, lies on the host
+    sums = [*counts, *[state.loss for state in states]]
+    device = next((tensor.device for tensor in sums if not tensor.is_cpu), sums[0].device)
+    dtype = WIDEST.get(device.type, torch.float64)
+    waiting = [row.samples if isinstance(row.samples, Tensor) else None for row in rows]
+    known = [
+        (state.batches, 0 if isinstance(row.samples, Tensor) else row.samples, state.newest is not None)
+        for row, state in zip(rows, states, strict=True)
+    ]
+    parts = [[getattr(state, name) for state in states] for name in ("loss", "newest", "weight")]
+    table = torch.stack([_column(values, device, dtype) for values in (*parts, waiting)], 1)
+    if counts:
+        table = torch.cat([table, torch.stack(counts).to(device, dtype)], 1)
+    others = [value for row in rows for value in _others(row)]
+    rest = _column(others, device, dtype)
     if reduce is not None:
         table = reduce(torch.cat([torch.tensor(known, dtype=dtype).to(device), table], 1))
-        rest = torch.stack(others).tolist() if others else []
-        return table.to("cpu", torch.float64), rest
-    moved = torch.cat([table.reshape(-1), torch.stack(others)]) if others else table.reshape(-1)
-    moved = moved.to("cpu", torch.float64)
+        return table.to("cpu", torch.float64), rest.tolist()
+    moved = torch.cat([table.reshape(-1), rest]).to("cpu", torch.float64)
     host = torch.tensor(known, dtype=torch.float64)
     return torch.cat([host, moved[: table.numel()].reshape(table.shape)], 1), moved[table.numel() :].tolist()
+
+
+def _others(row: StatisticsRow) -> list[Tensor]:
+    """Return the numbers of a row that are no sums."""
+    others = list(row.sums.others.values())
+    return [*others, row.lr] if isinstance(row.lr, Tensor) else others
+
+
+def _column(values: Sequence[Tensor | None], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers that may lie anywhere as one tensor, with 0 for those that are not there."""
+    if all(value is None for value in values):
+        return torch.zeros(len(values), device=device, dtype=dtype)
+    zero = torch.zeros((), device=device, dtype=dtype)
+    place, numbers = zero.get_device(), []
+    for value in values:
+        number = zero if value is None else value
+        if number.dtype is not dtype or number.get_device() != place or number.dim() or number.requires_grad:
+            number = number.detach().reshape(()).to(device, dtype)
+        numbers.append(number)
+    return torch.stack(numbers)
 
 
 class RowReader(Protocol):

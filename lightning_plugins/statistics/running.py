@@ -19,8 +19,9 @@ from torchmetrics import Metric
 
 from lightning_plugins.core.metric_state import load_plain_state, plain_state
 from lightning_plugins.core.validation import first_line, shown, whole_number
+from lightning_plugins.statistics.label_counter import LabelCounter
 from lightning_plugins.statistics.label_evidence import decided
-from lightning_plugins.statistics.labels import WIDEST, Columns, LabelCounter, widest
+from lightning_plugins.statistics.labels import Columns, widest
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds a tensor up over all ranks; every rank must call it at the same moment."""
@@ -190,8 +191,7 @@ class PhaseSums:
         """
         if predictions is not None and targets is not None:
             if self.statistics.counts:
-                counts = self.labels.count(predictions, targets)
-                self._counts = counts if self._counts is None else self._counts + counts
+                self._counts = self.labels.add(self._counts, predictions, targets)
             if self.statistics.metrics:
                 for name, metric in self._metric_objects(predictions.device).items():
                     self._update_metric(name, metric, predictions, targets)
@@ -199,9 +199,8 @@ class PhaseSums:
             self._newest = None
             return
         self.batches += 1
-        # a copy: an optimizer or the user may go on writing into the loss
-        self._newest = loss.detach().reshape(()).to(WIDEST.get(loss.device.type, torch.float64), copy=True)
-        self._loss = self._newest if self._loss is None else self._loss + self._newest
+        newest = self._newest = _wide_copy(loss)
+        self._loss = newest if self._loss is None else self._loss + newest
 
     def take_logged_loss(self, total: Tensor, weight: Tensor) -> None:
         """Take the sums of a loss that the module has logged in this phase, in place of losses that it returned."""
@@ -224,12 +223,15 @@ class PhaseSums:
     def values_now(self) -> dict[str, Tensor]:
         """Return name -> value so far as tensors on the device, without the torchmetrics objects."""
         sums: dict[str, Any] = {}
-        if self._counts is not None:
+        if self.labels.is_plain and self._counts is not None:
+            sums = dict(zip(self.labels.names, self._counts.unbind(), strict=True))
+        elif self._counts is not None:
             sums = named(self._counts, self.labels.layout)
             if self.labels.reading not in COUNTED_ONCE:
                 sums = decided(sums, self.labels.reading, self.labels.task)
         if self.batches:
-            sums["loss"], sums["batches"] = self._loss, self.batches
+            # a division by a whole number would convert it first
+            sums["loss"], sums["batches"] = self._loss, float(self.batches)
         values = {}
         for statistic in self.statistics.statistics:
             if self.batches or statistic.counts:
@@ -314,6 +316,19 @@ def named(counts: Tensor, layout: Iterable[tuple[str, int]]) -> dict[str, Tensor
         found[name] = counts[..., place] if size == 1 else counts[..., place : place + size]
         place += size
     return found
+
+
+def _wide_copy(loss: Tensor) -> Tensor:
+    """Return a number of a loss's own: an optimizer or the user may go on writing into the loss."""
+    if loss.requires_grad:
+        loss = loss.detach()
+    if loss.dim():
+        loss = loss.reshape(())
+    wide = widest(loss.device)
+    if loss.dtype is wide:
+        return loss.clone()
+    # quicker than `to`
+    return loss.double() if wide is torch.float64 else loss.float()
 
 
 def _check_metric_state(name: str, metric: Metric, state: Any) -> None:
