@@ -16,7 +16,8 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' lightning_plugins/_ver
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 SUITE := -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test torture test-clients test-deepspeed test-lowest test-newest lint docs build release-check bench peers clean
+.PHONY: help demo test torture mutants test-clients test-deepspeed test-lowest test-newest lint docs build release-check \
+	bench peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +30,10 @@ test: $(STAMP)  ## the test suite, with branch coverage
 
 torture: $(STAMP)  ## a thousand kills and ten thousand damaged files, from a new seed (or SEED=...)
 	TORTURE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/resume tests/hostile $(ARGS)
+
+mutants: $(STAMP)  ## small faults in the package, each against the tests of its line: ARGS="--number 400 --seed 1"
+	$(BIN)/python $(SUITE) --cov --cov-context=test --cov-report=
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 test-clients: $(CLIENTS)/.installed  ## the callbacks inside pytorch-forecasting and darts
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
