@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 
 from lightning_plugins.cli import main
+from tests.support import fork_server
 from tests.support.snippets import DOCUMENTS, ROOT, blocks, examples, links
 
 BLOCK_ENDS = "\x1e\n"
@@ -18,9 +17,7 @@ def test_snippets_run(document, tmp_path):
     """A document's blocks run in order in one process, as a reader would type them, and print what it says."""
     script = tmp_path / "snippets.py"
     script.write_text("".join(f"{code}\nprint({BLOCK_ENDS!r}, end='')\n" for code, _ in examples(document)))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = fork_server.program(script, folder=tmp_path, timeout=300, warn=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for (code, output), printed in zip(examples(document), done.stdout.split(BLOCK_ENDS)[:-1], strict=True):
         if output is not None:

@@ -2,13 +2,12 @@
 
 import csv
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 
+from tests.support import fork_server
 from tests.support.snippets import ROOT
 
 PROGRAM, CONFIG = ROOT / "examples" / "lightning_cli.py", ROOT / "examples" / "lightning_cli.yaml"
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(folder, command, *arguments, config=CONFIG):
-    words = [sys.executable, PROGRAM, command, "--config", config, *arguments]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    return fork_server.program(PROGRAM, command, "--config", config, *arguments, folder=folder, timeout=300)
 
 
 @pytest.fixture(scope="module")

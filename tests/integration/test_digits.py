@@ -5,7 +5,6 @@ import importlib.util
 import itertools
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import fork_server
 from tests.support.snippets import ROOT
 
 PROGRAM = ROOT / "examples" / "digits.py"
@@ -24,8 +24,7 @@ WEIGHTS = ["raw, last step", "EMA, last step", "best single (EMA)", "averaged (E
 
 
 def run(folder, *arguments):
-    command = [sys.executable, PROGRAM, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    return fork_server.program(PROGRAM, *arguments, folder=folder, timeout=300)
 
 
 def accuracies(console):

@@ -4,7 +4,6 @@ import csv
 import importlib
 import math
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from sklearn.metrics import classification_report, matthews_corrcoef
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_plugins import extract_weights
+from tests.support import fork_server
 from tests.support.snippets import ROOT
 
 pytestmark = pytest.mark.slow  # a process takes seconds to import its libraries
@@ -26,8 +26,9 @@ MODEL = ["--epochs", "1", "--width", "32", "--layers", "1", "--context", "64", "
 
 
 def run(folder, name, *arguments):
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--accelerator", "cpu", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    return fork_server.program(
+        ROOT / "examples" / f"{name}.py", "--accelerator", "cpu", *arguments, folder=folder, timeout=600
+    )
 
 
 def trial(factory, name, arguments):

@@ -4,12 +4,13 @@ import itertools
 import json
 import os
 import socket
-import subprocess
-import sys
+import tempfile
+import warnings
+from importlib import import_module
+from pathlib import Path
 
-from tests.support.snippets import ROOT, python_path
+from tests.support import fork_server
 
-_MARK = "RESULT "
 _PORTS = (number % 1000 for number in itertools.count(os.getpid()))
 
 
@@ -31,32 +32,34 @@ def run_ranks(function, *arguments, world_size=2, timeout=180):
 
     The function must be importable by name. Lightning sees ranks that somebody else has started.
     """
-    port = _free_port()
-    code = (
-        "import json, os, sys, warnings; warnings.simplefilter('ignore'); import torch; torch.set_num_threads(1); "
-        f"from {function.__module__} import {function.__name__} as function; "
-        f"print({_MARK!r} + json.dumps(function(*json.loads(sys.argv[1]))), flush=True); "
-        # a thread of gloo that still holds a tensor when the interpreter ends would abort the process
-        "os._exit(0)"
-    )
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(arguments)],
-            cwd=ROOT,
-            env={**os.environ, **common, "LOCAL_RANK": str(rank), "PYTHONPATH": python_path()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=timeout) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (_, errors) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, errors[-3000:]
-    lines = [[line for line in out.splitlines() if line.startswith(_MARK)] for out, _ in outputs]
-    return [json.loads(found[-1].removeprefix(_MARK)) for found in lines]
+    common = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(world_size),
+        "NODE_RANK": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, f"{rank}.txt") for rank in range(world_size)]
+        results = [Path(folder, f"{rank}.json") for rank in range(world_size)]
+        processes = [
+            [
+                [function.__module__, function.__qualname__, arguments, str(result)],
+                {**common, "LOCAL_RANK": str(rank)},
+                str(output),
+                str(output),
+            ]
+            for rank, (output, result) in enumerate(zip(outputs, results, strict=True))
+        ]
+        codes = fork_server.run(_on_a_rank, processes, timeout)
+        # what the first to fail says is why the others failed
+        for code, output in sorted(zip(codes, outputs, strict=True), key=lambda pair: pair[0] != 1):
+            assert code == 0, f"exit code {code}:\n{output.read_text(errors='replace')[-6000:]}"
+        return [json.loads(result.read_text()) for result in results]
+
+
+def _on_a_rank(module, name, arguments, result):
+    warnings.simplefilter("ignore")
+    function = getattr(import_module(module), name)
+    Path(result).write_text(json.dumps(function(*arguments)))
