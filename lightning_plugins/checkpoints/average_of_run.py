@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lightning_plugins.checkpoints.averaged_file import ema_of, write_average
 from lightning_plugins.checkpoints.distributed import on_rank_zero, write_together
-from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.isolated_validation import load_weights, refreshed_statistics
 from lightning_plugins.checkpoints.run_files import RunFiles
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from lightning_plugins.checkpoints.validation_scores import loss_name, validate
+from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.sharding import is_sharded
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_plugins.checkpoints.average import average_checkpoints, checked_weights
-from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.record import Record, read_record
 from lightning_plugins.checkpoints.selection import Limits, Selection, choose
 from lightning_plugins.core.module_state import shorten
+from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.validation import printable
 
 

@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from lightning_plugins.checkpoints.formats.base import CheckpointError, ema_note, second_sets
+from lightning_plugins.checkpoints.formats.base import ema_note, second_sets
 from lightning_plugins.checkpoints.formats.torch_writer import Slot, TorchArchive
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.files import replacing
 from lightning_plugins.core.progress import Advance
 from lightning_plugins.core.safetensors_file import SafetensorsWriter, bytes_of
@@ -33,6 +34,7 @@ _DROPPED = (
     checkpoint_keys.EMA,
     checkpoint_keys.RUN,
     checkpoint_keys.MEAN,
+    checkpoint_keys.SECOND_SETS,
 )
 
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from lightning_plugins.checkpoints.average_of_run import AverageOfRun
 from lightning_plugins.checkpoints.batch_norm import batch_norms
-from lightning_plugins.checkpoints.formats.base import CheckpointError
 from lightning_plugins.checkpoints.isolated_validation import can_refresh, isolated, numbers, set_order_of_last_epoch
 from lightning_plugins.checkpoints.pool import Choice, History, Pool, output_problem
 from lightning_plugins.checkpoints.run_files import RunFiles, keeper_in
 from lightning_plugins.checkpoints.run_identity import Lineage, checked_lineage, new_fit_name
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.callback import Callback, Stage
+from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.checkpoints_of_run import checkpoint_folder, followed, keeper_of, model_checkpoints
 from lightning_plugins.core.lightning import (
     LightningModule,

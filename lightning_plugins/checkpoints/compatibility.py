@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.checkpoints.formats.base import Checkpoint, TensorSpec
+from lightning_plugins.checkpoints.formats.base import Checkpoint
+from lightning_plugins.core.checkpoint_file import TensorSpec
 from lightning_plugins.core.validation import shortened
 
 _NAMED = 10  # differences that a message names

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, distributed
 
 from lightning_plugins.checkpoints.averaged_file import write_average
-from lightning_plugins.checkpoints.formats.base import CheckpointError
 from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
+from lightning_plugins.core.checkpoint_file import CheckpointError
 
 
 def write_together(

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins.checkpoints.formats.base import CheckpointError
 from lightning_plugins.checkpoints.record import Record, read_manifest
 from lightning_plugins.checkpoints.run_files import RunFiles, readable_records, remove
 from lightning_plugins.checkpoints.selection import best_of, found_in, last_of, one_per_step
 from lightning_plugins.checkpoints.validation_scores import loss_name
+from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.checkpoints_of_run import capacity, kept_scores
 from lightning_plugins.core.files import probe
 from lightning_plugins.core.module_state import shorten

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins.checkpoints.formats.base import CheckpointError, as_count, ema_note, unreadable
+from lightning_plugins.checkpoints.formats.base import as_count, ema_note
 from lightning_plugins.checkpoints.formats.safetensors import checked_header, parse_metadata
 from lightning_plugins.checkpoints.run_identity import Lineage, lineage_of
 from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.checkpoint_file import CheckpointError, unreadable
 from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.stand_ins import StoredTensor, UnreadableError
 from lightning_plugins.core.torch_file import Archive

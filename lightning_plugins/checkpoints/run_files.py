@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
+from lightning_plugins.checkpoints.formats.base import Checkpoint
 from lightning_plugins.checkpoints.record import Record, read_record
+from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.validation import a_path, plain_text, shown
 

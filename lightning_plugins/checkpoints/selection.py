@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_plugins.checkpoints.formats.base import CheckpointError
-from lightning_plugins.checkpoints.formats.sharded import is_sharded_checkpoint
 from lightning_plugins.checkpoints.record import Record, looked_up, read_record
 from lightning_plugins.checkpoints.run_identity import newest_run
+from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.module_state import shorten
+from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.validation import LightningPluginsWarning, a_path, printable, shown, whole_number
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.checkpoints.compatibility import Differences, differences
-from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
+from lightning_plugins.checkpoints.formats.base import Checkpoint
+from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.progress import Advance
 from lightning_plugins.core.validation import shortened
 

@@ -28,7 +28,7 @@ def add_parser(commands: Commands) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a Lightning checkpoint, file or directory")
     parser.add_argument("--weights", required=True, choices=("raw", "average"), help="which set")
     parser.add_argument("--name", default="ema", help="the EMA's name, for its average (%(default)s)")
     add_trust(parser)

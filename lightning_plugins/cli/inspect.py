@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_plugins import checkpoints, ema
 from lightning_plugins.cli.commands import Commands, add_trust, say
+from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.validation import shortened, shown
 
 _DESCRIPTION = """\
@@ -36,7 +37,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print a line for each thing that is there, or for each checkpoint of a directory."""
     path = Path(arguments.path)
-    if path.is_dir() and not (path / ".metadata").is_file():
+    if path.is_dir() and not is_sharded_checkpoint(path):
         found = checkpoints.describe_directory(path)
         if not found:
             raise ValueError(f"{path} holds no checkpoints.")
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _described(path: Path, *, trust: bool) -> dict[str, Any]:
-    if not path.is_dir() and path.suffix != ".safetensors":
+    if path.suffix != ".safetensors":
         try:
             return ema.describe_checkpoint(path, trust=trust)
         except ema.NoStateDictError:

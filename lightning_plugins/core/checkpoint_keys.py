@@ -8,11 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
+"""Where a state dict lies inside a checkpoint: Lightning's name, then those of Fabric and of plain training loops."""
+
 EMA = "lightning_plugins_ema"
 """EMA's record: which set of weights ``state_dict`` is, and the other sets."""
 
 POSTHOC_EMA = "lightning_plugins_posthoc_ema"
 """The averages that post-hoc EMA goes on with."""
+
+SECOND_SETS = "lightning_plugins_second_sets"
+"""In ``meta.pt`` of a distributed checkpoint: which sets of weights lie in the folder beside it."""
+
+SECOND_SETS_FOLDER = "lightning_plugins_ema"
+"""That folder's name, in the checkpoint's directory."""
 
 MEAN = "checkpoint_averaging"
 """The manifest of a file that is the mean of checkpoints (a JSON text in a ``.safetensors`` file's metadata)."""

@@ -158,15 +158,10 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ("torch.nn.Module()", "_modules", "whether a part that has averaged tensors was exchanged"),
         (
             "trainer.strategy",
-            "lightning_module_state_dict save_checkpoint load_model_state_dict",
-            "what files hold, and weights that are loaded in mid-fit; no callback is asked for either",
+            "lightning_module_state_dict save_checkpoint load_checkpoint load_model_state_dict",
+            "what files hold, and which are loaded, in mid-fit too; no callback is asked for either",
         ),
         ("trainer.strategy", "teardown", "after it no file of the run is written any more"),
-        (
-            "lightning.pytorch.strategies.ModelParallelStrategy",
-            "_save_distributed_checkpoint",
-            "whether a checkpoint is a file or a folder of each rank's parts",
-        ),
     ),
     *_of(
         "events",

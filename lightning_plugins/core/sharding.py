@@ -6,8 +6,10 @@ as an average or a factor, is done to the local parts, without communication.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +18,11 @@ def is_sharded(value: Tensor | nn.Module) -> bool:
     if isinstance(value, nn.Module):
         return any(map(is_sharded, value.parameters()))
     return hasattr(value, "placements") and hasattr(value, "to_local")
+
+
+def any_sharded(values: Iterable[Any]) -> bool:
+    """Return whether some of ``values``, which may be anything, is a tensor that is spread over ranks."""
+    return any(isinstance(value, Tensor) and is_sharded(value) for value in values)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -33,17 +40,22 @@ def reshard(module: nn.Module) -> None:
             cast(Any, part).reshard()
 
 
-def gather(part: Tensor, like: Tensor) -> Tensor:
-    """Return the full tensor of which ``part`` is this rank's share; a collective when ``like`` is sharded.
+def spread(part: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor, spread over ranks as ``like`` is, of which ``part`` is this rank's share; no collective.
 
-    Shape and stride are given explicitly: from uneven shards they cannot be guessed, and the ranks would wait for each
-    other forever.
+    The two share memory where ``part`` lies on the device of the ranks' mesh. Shape and stride are given explicitly:
+    from uneven shards they cannot be guessed, and the ranks would wait for each other forever.
     """
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  # absent from builds without distributed support
 
     sharded = cast(Any, like)
+    if part.device.type != sharded.device_mesh.device_type:
+        # `from_local` would move it there
+        whole = torch.empty_like(sharded.detach(), dtype=part.dtype, device=part.device)
+        local(whole).copy_(part)
+        return whole
     return DTensor.from_local(
         part.contiguous(),
         sharded.device_mesh,
@@ -51,16 +63,25 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
         run_check=False,
         shape=like.shape,
         stride=like.stride(),
-    ).full_tensor()
+    )
+
+
+def gather(part: Tensor, like: Tensor) -> Tensor:
+    """Return the full tensor of which ``part`` is this rank's share; a collective when ``like`` is sharded."""
+    if not is_sharded(like):
+        return part
+    # weights that are offloaded to the host are gathered on the device all the same
+    whole: Any = spread(part.to(cast(Any, like).device_mesh.device_type), like)
+    return cast(Tensor, whole.full_tensor())
 
 
 def scatter(full: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's share of ``full``, which every rank has; no collective.
+    """Return this rank's share of ``full``, which every rank has or which is spread as ``like`` is; no collective.
 
     Not by ``distribute_tensor``, which sends rank 0's data to the others in torch 2.6.
     """
-    if not is_sharded(like):
-        return full
+    if not is_sharded(like) or is_sharded(full):
+        return local(full)
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
     mesh = cast(Any, like).device_mesh

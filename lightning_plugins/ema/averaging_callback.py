@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_plugins.core.callback import Callback, Stage
@@ -20,10 +21,12 @@ from lightning_plugins.core.lightning import (
 from lightning_plugins.core.loaders import samples_per_step
 from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.run_length import horizon_of_run
+from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.step_clock import RunClock
 from lightning_plugins.core.strategies import check_strategy
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
+from lightning_plugins.ema.distributed_files import DistributedSets, is_distributed, open_sets, write_beside
 from lightning_plugins.ema.pace import Pace
 from lightning_plugins.ema.shadow import Shadow, showing
 
@@ -61,6 +64,8 @@ class AveragingCallback(Callback):
         self._accumulation = 0
         self._evaluating = False
         self._file_patches = Patches()
+        # the checkpoint that the strategy has read in this fit
+        self._loaded_from: Any = None
 
     # -- for subclasses
 
@@ -101,7 +106,7 @@ class AveragingCallback(Callback):
         """Refuse what cannot work; a second fit of the same module goes on, of another one begins anew."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._refuse_strategy(trainer)
+            check_strategy(trainer, self.technique)
             if self._shadows and not self._serves(pl_module):
                 self._forget()
             for shadow in self._shadows:
@@ -315,7 +320,7 @@ class AveragingCallback(Callback):
         self._counter.load(state)
 
     def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See every checkpoint that the run writes, and weights that are loaded in mid-fit.
+        """See every checkpoint that the run writes or reads, and weights that are loaded in mid-fit.
 
         Lightning asks no callback when it writes a weights-only file or loads weights through the strategy. The
         strategy's methods are wrapped until it is torn down, which comes after every other exit of a run.
@@ -323,9 +328,15 @@ class AveragingCallback(Callback):
         patches, strategy = self._file_patches, trainer.strategy
         patches.undo()
 
-        def save(original: Callable[..., None], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        def save(original: Callable[..., None], checkpoint: dict[str, Any], path: Any, *args: Any, **more: Any) -> None:
             self._before_writing(checkpoint)
-            original(checkpoint, *args, **kwargs)
+            if is_distributed(checkpoint):
+                write_beside(checkpoint, Path(strategy.broadcast(path)), is_global_zero=trainer.is_global_zero)
+            original(checkpoint, path, *args, **more)
+
+        def read(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
+            self._before_reading(strategy, path)
+            return original(path, *args, **kwargs)
 
         def load(original: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if self._clock is None:
@@ -337,11 +348,27 @@ class AveragingCallback(Callback):
 
         def tear_down(original: Callable[[], None]) -> None:
             patches.undo()
+            self._loaded_from = None
             original()
 
         patches.wrap(strategy, "save_checkpoint", save)
+        patches.wrap(strategy, "load_checkpoint", read)
         patches.wrap(strategy, "load_model_state_dict", load)
         patches.wrap(strategy, "teardown", tear_down)
+
+    def _before_reading(self, strategy: Any, path: Any) -> None:
+        """Refuse a distributed checkpoint that was cut off, before Lightning reads it."""
+        check_whole(path)
+        self._loaded_from = path
+        if self._clock is not None and strategy.restore_checkpoint_after_setup:
+            # such a strategy writes into the module when it reads
+            self._before_loading()
+
+    def _sets_beside(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> DistributedSets | None:
+        """Return the sets of weights that a distributed checkpoint has in its folder, ``None`` for any other."""
+        return open_sets(checkpoint, self._loaded_from or trainer.ckpt_path, pl_module)
 
     def _restore_in_mid_fit(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint whose weights were loaded while the fit is running, as a resumed fit does."""
@@ -370,13 +397,3 @@ class AveragingCallback(Callback):
         if not self._shadows or self._shadows[0].module is not pl_module:
             return False
         return self._fitting or self._shadows[0].untouched()
-
-    def _refuse_strategy(self, trainer: Trainer) -> None:
-        """Refuse the strategies that this cannot work under."""
-        check_strategy(trainer, self.technique)
-        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` must write single-file checkpoints, got {type(trainer.strategy).__name__} "
-                "with `save_distributed_checkpoint=True`: a distributed checkpoint has no place for a second set of "
-                "weights. Pass save_distributed_checkpoint=False."
-            )

@@ -3,7 +3,7 @@
 The file's ``state_dict`` is one complete set, so that ``load_from_checkpoint`` needs nothing of ours. Beside it, under
 ``lightning_plugins_ema``, lies a record of which set that is, and the averaged tensors' values in the other sets:
 
-    version     1
+    version     1; 2 in a distributed checkpoint, whose sets lie in a folder (core/second_sets.py)
     state_dict  "average" or "raw": what the file's state_dict is
     name        whose average it is; None when it is raw
     raw         name -> tensor, when the state_dict is an average; absent from weights-only files
@@ -12,7 +12,7 @@ The file's ``state_dict`` is one complete set, so that ``load_from_checkpoint`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,16 @@ from torch import Tensor, nn
 
 from lightning_plugins.core import checkpoint_keys, torch_file
 from lightning_plugins.core.module_state import averaged_tensors, clean_name, fill, misfits, named_tensors
+from lightning_plugins.core.second_sets import Label, check_whole, listed
+from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.stand_ins import UnreadableError
 from lightning_plugins.core.validation import a_path, one_of, shown, true_or_false, whole_number
+from lightning_plugins.ema.checkpoint_directory import RAW, STATE_DICT, average_label, read_directory
 
 RECORD_KEY = checkpoint_keys.EMA
 RECORD_VERSION = 1
+RECORD_VERSION_BESIDE = 2
+"""Version of a record whose sets lie in the folder of a distributed checkpoint."""
 
 
 class NoStateDictError(ValueError):
@@ -91,7 +96,7 @@ def read_contents(checkpoint: Mapping[str, Any]) -> Contents | None:
         return _lightnings(checkpoint)
     if not isinstance(found, dict) or not {"version", "state_dict", "name"} <= found.keys():
         raise ValueError(f"`{RECORD_KEY}` must be a record of averaged weights, got {type(found).__name__}.")
-    if found["version"] != RECORD_VERSION or isinstance(found["version"], bool):
+    if found["version"] not in (RECORD_VERSION, RECORD_VERSION_BESIDE) or isinstance(found["version"], bool):
         raise ValueError(
             f"`{RECORD_KEY}` must be of version {RECORD_VERSION}, got {shown(found['version'])}: the file was written "
             "by another version of lightning_plugins, which can read it."
@@ -222,7 +227,7 @@ def extract_weights(
 
     Args:
         checkpoint_path: A checkpoint that was written while an :class:`~lightning_plugins.EMA` was training, or
-            Lightning's ``EMAWeightAveraging``.
+            Lightning's ``EMAWeightAveraging``: a file, or the directory of a distributed checkpoint.
         which: ``"average"`` or ``"raw"``, the trained weights.
         name: The EMA's name, for ``"average"``.
         trust: Load a file that needs more than tensors and plain values, such as one whose hyper-parameters hold
@@ -236,7 +241,9 @@ def extract_weights(
         ValueError: If the file is not a checkpoint, needs trust that it is not given, or lacks the set.
     """
     one_of("which", which, ("average", "raw"))
-    return select_weights(load_checkpoint(checkpoint_path, trust=trust), which, name, source=str(checkpoint_path))
+    wanted = (STATE_DICT, RAW if which == "raw" else average_label(name))
+    checkpoint = load_checkpoint(checkpoint_path, trust=trust, wanted=wanted.__contains__)
+    return select_weights(checkpoint, which, name, source=str(checkpoint_path))
 
 
 def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, source: str) -> dict[str, Tensor]:
@@ -253,18 +260,33 @@ def select_weights(checkpoint: Mapping[str, Any], which: str, name: str, *, sour
     if which == "raw":
         if contents.state_dict == "average":
             if contents.raw is None:
-                raise ValueError(
-                    f"`which` must be 'average' for {source}: it is a weights-only file and holds nothing else."
-                )
+                raise ValueError(f"`which` must be 'average' for {source}: {_why_none(checkpoint, RAW)}.")
             fill(state, contents.raw)
         return state
     average = contents.average(name, state)
     if average is None:
+        if average_label(name) in _left_behind(checkpoint):
+            raise ValueError(f"`name` must be another for {source}: {_why_none(checkpoint, average_label(name))}.")
         there = sorted({*contents.averages, *([contents.name] if contents.name else [])})
         has = f"it has {', '.join(map(repr, there))}" if there else "it has none, only the trained weights"
         raise ValueError(f"`name` must be that of an average in {source}, got {shown(name)}; {has}.")
     fill(state, average)
     return state
+
+
+def _left_behind(checkpoint: Mapping[str, Any]) -> tuple[Label, ...]:
+    """Return the sets that lay in the folder of a directory from which a file was put together."""
+    listing = listed(checkpoint)
+    return listing.labels if listing else ()
+
+
+def _why_none(checkpoint: Mapping[str, Any], label: Label) -> str:
+    if label in _left_behind(checkpoint):
+        return (
+            "it was put together from the directory of a distributed checkpoint, in whose folder this set stayed "
+            "behind. Pass the directory"
+        )
+    return "it is a weights-only file and holds nothing else"
 
 
 def _mean(
@@ -282,29 +304,41 @@ def _mean(
     return dict(checkpoint["state_dict"])
 
 
-def load_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
-    """Return the contents of a checkpoint file, its tensors mapped rather than read, on the CPU.
+def load_checkpoint(
+    path: str | Path, *, trust: bool = False, wanted: Callable[[Label], bool] = lambda _: True
+) -> dict[str, Any]:
+    """Return the contents of a checkpoint, its tensors mapped where that is possible, on the CPU.
 
     Args:
-        path: The file.
+        path: The file, or the directory of a distributed checkpoint.
         trust: Load whatever it names, which runs code that the file chooses.
+        wanted: Which sets of a directory are read.
 
     Raises:
-        ValueError: If it is no checkpoint file, or needs more than tensors and plain values to load without trust.
+        ValueError: If it is no checkpoint, or needs more than tensors and plain values to load without trust.
     """
     path = Path(a_path("checkpoint_path", path))
     true_or_false("trust", trust)
-    if not path.is_file():
-        raise ValueError(f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}.")
+    directory = is_sharded_checkpoint(path)
+    if not path.is_file() and not directory:
+        raise ValueError(
+            f"`checkpoint_path` must be a checkpoint file, or the directory of a distributed one, got {str(path)!r}."
+        )
+    file = path / "meta.pt" if directory else path
+    if not file.is_file():
+        check_whole(path)
+        raise NoStateDictError(f"`checkpoint_path` must be a Lightning checkpoint, but {path} has no {file.name}.")
     try:
-        loaded: dict[str, Any] = torch_file.load(path, trust=trust)
+        loaded: dict[str, Any] = torch_file.load(file, trust=trust)
     except torch_file.NeedsTrustError as error:
         raise ValueError(
             f"`checkpoint_path` must hold only tensors and plain values, but {path} does not ({error}). If you trust "
             "its author, pass trust=True (--trust on the command line), which runs that code."
         ) from error
     except UnreadableError as error:
-        raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {path} cannot be read: {error}") from error
+        raise ValueError(f"`checkpoint_path` must be a checkpoint file, but {file} cannot be read: {error}") from error
+    if directory and isinstance(loaded, dict):
+        loaded = read_directory(path, loaded, wanted)
     has_state = isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), Mapping)
     if not has_state:
         raise NoStateDictError(f"`checkpoint_path` must be a Lightning checkpoint, but {path} has no `state_dict`.")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.module_state import fill, load_named
+from lightning_plugins.core.sharding import any_sharded
 from lightning_plugins.ema.averaging_callback import AveragingCallback
 from lightning_plugins.ema.checkpoint_format import (
     Contents,
@@ -21,6 +22,7 @@ from lightning_plugins.ema.checkpoint_format import (
     replace_raw,
 )
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
+from lightning_plugins.ema.distributed_files import add_sets, is_distributed, write_with
 from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
 from lightning_plugins.ema.shadow import showing
 
@@ -71,7 +73,7 @@ class AverageInCheckpoints(AveragingCallback):
         try:
             contents = read_contents(checkpoint)
             if contents is not None:
-                self._choose(trainer, pl_module, contents)
+                self._choose(trainer, pl_module, checkpoint, contents)
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(str(error)) from error
 
@@ -84,15 +86,18 @@ class AverageInCheckpoints(AveragingCallback):
         """Put both sets into a full file, each where it belongs, whichever the module holds at the moment."""
         if not self._serves(pl_module):
             return
-        found, keep, shadow = record(checkpoint), trainer.is_global_zero, self._shadows[0]
+        found, shadow, distributed = record(checkpoint), self._shadows[0], is_distributed(checkpoint)
+        keep = trainer.is_global_zero or distributed
         if roles_of(trainer).writer is self:
             if not self._file_patches:
                 # after the fit
                 self._fill_state_dict(checkpoint["state_dict"])
             self._label(checkpoint)
-            found["raw"] = shadow.collect("raw", keep=keep) if self._owns_files else None
-        if not self._owns_files or (shadow.sharded and shadow.rounds):
-            found["averages"][self.name] = shadow.collect("average", keep=keep)
+            found["raw"] = shadow.collect("raw", keep=keep, shares=distributed) if self._owns_files else None
+        if not self._owns_files or (shadow.sharded and shadow.rounds and not distributed):
+            found["averages"][self.name] = shadow.collect("average", keep=keep, shares=distributed)
+        if distributed and not self._file_patches:
+            write_with(trainer.strategy, checkpoint, is_global_zero=trainer.is_global_zero)
 
     # -- what files get
 
@@ -117,15 +122,15 @@ class AverageInCheckpoints(AveragingCallback):
     def _fill_state_dict(self, state: dict[str, Any]) -> None:
         """Make a state dict of the module what files should have, whichever set the module holds at the moment."""
         self._catch_up_all()
-        # under FSDP2 only the first rank gets one
-        keep = bool(state)
+        # under FSDP2 only the first rank gets one, or every rank its shares
+        keep, shares = bool(state), any_sharded(state.values())
         if self._shadows:
             shadow = self._shadows[0]
             if self._serves(shadow.module):
-                fill(state, shadow.collect("average" if self._owns_files else "raw", keep=keep))
+                fill(state, shadow.collect("average" if self._owns_files else "raw", keep=keep, shares=shares))
                 self._report()
         elif self._trainer is not None and (other := showing(self._trainer.lightning_module)) is not None:
-            fill(state, other.collect("raw", keep=keep))
+            fill(state, other.collect("raw", keep=keep, shares=shares))
 
     def _label(self, checkpoint: dict[str, Any]) -> None:
         """Say in a file what its state dict is."""
@@ -157,6 +162,10 @@ class AverageInCheckpoints(AveragingCallback):
         contents = read_contents(checkpoint)
         if contents is None:
             return False
+        emas = averages(trainer) or [self]
+        loader = next((ema for ema in emas if contents.owns_state_dict(ema.name)), emas[0])
+        if (sets := self._sets_beside(trainer, pl_module, checkpoint)) is not None:
+            add_sets(contents, sets, self.name, raw=loader is self)
         state_dict, strict = checkpoint.get("state_dict"), pl_module.strict_loading
         self._restored = fitting_average(pl_module, contents, self.name, state_dict, strict=strict)
         steps = lightning_steps(contents, checkpoint)
@@ -166,15 +175,17 @@ class AverageInCheckpoints(AveragingCallback):
         if found and trainer.strategy.restore_checkpoint_after_setup:
             # the module may hold the only average
             self._begin(pl_module)
-        emas = averages(trainer) or [self]
-        loader = next((ema for ema in emas if contents.owns_state_dict(ema.name)), emas[0])
         if loader is self and contents.raw is not None:
             load_named(pl_module, contents.raw)
         return found
 
-    def _choose(self, trainer: Trainer, pl_module: LightningModule, contents: Contents) -> None:
+    def _choose(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], contents: Contents
+    ) -> None:
         """Give a module that is only evaluated the set that it is to be evaluated with."""
         evaluator = roles_of(trainer).evaluator
+        if (sets := self._sets_beside(trainer, pl_module, checkpoint)) is not None:
+            add_sets(contents, sets, self.name, raw=evaluator is None)
         if evaluator is self and not contents.owns_state_dict(self.name):
             average = fitting_average(pl_module, contents, self.name, None, strict=pl_module.strict_loading)
             load_named(pl_module, average or {})

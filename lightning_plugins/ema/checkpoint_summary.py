@@ -14,29 +14,30 @@ from lightning_plugins.ema.checkpoint_format import load_checkpoint, read_conten
 
 
 def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> dict[str, Any]:
-    """Return what a checkpoint file holds.
+    """Return what a checkpoint holds.
 
     Args:
-        checkpoint_path: A Lightning checkpoint.
+        checkpoint_path: A Lightning checkpoint: a file, or the directory of a distributed one.
         trust: Load a file that needs more than tensors and plain values, which runs code that the file chooses.
 
     Returns:
-        ``path``, ``file_bytes``, ``kind`` (``"full"`` or ``"weights only"``), ``epoch``, ``global_step``,
-        ``lightning`` (the version that wrote it), ``state_dict`` (``weights``: which set it is; ``tensors``,
-        ``elements``, ``bytes``, ``types``), ``sources`` (the checkpoints that it is the mean of), ``beside`` (other
-        sets of weights -> bytes), ``callbacks`` (the keys of their states), ``optimizers`` (how many), and ``other``
-        (further keys).
+        ``path``, ``file_bytes``, ``kind`` (``"full"``, ``"weights only"`` or ``"sharded"``), ``epoch``,
+        ``global_step``, ``lightning`` (the version that wrote it), ``state_dict`` (``weights``: which set it is;
+        ``tensors``, ``elements``, ``bytes``, ``types``), ``sources`` (the checkpoints that it is the mean of),
+        ``beside`` (other sets of weights -> bytes), ``callbacks`` (the keys of their states), ``optimizers`` (how
+        many), and ``other`` (further keys).
 
     Raises:
         ValueError: If it is no checkpoint, or needs trust that it is not given.
     """
-    checkpoint = load_checkpoint(checkpoint_path, trust=trust)
+    checkpoint, path = load_checkpoint(checkpoint_path, trust=trust, wanted=lambda _: False), Path(checkpoint_path)
     state = _tensors(checkpoint["state_dict"].values())
     kind = "full" if "optimizer_states" in checkpoint or "callbacks" in checkpoint else "weights only"
+    files = [inner for inner in path.rglob("*") if inner.is_file()] if path.is_dir() else [path]
     return {
         "path": str(checkpoint_path),
-        "file_bytes": Path(checkpoint_path).stat().st_size,
-        "kind": kind,
+        "file_bytes": sum(file.stat().st_size for file in files),
+        "kind": "sharded" if path.is_dir() else kind,
         "epoch": plain_value(checkpoint.get("epoch")),
         "global_step": plain_value(checkpoint.get("global_step")),
         "lightning": plain_value(checkpoint.get("pytorch-lightning_version")),
@@ -60,6 +61,7 @@ _KNOWN = {
     checkpoint_keys.MEAN,
     checkpoint_keys.POSTHOC_EMA,
     checkpoint_keys.RUN,
+    checkpoint_keys.SECOND_SETS,
     "callbacks",
     "current_model_state",
     "epoch",
@@ -120,4 +122,5 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def _bytes(tensors: list[Tensor]) -> int:
     """Return the size of ``tensors``, tied ones once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    # tensors of directories are not read, and have no place in memory
+    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in tensors}.values())

@@ -23,8 +23,10 @@ from lightning_plugins.core.sharding import gather, local
 from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, one_of, shown, whole_number
 from lightning_plugins.core.writable import check_writable
 from lightning_plugins.ema.averaging_callback import AveragingCallback
+from lightning_plugins.ema.checkpoint_directory import posthoc_label
 from lightning_plugins.ema.checkpoint_format import check_fit, follow_pruning, tensors_by_name
 from lightning_plugins.ema.decay import PowerDecay, UpdateCounter
+from lightning_plugins.ema.distributed_files import is_distributed, write_with
 from lightning_plugins.ema.power_exponent import check_sigma_rel
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.ema.snapshots import (
@@ -61,7 +63,7 @@ class PostHocEMA(AveragingCallback):
         4 bytes per trainable parameter and average, an update each per step, and as many bytes per snapshot.
 
     Does not compose with:
-        Parts taken out of the module in mid-run, which end the fit with an error; distributed checkpoints.
+        Parts taken out of the module in mid-run, which end the fit with an error.
 
     Args:
         sigma_rels: Relative standard deviations of the averages that are kept, each above 0 and below 0.2887, 100 at
@@ -167,9 +169,12 @@ class PostHocEMA(AveragingCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the averages into a full file."""
         if self._serves(pl_module):
-            keep = trainer.is_global_zero
-            averages = [shadow.collect("average", keep=keep) for shadow in self._shadows]
+            shares = is_distributed(checkpoint)
+            keep = trainer.is_global_zero or shares
+            averages = [shadow.collect("average", keep=keep, shares=shares) for shadow in self._shadows]
             checkpoint.setdefault(POSTHOC_KEY, {})[self.state_key] = averages
+            if shares and not self._file_patches:
+                write_with(trainer.strategy, checkpoint, is_global_zero=trainer.is_global_zero)
             self._report()
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,6 +241,9 @@ class PostHocEMA(AveragingCallback):
         if not isinstance(sets, dict):
             raise TypeError(f"`{POSTHOC_KEY}` must be averages by callback, got {shown(sets)}.")
         found = sets.get(self.state_key, sets.get(self._key_of_0_1))
+        if (beside := self._sets_beside(trainer, pl_module, checkpoint)) is not None:
+            read = [beside.read(posthoc_label(self.state_key, number)) for number in range(len(self.rules))]
+            found = None if None in read else read
         if found is None:
             return False
         if not isinstance(found, list) or len(found) != len(self.rules) or not all(map(tensors_by_name, found)):

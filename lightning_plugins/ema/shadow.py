@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.core.module_state import NamedTensor, shadow_dtype, shorten
-from lightning_plugins.core.sharding import agreed, gather, is_sharded, local, reshard, scatter
+from lightning_plugins.core.sharding import agreed, gather, is_sharded, local, reshard, scatter, spread
 from lightning_plugins.ema.digest import digest
 from lightning_plugins.ema.following import Changes, FollowedTensors, joined_line
 from lightning_plugins.ema.tensor_groups import Group, Motion, Operation, grouped, plain_tensors
@@ -92,9 +92,7 @@ class Shadow:
         self._copied = False
         self.follow(start)
         self.changes = None
-        without = [
-            found.names[0] for found in self._tensors if start and not any(name in start for name in found.names)
-        ]
+        without = [found.names[0] for found in self._tensors if start and start.keys().isdisjoint(found.names)]
         if without:
             self._note().news.append(joined_line(without))
 
@@ -264,13 +262,16 @@ class Shadow:
         """Put the trained weights back; nothing happens when they are there."""
         self._swap(to=False)
 
-    def collect(self, which: Which, *, keep: bool = True, copies: bool = False) -> dict[str, Tensor]:
+    def collect(
+        self, which: Which, *, keep: bool = True, copies: bool = False, shares: bool = False
+    ) -> dict[str, Tensor]:
         """Return every tensor in full, by name, tied names sharing one; a collective when the module is sharded.
 
         Args:
             which: The averages or the trained values.
             keep: Whether this rank wants them; if not, it only takes part in the collective.
-            copies: Whether to return copies rather than references.
+            copies: Whether to return copies.
+            shares: Whether sharded tensors stay so, as in a distributed checkpoint; then there is no collective.
         """
         self._wait()
         self._check()
@@ -282,13 +283,13 @@ class Shadow:
         with plain_tensors():
             for index, found in enumerate(self._tensors):
                 part = self._read(index, which) if which == "average" else self._raw(index)
-                if is_sharded(found.tensor):
-                    whole = gather(part.to(local(found.tensor).device), found.tensor)
+                if is_sharded(found.tensor) and not shares:
+                    whole = gather(part, found.tensor)
                     if keep:
                         # a device that holds shards has no room for the whole
                         full[index] = whole.cpu()
                 elif keep:
-                    full[index] = part.clone() if copies else part
+                    full[index] = spread(part.clone() if copies else part, found.tensor)
         return {name: full[index] for name, index in self._followed.index.items() if index in full}
 
     def count_writes(self) -> None:

@@ -301,15 +301,6 @@ def test_strategies_that_hide_the_weights_are_refused_by_name(name):
         trainer(EMA(0.9), strategy=strategy).fit(Scripted(), numbers(1))
 
 
-def test_distributed_checkpoints_are_refused_with_the_way_out():
-    from lightning.pytorch.strategies import SingleDeviceStrategy
-
-    strategy = SingleDeviceStrategy(device="cpu")
-    strategy._save_distributed_checkpoint = True
-    with pytest.raises(MisconfigurationException, match="Pass save_distributed_checkpoint=False"):
-        trainer(EMA(0.9), strategy=strategy).fit(Scripted(), numbers(1))
-
-
 def test_callback_is_picklable_and_copyable_before_and_after_fit():
     ema = EMA(HalfLife(steps=5), name="x")
     clone = pickle.loads(pickle.dumps(ema))

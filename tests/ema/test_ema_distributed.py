@@ -110,11 +110,6 @@ def test_sharded_module_is_raw_after_a_crash_in_validation(sharded):
         close(rank["crashed_raw"], ema.raw_state_dict())
 
 
-def test_distributed_checkpoints_are_refused_by_name(sharded):
-    for rank in sharded[1]:
-        assert "ModelParallelStrategy with `save_distributed_checkpoint=True`" in rank["refused"]
-
-
 def test_sharded_snapshots_are_written_whole(sharded):
     directory, ranks = sharded
     state = synthesize_ema(directory / "snapshots", 0.1)

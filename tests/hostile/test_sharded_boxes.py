@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from lightning_plugins import average_checkpoints
 from lightning_plugins.checkpoints import CheckpointError
-from lightning_plugins.checkpoints.formats.sharded import covers
+from lightning_plugins.core.sharded_directory import covers
 from lightning_plugins.core.stand_ins import UnreadableError
 from tests.support import counts
 from tests.support.damage import bounded

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError
+from lightning_plugins.checkpoints.formats.base import Checkpoint
 from lightning_plugins.checkpoints.formats.safetensors import SafetensorsFile
-from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory, is_sharded_checkpoint
+from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory
 from lightning_plugins.checkpoints.formats.torch_reader import TorchFile
+from lightning_plugins.core.checkpoint_file import CheckpointError
+from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 
 
 def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:

@@ -1,60 +1,16 @@
-"""What an open checkpoint offers, whatever its format, and the error of one that cannot be used."""
+"""What an open checkpoint offers, whatever its format."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
-from lightning_plugins.core.torch_file import reason
-from lightning_plugins.core.validation import printable
-
-STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
-"""Where a state dict lies inside a checkpoint: Lightning's name, then those of Fabric and of plain training loops."""
-
-
-class CheckpointError(ValueError):
-    """Checkpoints that cannot be read or averaged; the message is one printable line."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What is known of a tensor before its bytes are read.
-
-    Args:
-        dtype: The element type.
-        shape: Sizes.
-        alias: Equal for two names of one file that are the same elements of the same storage (tied weights).
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    alias: Any = None
-
-    @property
-    def numel(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """The number of bytes."""
-        return self.numel * self.dtype.itemsize
-
-    @property
-    def averaged(self) -> bool:
-        """Whether a mean makes sense: of floating-point and complex numbers, never of integers and booleans."""
-        return self.dtype.is_floating_point or self.dtype.is_complex
+from lightning_plugins.core.checkpoint_file import TensorSpec
 
 
 class Checkpoint(ABC):
@@ -93,11 +49,6 @@ class Checkpoint(ABC):
 def as_count(value: Any) -> int | None:
     """Return ``value`` if it is a number of steps or epochs that a run can have, else ``None``."""
     return value if type(value) is int and 0 <= value < 2**63 else None
-
-
-def unreadable(path: Path, error: Exception | str) -> str:
-    """Return one line that says why ``path`` cannot be read."""
-    return f"{path} cannot be read as a checkpoint: {reason(error)}"
 
 
 def ema_note(header: Mapping[str, Any], names: Container[str]) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.checkpoints.formats.base import Checkpoint, CheckpointError, TensorSpec, unreadable
+from lightning_plugins.checkpoints.formats.base import Checkpoint
+from lightning_plugins.core.checkpoint_file import CheckpointError, TensorSpec, unreadable
 from lightning_plugins.core.mapped_files import MappedFiles
 from lightning_plugins.core.safetensors_file import SafetensorsHeader, read_header
 from lightning_plugins.core.stand_ins import UnreadableError

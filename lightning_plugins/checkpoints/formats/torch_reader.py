@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.checkpoints.formats.base import (
-    STATE_DICT_KEYS,
-    Checkpoint,
-    CheckpointError,
-    TensorSpec,
-    unreadable,
-)
+from lightning_plugins.checkpoints.formats.base import Checkpoint
 from lightning_plugins.core import torch_file
+from lightning_plugins.core.checkpoint_file import CheckpointError, TensorSpec, unreadable
+from lightning_plugins.core.checkpoint_keys import STATE_DICT_KEYS
 from lightning_plugins.core.module_state import is_opaque
 from lightning_plugins.core.stand_ins import UnreadableError
 from lightning_plugins.core.validation import shortened, shown

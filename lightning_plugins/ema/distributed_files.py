@@ -1,0 +1,196 @@
+"""Sets of weights in distributed checkpoints: written and read by all ranks, each its shares.
+
+Lightning puts a checkpoint's ``state_dict`` and optimizer states into a directory of ``torch.distributed.checkpoint``
+and takes all else from rank 0, whose shares are not the whole. So the sets beside the ``state_dict`` go into a folder
+of their own, before Lightning's files: a directory that counts as complete has both. Every rank writes and reads its
+own shares, also when there are more or fewer ranks than there were.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.module_state import clean_name, named_tensors
+from lightning_plugins.core.patching import Patches
+from lightning_plugins.core.second_sets import (
+    Label,
+    SecondSets,
+    belonging,
+    new_listing,
+    rest_digest,
+    write_listing,
+)
+from lightning_plugins.core.sharded_directory import ShardedTensors, is_sharded_checkpoint
+from lightning_plugins.core.sharding import any_sharded
+from lightning_plugins.ema.checkpoint_directory import RAW, average_label, posthoc_label
+from lightning_plugins.ema.checkpoint_format import RECORD_VERSION_BESIDE, Contents
+
+_FOLDER = checkpoint_keys.SECOND_SETS_FOLDER
+
+
+# -- writing
+
+
+def is_distributed(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint that is being made will be a directory: its weights are sharded still."""
+    return any_sharded(checkpoint.get("state_dict", {}).values())
+
+
+def write_beside(checkpoint: dict[str, Any], path: Path, *, is_global_zero: bool) -> None:
+    """Move the sharded sets of a checkpoint, which is about to be written, into the folder; every rank must call it.
+
+    What an earlier checkpoint of that name has there is removed. There is no collective but those of
+    ``torch.distributed.checkpoint``, and nothing happens when it was done.
+
+    Args:
+        checkpoint: What is written. Its listing takes the place of the sets.
+        path: The checkpoint's directory.
+        is_global_zero: Whether this is the first rank.
+    """
+    if checkpoint_keys.SECOND_SETS in checkpoint:
+        return
+    replaces = rest_digest(path) if is_global_zero else None
+    if is_global_zero:
+        # first: what is there must not seem to belong to what comes
+        shutil.rmtree(path / _FOLDER, ignore_errors=True)
+    sets = _taken(checkpoint)
+    if not sets:
+        return
+    if path.is_file():
+        # as Lightning does with a single file of that name
+        path.unlink(missing_ok=True)
+    listing = new_listing(checkpoint.get("global_step", 0), list(sets))
+    # absent from builds without distributed support
+    from torch.distributed.checkpoint import state_dict_saver  # noqa: PLC0415
+
+    by_number = {str(number): tensors for number, tensors in enumerate(sets.values())}
+    state_dict_saver.save(by_number, checkpoint_id=path / _FOLDER)
+    if is_global_zero:
+        write_listing(path, listing, replaces)
+    checkpoint[checkpoint_keys.SECOND_SETS] = listing.plain()
+
+
+def _taken(checkpoint: dict[str, Any]) -> dict[Label, dict[str, Tensor]]:
+    """Take the sharded sets out of a checkpoint."""
+    if not is_distributed(checkpoint):
+        return {}
+    sets: dict[Label, dict[str, Tensor]] = {}
+    record = checkpoint.get(checkpoint_keys.EMA)
+    if record is not None:
+        if record["raw"] is not None:
+            sets[RAW] = record["raw"]
+        sets.update({average_label(name): average for name, average in record["averages"].items()})
+        if sets:
+            record.update(version=RECORD_VERSION_BESIDE, raw=None, averages={})
+    for key, averages in checkpoint.pop(checkpoint_keys.POSTHOC_EMA, {}).items():
+        sets.update({posthoc_label(key, number): average for number, average in enumerate(averages)})
+    return sets
+
+
+def write_with(strategy: Any, checkpoint: dict[str, Any], *, is_global_zero: bool) -> None:
+    """Write the sets of ``checkpoint`` when the strategy saves it, which it is about to do.
+
+    After a fit nothing watches the strategy any more; this does, for one call.
+    """
+    patches = Patches()
+
+    def save(original: Callable[..., None], saved: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
+        patches.undo()
+        if saved is checkpoint:
+            write_beside(saved, Path(strategy.broadcast(filepath)), is_global_zero=is_global_zero)
+        original(saved, filepath, *args, **kwargs)
+
+    patches.wrap(strategy, "save_checkpoint", save)
+
+
+# -- reading
+
+
+class DistributedSets:
+    """The sets of weights in a distributed checkpoint, for a module whose tensors are spread over ranks.
+
+    Args:
+        path: The directory.
+        listing: What lies in its folder.
+        module: The module; what is read is spread as its tensors are.
+    """
+
+    def __init__(self, path: Path, listing: SecondSets, module: nn.Module) -> None:
+        self._path, self._listing = path, listing
+        self._like = {name: found.tensor for found in named_tensors(module) for name in found.names}
+
+    def __contains__(self, label: Label) -> bool:
+        return label in self._listing.labels
+
+    def names(self, label: Label) -> set[str]:
+        """Return the names of a set's tensors."""
+        root = self._listing.root(*label)
+        return set(map(clean_name, ShardedTensors(self._path / _FOLDER, (root,)).specs)) if root else set()
+
+    def read(self, label: Label) -> dict[str, Tensor] | None:
+        """Return a set by clean name, ``None`` if there is none of that label; every rank must call it."""
+        root = self._listing.root(*label)
+        return self._read(self._path / _FOLDER, (root,)) if root else None
+
+    def read_state_dict(self, names: set[str]) -> dict[str, Tensor]:
+        """Return those tensors of the ``state_dict`` that have one of the clean ``names``, in the file's precision."""
+        return self._read(self._path, checkpoint_keys.STATE_DICT_KEYS, names)
+
+    def _read(self, path: Path, roots: tuple[str, ...], names: set[str] | None = None) -> dict[str, Tensor]:
+        """Read tensors that the module has, in place; others are without their elements: they are only named."""
+        from torch.distributed.checkpoint import state_dict_loader  # noqa: PLC0415
+
+        found = ((root, ShardedTensors(path, (root,)).specs) for root in roots)
+        root, specs = next(((root, specs) for root, specs in found if specs), ("", {}))
+        targets: dict[str, Tensor] = {}
+        wanted: dict[str, Tensor] = {}
+        for key, spec in specs.items():
+            name = clean_name(key)
+            if names is not None and name not in names:
+                continue
+            like = self._like.get(name)
+            if like is None or like.shape != spec.shape:
+                targets[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            else:
+                targets[name] = wanted[key] = torch.empty_like(like.detach(), dtype=spec.dtype)
+        if wanted:
+            state_dict_loader.load({root: wanted}, checkpoint_id=path)
+        return targets
+
+
+def add_sets(contents: Contents, sets: DistributedSets, name: str, *, raw: bool) -> None:
+    """Read into ``contents`` what a directory has beside its ``state_dict``; every rank must call it.
+
+    Args:
+        contents: What the checkpoint's record says.
+        sets: The directory's.
+        name: The EMA whose average is read: from the ``state_dict`` if it owns it, whose precision the module's own
+            tensors, which have been loaded from it, may not have.
+        raw: Whether the trained weights are read, too.
+    """
+    if contents.owns_state_dict(name) and RAW in sets:
+        contents.averages[name] = sets.read_state_dict(sets.names(RAW))
+    elif (average := sets.read(average_label(name))) is not None:
+        contents.averages[name] = average
+    if raw:
+        contents.raw = sets.read(RAW)
+
+
+def open_sets(checkpoint: Mapping[str, Any], path: Any, module: nn.Module) -> DistributedSets | None:
+    """Return the sets that lie beside a loaded checkpoint's ``state_dict``, ``None`` for a file or without any.
+
+    Raises:
+        CheckpointError: If ``path`` is a directory that was not written completely.
+    """
+    directory = Path(str(path)) if path else None
+    if directory is None or not is_sharded_checkpoint(directory):
+        return None
+    listing = belonging(directory, checkpoint)
+    return None if listing is None else DistributedSets(directory, listing, module)

@@ -1,0 +1,342 @@
+"""Averages in distributed checkpoints: FSDP2 with the strategy's default, on two ranks, on four and on one."""
+
+import json
+import runpy
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from torch import nn
+
+from lightning_plugins import average_checkpoints, extract_weights, synthesize_ema
+from lightning_plugins.checkpoints import read_manifest
+from lightning_plugins.cli import main
+from tests.support.ema_distributed import launch, start
+from tests.support.ema_runs import Net, regression, same
+
+SCENARIOS = "tests.support.ema_directories"
+FOLDER = "lightning_plugins_ema"
+WHOLE = ["end", "full/epoch=2.ckpt", "full/last.ckpt", "pruned/last.ckpt", "steps/step=24.ckpt"]
+
+
+def plain_steps(epochs):
+    """The weights after every step of a plain loop on one process."""
+    torch.manual_seed(0)
+    module = Net(width=5)
+    module.net[1] = nn.Identity()
+    optimizer = module.configure_optimizers()
+    steps = []
+    for _ in range(epochs):
+        for batch in regression():
+            optimizer.zero_grad()
+            module.training_step(batch, 0).backward()
+            optimizer.step()
+            steps.append({name: value.detach().clone() for name, value in module.named_parameters()})
+    return module, steps
+
+
+def recursion(start, steps, decay):
+    """The average in float64."""
+    shadow = {name: value.double() for name, value in start.items()}
+    for weights in steps:
+        shadow = {name: decay * value + (1 - decay) * weights[name].double() for name, value in shadow.items()}
+    return shadow
+
+
+def untrained():
+    torch.manual_seed(0)
+    module = Net(width=5)
+    module.net[1] = nn.Identity()
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def close(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(value.double(), b[key].double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("directories")
+    for ranks in "124":
+        (directory / ranks).mkdir()
+    return directory, launch("write", directory, module=SCENARIOS, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def resumed(written):
+    return launch("resume", written[0], "2", module=SCENARIOS, timeout=300)
+
+
+def test_the_average_is_that_of_one_process_in_float64(written):
+    for rank in written[1]:
+        steps = plain_steps(3)[1]
+        close(rank["average"], recursion(untrained(), steps, 0.8))
+        close(rank["slow"], recursion(untrained(), steps, 0.95))
+        close(rank["raw"], steps[-1])
+        # and of this run's own weights
+        close(rank["average"], recursion(untrained(), rank["steps"], 0.8))
+
+
+def test_a_step_asks_no_other_rank_for_the_average(written):
+    for rank in written[1]:
+        assert rank["counts"] == rank["plain_counts"] != {}
+
+
+@pytest.mark.parametrize(
+    "name", ["end", "full/epoch=2.ckpt", "full/last.ckpt", "pruned/last.ckpt", "steps/step=24.ckpt"]
+)
+def test_a_directory_holds_every_set(written, name):
+    directory, ranks = written
+    path = directory / name
+    assert same(extract_weights(path), ranks[0]["average"])
+    assert same(extract_weights(path, "raw"), ranks[0]["raw"])
+    assert same(extract_weights(path, name="slow.one"), ranks[0]["slow"])
+    with pytest.raises(ValueError, match=r"it has 'ema', 'slow\.one'"):
+        extract_weights(path, name="fast")
+
+
+def test_no_extra_name_is_in_the_state_dict_and_the_rest_is_plain(written):
+    path = written[0] / "full" / "epoch=2.ckpt"
+    consolidated = _load_distributed_checkpoint(path)
+    assert consolidated["state_dict"].keys() == untrained().keys()
+    rest = torch.load(path / "meta.pt", weights_only=True)
+    assert rest["lightning_plugins_ema"] == {
+        "version": 2, "state_dict": "average", "name": "ema", "raw": None, "averages": {}
+    }  # fmt: skip
+    assert "lightning_plugins_posthoc_ema" not in rest
+    assert json.loads((path / FOLDER / "sets.json").read_text())["step"] == rest["global_step"] == 24
+
+
+def test_what_is_pruned_goes_as_a_whole(written):
+    directory, ranks = written
+    assert (directory / "full" / "last.ckpt").is_symlink()
+    assert {path.name for path in (directory / "full").iterdir()} == {
+        *(f"epoch={n}.ckpt" for n in range(3)),
+        "last.ckpt",
+    }
+    assert {path.name for path in (directory / "steps").iterdir()} == {"step=21.ckpt", "step=24.ckpt"}
+    (kept,) = ranks[0]["kept"]
+    assert sorted(map(str, (directory / "pruned").iterdir())) == [kept, str(directory / "pruned" / "last.ckpt")]
+
+
+def test_a_weights_only_directory_holds_one_set(written):
+    directory, ranks = written
+    (path,) = (directory / "weights").iterdir()
+    assert not (path / FOLDER).exists()
+    assert same(extract_weights(path), ranks[0]["average"])
+    with pytest.raises(ValueError, match="it is a weights-only file"):
+        extract_weights(path, "raw")
+
+
+def test_raw_in_the_state_dict_and_the_average_beside_it(written, resumed):
+    directory, ranks = written
+    path = directory / "raw" / "epoch=0.ckpt"
+    assert same(_load_distributed_checkpoint(path)["state_dict"], ranks[0]["raw_raw"])
+    assert same(extract_weights(path), ranks[0]["raw_average"])
+    assert same(extract_weights(path, "raw"), ranks[0]["raw_raw"])
+    for rank in resumed:  # nothing was left to train
+        assert same(rank["raw_average"], ranks[0]["raw_average"])
+        assert same(rank["raw_raw"], ranks[0]["raw_raw"])
+
+
+def test_a_wide_average_of_half_precision_is_never_rounded(written, resumed):
+    directory, ranks = written
+    path = directory / "half" / "epoch=1.ckpt"
+    average = extract_weights(path)
+    assert {value.dtype for value in average.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in average.values())
+    assert same(average, ranks[0]["half"])
+    assert same(extract_weights(path, "raw"), ranks[0]["half_raw"])
+    for rank in resumed:
+        assert same(rank["half"], ranks[0]["half"])
+        assert same(rank["half_raw"], ranks[0]["half_raw"])
+        assert {value.dtype for value in rank["half_raw"].values()} == {torch.bfloat16}
+
+
+def test_a_resume_on_as_many_ranks_is_bit_for_bit(written, resumed):
+    directory, ranks = written
+    for rank in resumed:
+        assert all(same(rank[key], ranks[0][key]) for key in ("average", "slow", "raw"))
+    before, after = directory / "snapshots", directory / "2" / "snapshots"
+    assert [path.name for path in sorted(after.iterdir())] == ["step=0000000016.pt", "step=0000000024.pt"]
+    for path in after.iterdir():
+        found, expected = (torch.load(folder / path.name, weights_only=True)["averages"] for folder in (after, before))
+        assert all(same(*pair) for pair in zip(found, expected, strict=True))
+    assert synthesize_ema(before, 0.07).keys() == untrained().keys()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_resume_on_another_number_of_ranks(written, count):
+    directory, ranks = written
+    found = launch("resume", directory, str(count), ranks=count, module=SCENARIOS, timeout=300)
+    assert len(found) == count
+    for rank in found:
+        for key in ("average", "slow", "raw"):
+            close(rank[key], ranks[0][key])
+    shared = directory / str(count) / "snapshots" / "step=0000000024.pt"
+    pairs = zip(
+        *(torch.load(path, weights_only=True)["averages"] for path in (shared, directory / "snapshots" / shared.name)),
+        strict=True,
+    )
+    for pair in pairs:
+        close(*pair)
+
+
+def test_removing_the_average_trains_on_from_it(written, resumed):
+    average = extract_weights(written[0] / "full" / "epoch=0.ckpt")
+    for rank in resumed:
+        assert same(rank["removed"], average)
+    # the sets of a run before, which lie in a directory that Lightning alone has replaced, are not this one's
+    replaced = written[0] / "replaced" / "x.ckpt"
+    assert (replaced / FOLDER / "sets.json").exists()
+    assert same(extract_weights(replaced, "raw"), average)
+    with pytest.raises(ValueError, match="it has none, only the trained weights"):
+        extract_weights(replaced)
+
+
+def test_adding_an_average_begins_it_there(written, resumed):
+    begin = extract_weights(written[0] / "plain" / "epoch=0.ckpt", "raw")
+    for rank in resumed:
+        close(rank["added"], recursion(begin, rank["added_steps"], 0.8))
+
+
+def test_weights_that_are_loaded_in_mid_fit_bring_their_average(written, resumed):
+    for rank in resumed:
+        assert same(rank["loaded"], written[1][0]["raw"])
+        assert same(rank["loaded_average"], written[1][0]["average"])
+
+
+def test_an_evaluation_without_a_fit_takes_the_set_that_is_asked_for(written, resumed):
+    for rank in resumed:
+        assert same(rank["evaluated_average"], written[1][0]["average"])
+        assert same(rank["evaluated_trained"], written[1][0]["raw"])
+        assert same(rank["evaluated_slow"], written[1][0]["slow"])
+
+
+class Plain(Net):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.net[1] = nn.Identity()
+
+
+def test_consolidation_gives_a_file_with_the_average_and_says_what_it_lacks(written, tmp_path, monkeypatch):
+    directory, ranks = written
+    file = tmp_path / "one.ckpt"
+    arguments = [str(directory / "full" / "epoch=2.ckpt"), "--output_file", str(file)]
+    monkeypatch.setattr(sys, "argv", ["consolidate_checkpoint", *arguments])
+    monkeypatch.delitem(sys.modules, "lightning.fabric.utilities.consolidate_checkpoint", raising=False)
+    runpy.run_module("lightning.fabric.utilities.consolidate_checkpoint", run_name="__main__")
+    assert same(Plain.load_from_checkpoint(file).state_dict(), ranks[0]["average"])
+    assert same(extract_weights(file), ranks[0]["average"])
+    for arguments in ({"which": "raw"}, {"name": "slow.one"}):
+        with pytest.raises(ValueError, match=r"stayed behind\. Pass the directory"):
+            extract_weights(file, **arguments)
+
+
+def test_the_commands_open_directories(written, tmp_path, capsys):
+    directory, ranks = written
+    paths = [str(directory / "full" / f"epoch={n}.ckpt") for n in range(3)]
+    main(["extract", paths[2], "--weights", "raw", "--output", str(tmp_path / "raw.pt")])
+    assert same(torch.load(tmp_path / "raw.pt", weights_only=True), ranks[0]["raw"])
+    capsys.readouterr()
+    main(["inspect", paths[2], "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["global_step"], found["optimizers"]) == ("sharded", 24, 1)
+    assert found["state_dict"]["weights"] == "average of EMA 'ema'"
+    # 31 numbers of 4 bytes
+    posthoc = {"PostHocEMA(sigma_rels=(0.05, 0.1))": 248}
+    assert found["beside"] == {"raw weights": 124, "average of EMA 'slow.one'": 124, **posthoc}
+    assert found["file_bytes"] == sum(
+        file.stat().st_size for file in (directory / "full" / "epoch=2.ckpt").rglob("*.*")
+    )
+    main(["average", *paths, "--output", str(tmp_path / "mean.ckpt")])
+    manifest = read_manifest(tmp_path / "mean.ckpt")
+    assert (manifest["weights"], manifest["ema_name"]) == ("average", "ema")
+    sets = [extract_weights(path) for path in paths]
+    mean = {name: sum(one[name].double() for one in sets) / 3 for name in sets[0]}
+    close(torch.load(tmp_path / "mean.ckpt", weights_only=True)["state_dict"], mean)
+    assert "lightning_plugins_second_sets" not in torch.load(tmp_path / "mean.ckpt", weights_only=True)
+
+
+# -- killed
+
+
+def mixtures(old, new, target):
+    """Directories as a kill leaves them while ``new`` replaces ``old``, in the order in which files are written."""
+    rank_files = [path.name for path in sorted(new.glob("*.distcp"))]
+    stages = {"0-no-folder": [], "1-folder": [FOLDER], "2-one-rank": [FOLDER, rank_files[0]]}
+    stages["3-all-ranks"] = [FOLDER, *rank_files]
+    stages["4-index"] = [FOLDER, *rank_files, ".metadata"]
+    for stage, names in stages.items():
+        shutil.copytree(old, target / stage)
+        shutil.rmtree(target / stage / FOLDER)
+        for name in names:
+            copy = shutil.copytree if (new / name).is_dir() else shutil.copy
+            copy(new / name, target / stage / name)
+    shutil.copytree(new, target / "5-half-a-rest")
+    content = (new / "meta.pt").read_bytes()
+    (target / "5-half-a-rest" / "meta.pt").write_bytes(content[: len(content) // 2])
+    # where nothing was before
+    shutil.copytree(new, target / "6-fresh")
+    (target / "6-fresh" / "meta.pt").unlink()
+
+
+def test_what_a_kill_leaves_is_refused(written, tmp_path):
+    directory = written[0]
+    old, new, whole = (directory / "full" / f"epoch={n}.ckpt" for n in range(3))
+    mixtures(old, new, tmp_path / "cut")
+    places = sorted((tmp_path / "cut").iterdir())
+    for place in places:
+        for read in (extract_weights, lambda path: average_checkpoints([path, whole])):
+            with pytest.raises(ValueError, match=r"incomplete|cannot be read") as error:
+                read(place)
+            assert str(place) in str(error.value)
+            assert str(error.value).count("\n") == 0
+    launch("refused", tmp_path, ranks=1, module=SCENARIOS, timeout=300)
+    messages = json.loads((tmp_path / "refused.json").read_text())
+    assert list(messages) == [place.name for place in places]
+    for place, message in messages.items():
+        assert message.startswith("CheckpointError: "), place
+        assert "is incomplete: its folder" in message or "meta.pt cannot be read as a checkpoint" in message, message
+
+
+def test_a_folder_that_was_cut_off_leaves_a_plain_directory_as_it_was(written, tmp_path):
+    """Lightning has not begun to write, so what it had written is whole."""
+    place = shutil.copytree(written[0] / "plain" / "epoch=0.ckpt", tmp_path / "x")
+    before = extract_weights(place, "raw")
+    shutil.copytree(written[0] / "full" / "epoch=0.ckpt" / FOLDER, place / FOLDER)
+    (place / FOLDER / "sets.json").unlink()
+    assert same(extract_weights(place, "raw"), before)
+
+
+def test_a_run_that_is_killed_while_it_replaces_a_checkpoint(tmp_path):
+    (process,), (output,) = start("killed", tmp_path, ranks=1, timeout=300, module=SCENARIOS)
+    assert process.returncode == -signal.SIGKILL, output[-2000:]
+    place = tmp_path / "killed" / "same.ckpt"
+    assert (place / "meta.pt").is_file()
+    assert json.loads((place / FOLDER / "sets.json").read_text())["step"] == 16
+    with pytest.raises(ValueError, match=r"its folder lightning_plugins_ema is of step 16 and its meta\.pt of step 8"):
+        extract_weights(place)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "must be of version 1, got 2"),
+        ({"sets": [["raw", 1]]}, "must have a list of names as `sets`"),
+        ({"step": -1}, "`step` must be at least 0"),
+        ({"save": 3}, "`save` must be a text"),
+        (None, "cannot be read as a checkpoint"),
+    ],
+)
+def test_a_listing_is_checked(written, tmp_path, change, message):
+    place = shutil.copytree(written[0] / "full" / "epoch=0.ckpt", tmp_path / "x")
+    listing = place / FOLDER / "sets.json"
+    listing.write_text("[[" if change is None else json.dumps({**json.loads(listing.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        extract_weights(place)

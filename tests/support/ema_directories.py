@@ -1,0 +1,213 @@
+"""Runs with distributed checkpoints in processes of their own: python -m tests.support.ema_directories SCENARIO DIR."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_plugins import EMA, ConstantDecay, PostHocEMA
+from tests.support.ema_distributed import save, sharded_net, trainer
+from tests.support.ema_runs import regression
+
+RAW = {"evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
+
+
+def callbacks(directory):
+    """Two averages, and two of the post-hoc kind."""
+    slow = EMA(ConstantDecay(0.95), name="slow.one", **RAW)
+    return EMA(ConstantDecay(0.8)), slow, PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots")
+
+
+def fit(*others, max_epochs=2, ckpt_path=None, module=None, **kwargs):
+    strategy = ModelParallelStrategy(data_parallel_size=int(os.environ["EMA_TEST_RANKS"]), tensor_parallel_size=1)
+    module = module or sharded_net()
+    run = trainer(strategy, *others, max_epochs=max_epochs, **kwargs)
+    run.fit(module, regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
+    return run, module
+
+
+def states(ema, slow):
+    return {"average": ema.average_state_dict(), "slow": slow.average_state_dict(), "raw": ema.raw_state_dict()}
+
+
+def whole(module):
+    return {name: value.full_tensor().detach().clone() for name, value in module.named_parameters()}
+
+
+class _Calls(TorchDispatchMode):
+    """Counts what is asked of torch.distributed, in whichever of its forms."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind is DTensor for kind in types):
+            return NotImplemented
+        if "c10d" in func.namespace:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class CountCalls(lightning.Callback):
+    """What the steps of an epoch ask of torch.distributed."""
+
+    def __init__(self):
+        self.mode = _Calls()
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.is_last_batch:
+            self.mode.__exit__(None, None, None)
+
+
+class Weights(lightning.Callback):
+    """The weights after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(whole(pl_module))
+
+
+def write(directory):
+    """Directories of every kind, as two ranks write them, and what the averages were."""
+    directory = Path(directory)
+    ema, slow, posthoc = callbacks(directory)
+    files = {
+        "full": ModelCheckpoint(directory / "full", filename="{epoch}", save_top_k=-1, save_last="link"),
+        "pruned": ModelCheckpoint(
+            directory / "pruned", filename="{epoch}", monitor="val_loss", mode="max", save_last=True
+        ),
+        "steps": ModelCheckpoint(directory / "steps", filename="{step}", every_n_train_steps=3, save_top_k=2,
+                                 monitor="step", mode="max"),
+        "weights": ModelCheckpoint(
+            directory / "weights", filename="{step}", save_weights_only=True, every_n_train_steps=8
+        ),
+    }  # fmt: skip
+    weights = Weights()
+    run, _ = fit(posthoc, slow, ema, weights, *files.values(), max_epochs=3)
+    found = states(ema, slow)
+    run.save_checkpoint(directory / "end")
+    run.save_checkpoint(directory / "end-weights", weights_only=True)
+
+    counted, plain = CountCalls(), CountCalls()
+    raw = EMA(ConstantDecay(0.8), checkpoint="raw", after_fit="raw")
+    fit(counted, raw, ModelCheckpoint(directory / "raw", filename="{epoch}"), max_epochs=1)
+    fit(plain, ModelCheckpoint(directory / "plain", filename="{epoch}"), max_epochs=1)
+
+    half, half_files = EMA(0.9), ModelCheckpoint(directory / "half", filename="{epoch}", save_top_k=-1)
+    fit(half, half_files, max_epochs=2, precision="bf16-true")
+    save(
+        "write", directory, **found,
+        steps=weights.seen, raw_average=raw.average_state_dict(), raw_raw=raw.raw_state_dict(),
+        half=half.average_state_dict(), half_raw=half.raw_state_dict(), counts=dict(counted.mode.counts),
+        plain_counts=dict(plain.mode.counts), kept=[str(path) for path in files["pruned"].best_k_models],
+    )  # fmt: skip
+
+
+def resume(directory, ranks="2"):
+    """Go on from what two ranks wrote."""
+    directory = Path(directory)
+    ema, slow, posthoc = callbacks(directory / ranks)
+    fit(ema, slow, posthoc, max_epochs=3, ckpt_path=directory / "full" / "epoch=0.ckpt")
+    found = states(ema, slow)
+    if ranks == "2":
+        found |= only_two(directory)
+    save("resume", directory / ranks, **found)
+
+
+def only_two(directory):
+    """What needs no other number of ranks."""
+    half = EMA(0.9)
+    fit(half, max_epochs=2, precision="bf16-true", ckpt_path=directory / "half" / "epoch=0.ckpt")
+    found = {"half": half.average_state_dict(), "half_raw": half.raw_state_dict()}
+
+    raw = EMA(ConstantDecay(0.8), checkpoint="average")
+    fit(raw, max_epochs=1, ckpt_path=directory / "raw" / "epoch=0.ckpt")
+    found |= {"raw_average": raw.average_state_dict(), "raw_raw": raw.raw_state_dict()}
+
+    # without the plugin: what Lightning alone loads is the average, and it is trained on
+    run, module = fit(max_epochs=1, ckpt_path=directory / "full" / "epoch=0.ckpt")
+    found["removed"] = whole(module)
+    # and where it replaces a directory, the sets that are left over are not taken for its own
+    replaced = directory / "replaced"
+    with_ema = EMA(ConstantDecay(0.8))
+    fit(with_ema, ModelCheckpoint(replaced, filename="x"), max_epochs=1)
+    run.save_checkpoint(replaced / "x.ckpt")
+
+    added = EMA(ConstantDecay(0.8))
+    weights = Weights()
+    fit(added, weights, max_epochs=2, ckpt_path=directory / "plain" / "epoch=0.ckpt")
+    found |= {"added": added.average_state_dict(), "added_steps": weights.seen, "added_from": whole(module)}
+
+    # weights that are loaded in mid-fit bring their averages
+    class Loading(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 3:
+                trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(directory / "end"))
+                found["loaded"] = whole(pl_module)
+                found["loaded_average"] = loading.average_state_dict()
+
+    loading = EMA(ConstantDecay(0.8))
+    fit(loading, Loading(), max_epochs=1)
+
+    # evaluated without a fit: the set that the callbacks ask for
+    for name, ema in (("average", EMA()), ("trained", EMA(evaluate="raw")), ("slow", EMA(name="slow.one"))):
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        module = sharded_net()
+        trainer(strategy, ema).validate(
+            module, regression(n=8, seed=9), verbose=False, ckpt_path=directory / "full" / "epoch=2.ckpt"
+        )
+        found[f"evaluated_{name}"] = whole(module)
+    return found
+
+
+def refused(directory):
+    """Resume from directories that were cut off; note what is said."""
+    directory = Path(directory)
+    messages = {}
+    for place in sorted((directory / "cut").iterdir()):
+        with pytest.raises(ValueError) as error:
+            fit(EMA(0.8), max_epochs=1, ckpt_path=place)
+        messages[place.name] = f"{type(error.value).__name__}: {error.value}"
+    (directory / "refused.json").write_text(json.dumps(messages))
+
+
+def killed(directory):
+    """Replace a checkpoint and die when its weights are there, and its `meta.pt` is still that of before."""
+    original, calls = torch.save, []
+
+    def dying(content, place, *args, **kwargs):
+        if str(place).endswith("meta.pt"):
+            calls.append(place)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(content, place, *args, **kwargs)
+
+    torch.save = dying
+    files = ModelCheckpoint(Path(directory) / "killed", filename="same", enable_version_counter=False)
+    fit(EMA(0.8), files, max_epochs=2)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])
+    sys.stdout.flush()
+    # a thread of gloo that still holds a tensor when the interpreter ends would abort the process
+    os._exit(0)
