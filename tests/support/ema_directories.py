@@ -183,7 +183,7 @@ def refused(directory):
     directory = Path(directory)
     messages = {}
     for place in sorted((directory / "cut").iterdir()):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=str(place)) as error:
             fit(EMA(0.8), max_epochs=1, ckpt_path=place)
         messages[place.name] = f"{type(error.value).__name__}: {error.value}"
     (directory / "refused.json").write_text(json.dumps(messages))
