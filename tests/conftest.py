@@ -1,6 +1,7 @@
 """What every test starts from: one thread, a fixed seed, and a failure when a test leaves global state behind."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ settings.register_profile(
 settings.load_profile("busy machine")
 # Also for fixtures of a module, which come before those of a test: two threads round otherwise than one.
 torch.set_num_threads(1)
+
+
+# Where the suite runs in a shell's background, Ctrl-C is ignored, and programs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

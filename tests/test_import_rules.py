@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import conditions
 from tests.support.snippets import ROOT
 
 LINTER = Path(sys.executable).with_name("lint-imports")
@@ -76,7 +77,7 @@ def lint(tree):
 def tree(tmp_path_factory):
     """A copy of the tree, with a new technique that is listed nowhere and keeps the rules."""
     if not LINTER.exists():
-        pytest.skip("import-linter is not installed")
+        pytest.skip(f"{conditions.NEEDS}the package import-linter")
     path = tmp_path_factory.mktemp("tree")
     shutil.copy(ROOT / "pyproject.toml", path)
     ignored = shutil.ignore_patterns("__pycache__", "*.md", "*.png")

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from tests.support import conditions
 from tests.support.snippets import ROOT, python_path
 from tests.test_import_rules import lint
 
@@ -204,6 +205,7 @@ def run_tests(tree, *arguments):
     }
 
 
+@conditions.import_linter
 def test_it_is_written_as_contributing_says_and_keeps_every_promise(tmp_path):
     tree = copy_of_the_tree(tmp_path / "tree")
     write(tree)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import conditions
 from tests.support.cases import PUBLIC
 from tests.support.snippets import ROOT
 
@@ -110,7 +111,7 @@ def errors_of_pyright(folder):
     names = ("pyright", "basedpyright")
     command = next((found for name in names if (found := shutil.which(name, path=beside) or shutil.which(name))), None)
     if command is None:
-        pytest.skip("neither pyright nor basedpyright is installed")
+        pytest.skip(f"{conditions.NEEDS}the package pyright or basedpyright")
     configuration = {"typeCheckingMode": "standard", "extraPaths": [str(ROOT)], "include": ["lines.py"]}
     (folder / "pyrightconfig.json").write_text(json.dumps(configuration))
     command = [command, "--outputjson", "--pythonpath", sys.executable]

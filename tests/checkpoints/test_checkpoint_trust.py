@@ -15,6 +15,7 @@ from lightning_plugins import CheckpointAveraging
 from lightning_plugins.checkpoints import CheckpointError, read_manifest
 from lightning_plugins.checkpoints.run_files import RunFiles, digest
 from lightning_plugins.core.validation import LightningPluginsWarning
+from tests.support import conditions
 from tests.support.checkpoints_models import (
     NAMESPACES,
     VALIDATION,
@@ -107,7 +108,7 @@ def test_a_stranger_that_appears_during_a_fit_is_named_and_left_out(tmp_path, sa
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("payload", [True, False])
-@pytest.mark.parametrize("weights_only", [None, True])
+@pytest.mark.parametrize("weights_only", [{}, pytest.param({"weights_only": True}, marks=conditions.weights_only_fit)])
 def test_a_stranger_in_the_folder_of_a_resumed_run_never_runs(tmp_path, said, place, payload, weights_only):
     below, save_top_k = PLACES[place]
     folder = tmp_path / "c"
@@ -116,7 +117,7 @@ def test_a_stranger_in_the_folder_of_a_resumed_run_never_runs(tmp_path, said, pl
     marker = tmp_path / "marker"
     stranger(folder / below / "stranger.ckpt", 6, marker if payload else None)
     (newest,) = folder.glob("epoch=2*.ckpt")
-    averaging = fit(folder, save_top_k=save_top_k, ckpt_path=newest, weights_only=weights_only)
+    averaging = fit(folder, save_top_k=save_top_k, ckpt_path=newest, **weights_only)
     assert not marker.exists()
     assert epochs(averaging) == [0, 1, 2, 3, 4]
     assert sum("this run did not write them: stranger.ckpt." in line for line in said) == 1
@@ -160,7 +161,7 @@ def test_the_runs_own_files_are_trusted_also_after_a_resume(tmp_path, save_top_k
     with pytest.raises(RuntimeError, match="crash"):
         fit(tmp_path, crash_at=3, **options)
     (newest,) = tmp_path.glob("epoch=2*.ckpt")
-    averaging = fit(tmp_path, ckpt_path=newest, weights_only=False, **options)
+    averaging = fit(tmp_path, ckpt_path=newest, **conditions.LOAD_ANY_OBJECT, **options)
     assert epochs(averaging) == [0, 1, 2, 3, 4]
     assert isinstance(torch.load(averaging.path, weights_only=False)["hyper_parameters"]["kind"], Kind)
 

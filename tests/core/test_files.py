@@ -113,7 +113,7 @@ def test_places_that_cannot_be_written_are_refused_by_the_users_argument_and_pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="lowers its own rights")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the rights of root, which it lowers")
 def test_a_directory_without_rights_is_refused():
     # not below pytest's own, which is this user's alone
     with tempfile.TemporaryDirectory(dir="/tmp") as name:

@@ -3,12 +3,13 @@
 import lightning.pytorch as unified
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 
 from lightning_plugins import EMA, ConstantDecay, PostHocEMA, extract_weights
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.ema.snapshots import list_snapshots
+from tests.support import conditions
 from tests.support.ema_changes import At, Weights, Wide, averaged
 from tests.support.ema_runs import THETA, Script, Scripted, follow, numbers, regression, same, trainer
 
@@ -215,14 +216,18 @@ def test_a_learning_rate_search_in_mid_fit_leaves_no_trace(tmp_path, first):
 # -- writers
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_lightnings_own_averaging_beside_it_is_refused(first):
-    from lightning.pytorch.callbacks import EMAWeightAveraging
+AVERAGING = {"StochasticWeightAveraging": {"swa_lrs": 0.01}, "EMAWeightAveraging": {}}
 
-    for other in (StochasticWeightAveraging(swa_lrs=0.01), EMAWeightAveraging()):
-        callbacks = [other, EMA(0.9)] if first else [EMA(0.9), other]
-        with pytest.raises(MisconfigurationException, match=f"must be the only callback .* got {type(other).__name__}"):
-            trainer(*callbacks).fit(Wide(), regression())
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "name", ["StochasticWeightAveraging", pytest.param("EMAWeightAveraging", marks=conditions.ema_weight_averaging)]
+)
+def test_lightnings_own_averaging_beside_it_is_refused(name, first):
+    other = getattr(unified.callbacks, name)(**AVERAGING[name])
+    callbacks = [other, EMA(0.9)] if first else [EMA(0.9), other]
+    with pytest.raises(MisconfigurationException, match=f"must be the only callback .* got {name}"):
+        trainer(*callbacks).fit(Wide(), regression())
 
 
 def test_an_optimizer_that_writes_into_the_average_in_evaluation_is_warned_about():

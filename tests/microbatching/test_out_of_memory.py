@@ -110,7 +110,7 @@ def test_errors_that_lead_to_each_other():
     assert not is_out_of_memory(one)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="groups came with Python 3.11")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs groups of exceptions (Python 3.11)")
 def test_one_of_a_group():
     assert is_out_of_memory(ExceptionGroup("several", [ValueError("one"), MemoryError()]))  # noqa: F821
 

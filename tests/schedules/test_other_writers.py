@@ -16,6 +16,7 @@ from lightning_plugins import (
     WarmupCosine,
     WarmupLinear,
 )
+from tests.support import conditions
 from tests.support.training import RecordingSGD, loader, make_module, make_trainer, rates
 
 
@@ -342,6 +343,7 @@ class SearchAt(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
+@conditions.rate_of_a_search_in_mid_fit
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_a_search_for_a_rate_in_mid_fit_leaves_no_steps_and_its_rate_is_taken(tmp_path, ours_first):
@@ -357,6 +359,7 @@ def test_a_search_for_a_rate_in_mid_fit_leaves_no_steps_and_its_rate_is_taken(tm
     assert callback.lrs[40:] == pytest.approx([found / schedule(40) * schedule(step) for step in range(40, 120)])
 
 
+@conditions.whole_run_after_a_search
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.filterwarnings("ignore")
 def test_a_search_before_the_first_step_gives_the_base_rate_in_any_order(tmp_path, ours_first):

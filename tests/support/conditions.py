@@ -5,7 +5,9 @@ docs/compatibility.md. Each asks for the thing itself where that can be seen, fo
 """
 
 import inspect
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,8 +42,17 @@ whole_run_after_a_search = _needs(
     "a whole run after Lightning's LearningRateFinder", there=installed("lightning") >= (2, 6)
 )
 
-# a Trainer of Lightning before 2.6 cannot be told, and loads any object
-LOAD_ANY_OBJECT = {"weights_only": False} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
+# Before, the rate that was found is written to the module alone, and the optimizer of a run in progress keeps its own.
+rate_of_a_search_in_mid_fit = _needs(
+    "a LearningRateFinder that sets the rate of a run in progress", there=installed("lightning") >= (2, 6)
+)
+
+# A Trainer of Lightning before 2.6 cannot be told, and loads any object.
+HAS_WEIGHTS_ONLY = "weights_only" in inspect.signature(Trainer.fit).parameters
+weights_only_fit = _needs("Trainer.fit(weights_only=True)", there=HAS_WEIGHTS_ONLY)
+LOAD_ANY_OBJECT = {"weights_only": False} if HAS_WEIGHTS_ONLY else {}
+
+import_linter = _needs("the package import-linter", there=Path(sys.executable).with_name("lint-imports").exists())
 
 # Names that the package uses where they are there: whether the installed version is known to have them.
 OF_SOME_VERSIONS = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import time
 from collections import Counter
@@ -46,7 +47,9 @@ def write(path: Path, stats: dict[str, list[Any]]) -> None:
 
 
 def _reason(report: Any) -> str:
-    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    """Return why a test was skipped; a package that `importorskip` did not find is one that the test needs."""
+    said = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return re.sub(r"^could not import '(\w+)[\w.]*'.*", r"needs the package \1", said, flags=re.DOTALL)
 
 
 def _version(package: str) -> str | None:
