@@ -16,9 +16,10 @@ import yaml
 from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_plugins
-from lightning_plugins import EMA, GradientAccumulation, LearningRateScheduler, Linear, schedules
+from lightning_plugins import EMA, Cosine, GradientAccumulation, LearningRateScheduler, Linear, WarmupCosine, schedules
 from lightning_plugins.core.lightning import CallbackOfBoth
 from tests.support.cases import CALLS, import_path, kind_of
+from tests.support.snippets import blocks
 from tests.support.training import loader, make_module, rates
 
 QUIET = """
@@ -100,6 +101,14 @@ def printed(namespace, path, config, capsys, *arguments):
 
 def ours(cli):
     return [callback for callback in cli.trainer.callbacks if isinstance(callback, CallbackOfBoth)]
+
+
+def test_the_recipe_in_yaml_is_what_it_says(tmp_path):
+    [recipe] = blocks("docs/recipes.md", "yaml")
+    merged = {"trainer": {**yaml.safe_load(QUIET)["trainer"], **yaml.safe_load(recipe)["trainer"]}}
+    by_group, decay = ours(make_cli(unified, tmp_path, yaml.safe_dump(merged)))
+    assert by_group.schedule == {"weights": WarmupCosine("10%"), "biases": Linear(None, 10, 0.01)}
+    assert (decay.schedule, decay.parameter, decay.base_lr) == (Cosine(None, 0.04, 0.4), "weight_decay", 1.0)
 
 
 # --- every class ------------------------------------------------------------------------------------------------------

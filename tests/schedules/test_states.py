@@ -65,8 +65,10 @@ def test_hydras_lists_and_mappings_of_schedules_are_taken():
     line = made("Linear", steps=10, start=1, end=0)
     assert instantiate(made("Join", parts=[line, line], boundaries=[5])) == Join([Linear(10, 1, 0)] * 2, [5])
     for group in ("backbone", 0):
-        callback = instantiate(made("LearningRateScheduler", schedule={group: line}))
+        others = {"parameter": "weight_decay", "clock": "time"}
+        callback = instantiate(made("LearningRateScheduler", schedule={group: line}, **others))
         assert callback.schedule == {group: Linear(10, 1, 0)}
+        assert (callback.parameter, callback.clock) == ("weight_decay", "time")
     plateau = made("Plateau", monitor="loss")
     callback = instantiate(made("LearningRateScheduler", schedule=line, base_lr=[0.1, 0.2], plateau=plateau))
     assert (callback.base_lr, callback.plateau) == ((0.1, 0.2), Plateau("loss"))
