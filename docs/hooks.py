@@ -37,6 +37,8 @@ _FILES = (
     "LICENSE",
     "docs/site.css",
     *(f"{folder}/**/*.png" for folder in ("benchmarks", "docs", "examples", "lightning_plugins")),
+    "docs/pictures/gallery/*.svg",
+    "docs/pictures/*.py",
     "benchmarks/*.py",
     "examples/*.py",
     "examples/*.yaml",

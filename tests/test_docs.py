@@ -1,5 +1,6 @@
 """README and cards are true: their snippets run, their commands exist, their links lead somewhere."""
 
+import importlib.util
 import re
 import shlex
 
@@ -16,12 +17,29 @@ BLOCK_ENDS = "\x1e\n"
 def test_snippets_run(document, tmp_path):
     """A document's blocks run in order in one process, as a reader would type them, and print what it says."""
     script = tmp_path / "snippets.py"
-    script.write_text("".join(f"{code}\nprint({BLOCK_ENDS!r}, end='')\n" for code, _ in examples(document)))
+    runnable = [(code, output) for code, output in examples(document) if is_installed(code)]
+    script.write_text("".join(f"{code}\nprint({BLOCK_ENDS!r}, end='')\n" for code, _ in runnable))
     done = fork_server.program(script, folder=tmp_path, timeout=300, warn=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for (code, output), printed in zip(examples(document), done.stdout.split(BLOCK_ENDS)[:-1], strict=True):
+    for (code, output), printed in zip(runnable, done.stdout.split(BLOCK_ENDS)[:-1], strict=True):
         if output is not None:
             assert _without_trailing_space(printed) == _without_trailing_space(output), code
+
+
+def is_installed(code):
+    """Return whether what a block says that it needs, in its first line, is there."""
+    needed = re.match(r"# needs (\w+)\n", code)
+    return needed is None or importlib.util.find_spec(needed[1]) is not None
+
+
+def test_what_hydra_is_given_makes_the_callbacks():
+    hydra = pytest.importorskip("hydra.utils")
+    omegaconf = pytest.importorskip("omegaconf")
+    (text,) = [block for block in blocks("docs/loggers.md", "yaml") if block.startswith("# needs hydra")]
+    made = hydra.instantiate(omegaconf.OmegaConf.create(text).callbacks)
+    assert [type(callback).__name__ for callback in made] == [
+        "LearningRateScheduler", "GradientAccumulation", "StatisticsRecorder"
+    ]  # fmt: skip
 
 
 def _without_trailing_space(text):

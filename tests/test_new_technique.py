@@ -111,6 +111,14 @@ class PercentileClipping(Callback):
 
 Clips outliers of the gradient.
 
+## When to use it
+
+Where single batches have gradients that are far too long.
+
+## Which number
+
+`percentile=10`, which the authors use.
+
 ## Use
 
 `Trainer(callbacks=[PercentileClipping(10)])`

@@ -8,6 +8,8 @@ from tests.support.cases import PACKAGE, PUBLIC, TECHNIQUES, callback_names
 from tests.support.snippets import ROOT
 
 SECTIONS = (
+    "When to use it",
+    "Which",
     "Use",
     "What it does",
     "Arguments",
@@ -32,6 +34,13 @@ def test_every_section_of_a_card_says_something(technique):
         texts = [text for heading, text in found.items() if heading.startswith(section)]
         assert texts, section
         assert any(line.strip() and not line.startswith("#") for line in texts[0].splitlines()), section
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_a_card_advises_before_it_explains(technique):
+    headings = list(sections((PACKAGE / technique / "README.md").read_text()))
+    firsts = [heading.split()[0].rstrip(",") for heading in headings]
+    assert firsts[:4] == ["When", "Which", "Use", "What"], headings
 
 
 @pytest.mark.parametrize("name", callback_names())

@@ -25,6 +25,7 @@ def plot_schedules(
     *,
     base_lr: float | None = None,
     steps_per_epoch: float | None = None,
+    size: tuple[float, float] | None = None,
 ) -> Path:
     """Draw several schedules into one picture; needs matplotlib (``pip install lightning-plugins[plot]``).
 
@@ -35,6 +36,7 @@ def plot_schedules(
         path: Where to write; the suffix chooses the format. Parent directories are made.
         base_lr: Base learning rate; the axis then shows rates instead of factors. Of panels, ``"lr"`` alone takes it.
         steps_per_epoch: Optimizer steps of an epoch, for durations in epochs.
+        size: Width and height in inches; by default 7 wide, and as high as the labels need.
 
     Returns:
         The path written.
@@ -55,16 +57,23 @@ def plot_schedules(
             known = schedule.resolve(total_steps, steps_per_epoch) if schedule.is_open else schedule
             factor = scale if name == "lr" or not several else 1.0
             panels.setdefault(name if several else rates, {})[label] = _values(known, steps, factor)
-    return draw_panels(panels, steps, path)
+    return draw_panels(panels, steps, path, size=size)
 
 
-def draw_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], steps: Sequence[int], path: str | Path) -> Path:
+def draw_panels(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    steps: Sequence[int],
+    path: str | Path,
+    *,
+    size: tuple[float, float] | None = None,
+) -> Path:
     """Draw lines into one picture, a panel above the other.
 
     Args:
         panels: Lines by label, by what their axis shows; each has a value for each step.
         steps: The steps that are drawn, in ascending order.
         path: Where to write; the suffix chooses the format. Parent directories are made.
+        size: Width and height in inches; by default 7 wide, and as high as panels and labels need.
 
     Returns:
         The path written.
@@ -78,11 +87,13 @@ def draw_panels(panels: Mapping[str, Mapping[str, Sequence[float]]], steps: Sequ
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: `pip install lightning-plugins[plot]`.") from error
     lines = sum(map(len, panels.values()))
-    figure = Figure(figsize=(7, 3.2 * len(panels) + 0.2 * lines), layout="constrained")  # no pyplot: nothing global
+    width, height = (7, 3.2 * len(panels) + 0.2 * lines) if size is None else size
+    inches = (real_number("size", width, above=0), real_number("size", height, above=0))
+    figure = Figure(figsize=inches, layout="constrained")  # no pyplot: nothing global
     every = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (title, curves) in zip(every, panels.items(), strict=True):
         for label, values in curves.items():
-            axes.plot(steps, values, label=textwrap.fill(label, _LABEL_WIDTH))
+            axes.plot(steps, values, label=textwrap.fill(label, int(_LABEL_WIDTH * inches[0] / 7) + 1))
         axes.set_ylabel(title)
         axes.set_xlim(0, steps[-1] + 1)
         lowest, highest = min(map(min, curves.values())), max(map(max, curves.values()))
