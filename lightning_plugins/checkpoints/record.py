@@ -16,6 +16,7 @@ from lightning_plugins.checkpoints.run_identity import Lineage, lineage_of
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.checkpoint_file import CheckpointError, unreadable
 from lightning_plugins.core.files import open_regular
+from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.stand_ins import StoredTensor, UnreadableError
 from lightning_plugins.core.torch_file import Archive
 
@@ -60,10 +61,11 @@ def read_record(path: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: If there is nothing.
-        CheckpointError: If it is damaged.
+        CheckpointError: If it is damaged, or a directory that was not written completely.
     """
     path = Path(path)
     if path.is_dir():
+        check_whole(path)
         meta = path / "meta.pt"
         return _torch_record(path, meta) if meta.is_file() else Record(path)
     if path.suffix == ".safetensors":

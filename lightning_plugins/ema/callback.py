@@ -24,13 +24,13 @@ class EMA(WeightAverage):
 
     Checkpoint:
         ``state_dict`` is the average, so ``load_from_checkpoint`` needs nothing of this. The raw weights lie under
-        ``lightning_plugins_ema`` in full files; :func:`~lightning_plugins.extract_weights` gives either. Weights that
-        the strategy loads in mid-fit restore both sets. A file saved after other weights were written into the module
-        holds those alone.
+        ``lightning_plugins_ema`` in full files, in a folder of that name in directories;
+        :func:`~lightning_plugins.extract_weights` gives either. Weights that the strategy loads in mid-fit restore
+        both sets. A file saved after other weights were written into the module holds those alone.
 
     Distributed:
         Under DDP every rank keeps the same average, without communication; under FSDP2 its own share, and the whole
-        is gathered only to be saved.
+        is gathered only for a checkpoint that is a single file.
 
     Cost:
         4 bytes per trainable parameter; an update takes as long as reading and writing the average once. A module in
@@ -38,8 +38,8 @@ class EMA(WeightAverage):
         leaves the average in the module the raw weights are kept on the host.
 
     Does not compose with:
-        Lightning's StochasticWeightAveraging and WeightAveraging, which are refused at setup; FSDP1, DeepSpeed and
-        distributed checkpoints, likewise; parts taken out of the module in mid-run, which end the fit with an error.
+        Lightning's StochasticWeightAveraging and WeightAveraging, which are refused at setup; FSDP1 and DeepSpeed,
+        likewise; parts taken out of the module in mid-run, which end the fit with an error.
 
     Args:
         decay: Share of the old average that an update keeps. A number d means

@@ -53,8 +53,8 @@ class PostHocEMA(AveragingCallback):
         ``on_train_batch_end`` updates and writes, ``on_train_end`` writes a last snapshot.
 
     Checkpoint:
-        Full files hold the averages under ``lightning_plugins_posthoc_ema``, so that a resumed run writes the
-        snapshots that it would have written.
+        Full files hold the averages under ``lightning_plugins_posthoc_ema``, directories in their folder, so that a
+        resumed run writes the snapshots that it would have written.
 
     Distributed:
         Every rank keeps the averages of its own weights or shards; the first writes.

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as unified
 import pytest
 import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -80,7 +81,7 @@ def strategy_options(kind):
     if kind == "ddp":
         return {"devices": 2, "strategy": unified.strategies.DDPStrategy(process_group_backend="gloo")}
     strategy = unified.strategies.ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo", save_distributed_checkpoint=False
+        data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
     )
     return {"devices": 2, "strategy": strategy}
 
@@ -151,9 +152,10 @@ def rows(folder):
 
 
 def files(folder):
-    """What the run wrote; directories and files of TensorBoard are named by the time."""
+    """What the run wrote; what is TensorBoard's is named by the time, and checkpoints may be directories."""
     stamps = list((folder / "tensorboard").iterdir())
-    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.suffix == ".ckpt"]
+    names = [name for name in names if not any(parent.suffix == ".ckpt" for parent in name.parents)]
     events = sorted(path.parent.name for path in names if path.parts[0] == "tensorboard")
     return len(stamps), events, sorted(str(path) for path in names if path.parts[0] != "tensorboard")
 
@@ -204,7 +206,8 @@ def test_the_averaged_file_opens_and_is_the_mean_of_the_last_three(runs, single)
     module = Classifier.load_from_checkpoint(ranks["whole"]["averaged"])
     averaged = flat(plain(module.state_dict()))
     last = [folder / "whole" / f"epoch={epoch}.ckpt" for epoch in range(EPOCHS - 3, EPOCHS)]
-    mean = torch.stack([flat(plain(torch.load(path)["state_dict"])) for path in last]).mean(0)
+    states = [(_load_distributed_checkpoint if path.is_dir() else torch.load)(path)["state_dict"] for path in last]
+    mean = torch.stack([flat(plain({name: state[name] for name in module.state_dict()})) for state in states]).mean(0)
     torch.testing.assert_close(averaged, mean, rtol=1e-6, atol=1e-7)
     expected = flat(plain(average_checkpoints([single[0] / path.name for path in last])))
     torch.testing.assert_close(averaged, expected, rtol=1e-6, atol=1e-7)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_plugins import average_checkpoints, extract_weights, synthesize_ema
 from lightning_plugins.checkpoints import read_manifest
+from lightning_plugins.checkpoints.record import read_record
 from lightning_plugins.cli import main
 from tests.support.ema_distributed import launch, start
 from tests.support.ema_runs import Net, regression, same
@@ -297,6 +298,8 @@ def test_what_a_kill_leaves_is_refused(written, tmp_path):
                 read(place)
             assert str(place) in str(error.value)
             assert str(error.value).count("\n") == 0
+        with pytest.raises(ValueError, match=r"incomplete|cannot be read"):
+            read_record(place)
     launch("refused", tmp_path, ranks=1, module=SCENARIOS, timeout=300)
     messages = json.loads((tmp_path / "refused.json").read_text())
     assert list(messages) == [place.name for place in places]
