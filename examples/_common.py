@@ -54,7 +54,7 @@ class CommandLine(argparse.ArgumentParser):
         if not 0 <= options.seed < 2**32:  # Lightning before 2.6 would draw one instead
             self.error(f"--seed must be a whole number from 0 to {2**32 - 1}, got {options.seed}")
         for name, value in vars(options).items():
-            if name != "seed" and isinstance(value, (int, float)) and not 0 < value < float("inf"):
+            if name != "seed" and type(value) in (int, float) and not 0 < value < float("inf"):
                 self.error(f"--{name.replace('_', '-')} must be a finite number above 0, got {value}")
         return options
 

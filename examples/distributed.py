@@ -2,11 +2,15 @@
 
     python examples/distributed.py
     python examples/distributed.py --strategy fsdp2
+    python examples/distributed.py --strategy fsdp2 --epochs 25 --devices 1 --resume
     torchrun --standalone --nproc-per-node 2 examples/distributed.py --strategy fsdp2
 
 Where there are no two GPUs, two processes share the CPU, and gloo carries what they tell each other. Lightning starts
 the second process, or torchrun both. The callbacks are those that a program for one device has; nothing in them, nor in
 the module but `configure_model`, knows how many processes there are.
+
+Under FSDP2 a checkpoint is a directory, in which every process writes its shares of the average, of the trained weights
+beside it, and of the optimizer's state. A run goes on from it on any number of processes.
 """
 
 from __future__ import annotations
@@ -109,6 +113,8 @@ def main() -> None:
     averaging = CheckpointAveraging(last=5)
     average = EMA(0.99)
     scheduler = LearningRateScheduler(WarmupCosine(warmup="5%", hold="5%"), record=True)
+    if options.resume and not (folder / "last.ckpt").exists():
+        parser.error(f"--resume needs a run to go on with, but {folder / 'last.ckpt'} does not exist")
     with parser.refusing(OSError, RuntimeError, TypeError, ValueError):  # an option that cannot be followed here
         callbacks: list[Callback] = [
             GradientAccumulation(effective_batch_size=options.effective_batch_size),  # of all processes
@@ -142,6 +148,7 @@ def main() -> None:
             module,
             DataLoader(learned, options.batch_size, shuffle=True),
             DataLoader(validated, options.batch_size),
+            ckpt_path=folder / "last.ckpt" if options.resume else None,
         )
     seconds = time.perf_counter() - start
 
@@ -174,9 +181,7 @@ def main() -> None:
 
 def sharded(processes: int) -> ModelParallelStrategy:
     """Return FSDP2: every process has its share of the weights, and its own batches."""
-    return ModelParallelStrategy(
-        data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
-    )
+    return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
 
 
 def digest(state_dict: Mapping[str, Tensor]) -> str:
@@ -222,6 +227,7 @@ def command_line() -> CommandLine:
     add = parser.add_argument
     add("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="copies, or shares of the weights (%(default)s)")
     add("--effective-batch-size", type=int, default=64, help="images of a step, of all processes (%(default)s)")
+    add("--resume", action="store_true", help="go on from last.ckpt, on as many processes as you like now")
     parser.set_defaults(devices="2", output=Path("runs/distributed"))
     return parser
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from lightning_plugins import extract_weights
 from tests.support.snippets import ROOT
 
 PROGRAM = ROOT / "examples" / "distributed.py"
@@ -53,6 +54,28 @@ def test_both_processes_have_the_same_and_rank_zero_writes_it_once(tmp_path, str
     assert int(rows[-1]["step"]) == 3 * math.ceil(37 / 2)
     assert float(rows[-1]["loss"]) == pytest.approx(float(ranks[1][4]), abs=1e-6)
     assert torch.load(folder / "averaged.ckpt", weights_only=True)["state_dict"]["network.1.weight"].shape == (128, 64)
+    if (strategy, start) == ("fsdp2", "by itself"):
+        goes_on_alone(tmp_path, folder)
+
+
+def goes_on_alone(place, folder):
+    """One process goes on from the directory that two have written, in their log and from their weights."""
+    last = folder / "last.ckpt"
+    assert {path.name for path in last.iterdir()} >= {"__0_0.distcp", "__1_0.distcp", "lightning_plugins_ema"}
+    raw = extract_weights(last, "raw")
+    done = run(place, "by itself", "--strategy", "fsdp2", "--devices", "1", "--resume", "--epochs", "4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"^(?:0|1)  .*$", done.stdout, re.MULTILINE)[0].startswith("0 ")
+    accuracy = dict(re.findall(r"^(\w.*\S) +([01]\.\d{4})$", done.stdout, re.MULTILINE))
+    assert list(accuracy) == WEIGHTS
+    assert float(accuracy["EMA, last step"]) > 0.5
+    with (folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # alone it sees 1,167 images in 73 batches of 16, four to a step, and 270 to validate in 17
+    assert [row["phase"] for row in rows[3 * 46 :]] == ["train"] * 73 + ["validation"] * 17
+    assert int(rows[-1]["step"]) == 3 * 19 + 19
+    assert {path.name for path in last.iterdir()} >= {"__0_0.distcp", "lightning_plugins_ema"}
+    assert any(not torch.equal(value, raw[name]) for name, value in extract_weights(last, "raw").items())
 
 
 @pytest.fixture
@@ -78,6 +101,7 @@ def program(monkeypatch, tmp_path):
         (["--lr", "nan"], "--lr must be a finite number above 0, got nan"),
         (["--accelerator", "abacus"], "You selected an invalid accelerator name"),
         (["--devices", "many"], "invalid literal for int() with base 10: 'many'"),
+        (["--resume"], "--resume needs a run to go on with, but runs/distributed/ddp/last.ckpt does not exist"),
         (["--seed", "-1"], "--seed must be a whole number from 0 to 4294967295, got -1"),
     ],
 )
