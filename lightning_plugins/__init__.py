@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DecayRule as DecayRule,
         HalfLife as HalfLife,
         InverseGammaDecay as InverseGammaDecay,
+        LatestWeightAveraging as LatestWeightAveraging,
         PostHocEMA as PostHocEMA,
         PowerDecay as PowerDecay,
         WarmupDecay as WarmupDecay,

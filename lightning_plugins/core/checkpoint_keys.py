@@ -15,7 +15,7 @@ EMA = "lightning_plugins_ema"
 """EMA's record: which set of weights ``state_dict`` is, and the other sets."""
 
 POSTHOC_EMA = "lightning_plugins_posthoc_ema"
-"""The averages that post-hoc EMA goes on with."""
+"""Sets of weights that a callback goes on with, by its key: post-hoc EMA's averages, the latest snapshots."""
 
 SECOND_SETS = "lightning_plugins_second_sets"
 """In ``meta.pt`` of a distributed checkpoint: which sets of weights lie in the folder beside it."""

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights: decay rules, the average itself, and the callbacks that follow a run.
+"""Averages of the weights, exponential ones and those of the latest snapshots, and the callbacks that keep them.
 
 Importing a decay rule imports neither torch nor Lightning.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WarmupDecay as WarmupDecay,
     )
     from lightning_plugins.ema.half_life import HalfLife as HalfLife
+    from lightning_plugins.ema.latest_callback import LatestWeightAveraging as LatestWeightAveraging
     from lightning_plugins.ema.posthoc import synthesize_ema as synthesize_ema
     from lightning_plugins.ema.posthoc_callback import PostHocEMA as PostHocEMA
     from lightning_plugins.ema.shadow import Shadow as Shadow

@@ -8,6 +8,7 @@ The file's ``state_dict`` is one complete set, so that ``load_from_checkpoint`` 
     name        whose average it is; None when it is raw
     raw         name -> tensor, when the state_dict is an average; absent from weights-only files
     averages    EMA's name -> {name -> tensor}, for every average that the state_dict is not
+    techniques  name of an average -> what made it, where that is no EMA
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lightning_plugins.core.module_state import averaged_tensors, clean_name, fi
 from lightning_plugins.core.second_sets import Label, check_whole, listed
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.stand_ins import UnreadableError
-from lightning_plugins.core.validation import a_path, one_of, shown, true_or_false, whole_number
+from lightning_plugins.core.validation import a_path, one_of, plain_value, shown, true_or_false, whole_number
 from lightning_plugins.ema.checkpoint_directory import RAW, STATE_DICT, average_label, read_directory
 
 RECORD_KEY = checkpoint_keys.EMA
@@ -81,6 +82,18 @@ def record(checkpoint: dict[str, Any]) -> dict[str, Any]:
     empty = {"version": RECORD_VERSION, "state_dict": "raw", "name": None, "raw": None, "averages": {}}
     found: dict[str, Any] = checkpoint.setdefault(RECORD_KEY, empty)
     return found
+
+
+def name_technique(checkpoint: dict[str, Any], name: str, technique: str) -> None:
+    """Note in the record that the average called ``name`` is not an EMA."""
+    record(checkpoint).setdefault("techniques", {})[name] = technique
+
+
+def named_average(checkpoint: Mapping[str, Any], name: str) -> str:
+    """Return what an average is called where a checkpoint is described."""
+    known = checkpoint.get(RECORD_KEY, {}).get("techniques")
+    technique = known.get(name) if isinstance(known, dict) else None
+    return f"average of {plain_value(technique) or 'EMA'} {shown(name)}"
 
 
 def read_contents(checkpoint: Mapping[str, Any]) -> Contents | None:

@@ -43,6 +43,7 @@ class FollowedTensors:
     Attributes:
         tensors: The tensors, each once.
         index: Every name, tied ones too, -> number of its tensor.
+        origins: Of every tensor the number that it had before the last :meth:`look_again`, ``None`` when it is new.
         joined: Names that :meth:`look_again` found to be new.
         pruned: Numbers of tensors whose pruning it found to be made permanent.
         places: Of every parameter, and of every module on the way to one, the table that it lies in, its key there,
@@ -53,6 +54,7 @@ class FollowedTensors:
         self.module = module
         self.tensors: list[NamedTensor] = []
         self.index: dict[str, int] = {}
+        self.origins: list[int | None] = []
         self.joined: list[str] = []
         self.pruned: list[int] = []
         self._buffers = buffers
@@ -123,6 +125,7 @@ class FollowedTensors:
                 changes.moved[found.names[0]] = old[0]
                 if _pruning_ended(old, found.names):
                     self.pruned.append(number)
+        self.origins = origins
         new = [
             name for origin, found in zip(origins, self.tensors, strict=True) if origin is None for name in found.names
         ]

@@ -27,7 +27,7 @@ class Pace:
         >>> from lightning_plugins.ema.half_life import HalfLife
         >>> pace = Pace([HalfLife("10%")], UpdateCounter(start_step="50%"))
         >>> pace.resolve_for(Horizon.of(40))[0]
-        'HalfLife(steps=4, samples=None) from step 20 on.'
+        'HalfLife(steps=4, samples=None), every step, from step 20 on.'
         >>> pace.rules[0](4, steps=4)
         0.5
     """
@@ -70,8 +70,9 @@ class Pace:
         warning = self.follow_origin()
         if before == (self.rules, counter.start_step, counter.every):
             return "", ""
-        often = f", updated every {counter.every} steps" if counter.every > 1 else ""
-        return f"{', '.join(map(repr, self.rules))} from step {counter.start_step} on{often}.", warning
+        rules = (rule for rule, given in zip(self.rules, self._given, strict=True) if given.is_open)
+        often = "every step" if counter.every == 1 else f"every {counter.every} steps"
+        return f"{', '.join([*map(repr, rules), often])}, from step {counter.start_step} on.", warning
 
     def follow_origin(self) -> str:
         """Count the rules' lengths anew from where the average has begun; return a warning, if there is one."""

@@ -378,13 +378,13 @@ class Shadow:
         pick = group.average if which == "average" else group.raw
         return pick(position, swapped=swapped).detach()
 
-    def _begin_lost_anew(self) -> None:
+    def _begin_lost_anew(self) -> list[int]:
         """Let averages that became infinite or NaN begin at their weights, if those are finite; waits for the device.
 
         No step can bring such an average back: its share of what is not finite is never nothing.
         """
         if self.swapped:
-            return
+            return []
         with plain_tensors():
             lost = [number for group in self._groups for number in group.begin_lost_anew()]
         if lost:
@@ -392,6 +392,7 @@ class Shadow:
                 f"The average of {shorten([self._tensors[number].names[0] for number in lost])} was infinite or not a "
                 "number and begins anew at the weights, which are finite."
             )
+        return lost
 
     def _wait(self) -> None:
         """Wait for shadows that are streamed off a GPU: the host is about to read them."""

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_plugins import (
     EMA,
     CheckpointAveraging,
+    Cosine,
     CSVStatisticsLogger,
     GradientAccumulation,
+    LatestWeightAveraging,
     LearningRateScheduler,
     StatisticsRecorder,
     TensorBoardStatisticsLogger,
@@ -91,12 +93,14 @@ def fit(kind, folder, *more, ckpt_path=None):
     folder = Path(folder)
     torch.manual_seed(0)
     module = Sharded() if kind == "fsdp2" else Classifier()
-    average, averaging = EMA(0.9), CheckpointAveraging(last=3)
+    average, averaging = EMA(Cosine(None, 0.5, 1.0), update_every_n_steps=2), CheckpointAveraging(last=3)
+    latest = LatestWeightAveraging(3, every="10%", evaluate="raw", checkpoint="raw", after_fit="raw")
     scheduler = LearningRateScheduler(WarmupCosine("20%"), record=True)
     callbacks = [
         GradientAccumulation(4),
         scheduler,
         average,
+        latest,
         StatisticsRecorder(["accuracy"]),
         CSVStatisticsLogger(str(folder / "log.csv")),
         TensorBoardStatisticsLogger(str(folder / "tensorboard")),
@@ -111,6 +115,7 @@ def fit(kind, folder, *more, ckpt_path=None):
         "steps": trainer.global_step,
         "raw": plain(average.raw_state_dict()),
         "average": plain(average.average_state_dict()),
+        "latest": plain(latest.average_state_dict()),
         "rates": scheduler.lrs,
         "statistics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "scores": averaging.scores,
@@ -175,10 +180,11 @@ def test_the_run_is_that_of_one_process_on_all_batches(runs, single):
     found, expected = ranks["whole"], single[1]
     assert found["steps"] == expected["steps"] == EPOCHS * STEPS
     assert found["rates"] == expected["rates"]
-    for weights in ("raw", "average"):
+    for weights in ("raw", "average", "latest"):
         assert found[weights].keys() == expected[weights].keys()
         torch.testing.assert_close(flat(found[weights]), flat(expected[weights]), rtol=1e-10, atol=1e-12)
-    assert not torch.allclose(flat(found["raw"]), flat(found["average"]), rtol=1e-3)
+    for weights in ("average", "latest"):
+        assert not torch.allclose(flat(found["raw"]), flat(found[weights]), rtol=1e-3)
     assert found["statistics"] == pytest.approx(expected["statistics"], rel=1e-6)
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} <= set(found["statistics"])
 
@@ -216,7 +222,7 @@ def test_the_averaged_file_opens_and_is_the_mean_of_the_last_three(runs, single)
 def test_a_killed_and_resumed_run_is_the_uninterrupted_one(runs):
     folder, [ranks, _] = runs
     whole, resumed = ranks["whole"], ranks["resumed"]
-    for part in ("steps", "raw", "average", "statistics", "scores"):
+    for part in ("steps", "raw", "average", "latest", "statistics", "scores"):
         assert resumed[part] == whole[part]
     assert resumed["rates"] == whole["rates"][KILLED_IN * STEPS :]
     assert rows(folder / "killed") == rows(folder / "whole")

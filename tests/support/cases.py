@@ -167,6 +167,31 @@ CALLBACKS = {
         (f"{{batches: 4, count: {_HERE}.count_ones}}", {"batches": 4, "count": count_ones}),
         pair=({"batches": 4}, {"effective_batch_size": 256}),
     ),
+    "LatestWeightAveraging": case(
+        ("{}", {}),
+        (
+            (
+                "{last: 3, every: 2ep, device: cpu, buffers: average, evaluate: raw, checkpoint: raw, after_fit: raw, "
+                "name: latest}"
+            ),
+            {
+                "last": 3,
+                "every": "2ep",
+                "device": "cpu",
+                "buffers": "average",
+                "evaluate": "raw",
+                "checkpoint": "raw",
+                "after_fit": "raw",
+                "name": "latest",
+            },
+        ),
+        ("{every: 100}", {"every": 100}),
+        # beside an EMA, which evaluates and owns the files
+        pair=(
+            {"last": 3, "every": "10%", "evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"},
+            {"name": "longer"},
+        ),
+    ),
     "LearningRateScheduler": case(
         (f"{{schedule: {LINEAR}}}", {"schedule": LINE}),
         (
