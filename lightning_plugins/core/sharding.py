@@ -75,6 +75,22 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
     return cast(Tensor, whole.full_tensor())
 
 
+def collected(part: Tensor, like: Tensor, *, keep: bool, shares: bool) -> Tensor | None:
+    """Return the tensor of which ``part`` is this rank's share, as a checkpoint takes it; ``part`` if it is the whole.
+
+    Args:
+        part: This rank's share.
+        like: The tensor whose share it is.
+        keep: Whether this rank wants it; if not, it only takes part in the collective, and gets nothing.
+        shares: Whether it stays spread over ranks; otherwise it is gathered, a collective, on the host: a device that
+            holds shards has no room for the whole.
+    """
+    if not is_sharded(like) or shares:
+        return spread(part, like) if keep else None
+    whole = gather(part.to(local(like).device), like)
+    return whole.cpu() if keep else None
+
+
 def scatter(full: Tensor, like: Tensor) -> Tensor:
     """Return this rank's share of ``full``, which every rank has or which is spread as ``like`` is; no collective.
 

@@ -89,11 +89,10 @@ def name_technique(checkpoint: dict[str, Any], name: str, technique: str) -> Non
     record(checkpoint).setdefault("techniques", {})[name] = technique
 
 
-def named_average(checkpoint: Mapping[str, Any], name: str) -> str:
-    """Return what an average is called where a checkpoint is described."""
+def technique_of(checkpoint: Mapping[str, Any], name: str) -> str:
+    """Return what made the average called ``name``, as its record says."""
     known = checkpoint.get(RECORD_KEY, {}).get("techniques")
-    technique = known.get(name) if isinstance(known, dict) else None
-    return f"average of {plain_value(technique) or 'EMA'} {shown(name)}"
+    return str(plain_value(known.get(name, "EMA") if isinstance(known, dict) else "EMA"))
 
 
 def read_contents(checkpoint: Mapping[str, Any]) -> Contents | None:

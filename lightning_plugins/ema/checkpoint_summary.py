@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.validation import plain_value, shown
-from lightning_plugins.ema.checkpoint_format import load_checkpoint, named_average, read_contents, tensors_by_name
+from lightning_plugins.ema.checkpoint_format import load_checkpoint, read_contents, technique_of, tensors_by_name
 
 
 def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -86,7 +86,11 @@ def _which(checkpoint: Mapping[str, Any]) -> str:
     contents = read_contents(checkpoint)
     if contents is None or contents.state_dict == "raw":
         return "trained weights"
-    return named_average(checkpoint, contents.name) if contents.name else "average of Lightning's own callback"
+    return _named(checkpoint, contents.name) if contents.name else "average of Lightning's own callback"
+
+
+def _named(checkpoint: Mapping[str, Any], name: str) -> str:
+    return f"average of {technique_of(checkpoint, name)} {shown(name)}"
 
 
 def _beside(checkpoint: Mapping[str, Any]) -> dict[str, int]:
@@ -95,7 +99,7 @@ def _beside(checkpoint: Mapping[str, Any]) -> dict[str, int]:
     if contents is not None and contents.raw is not None:
         found["raw weights"] = _bytes(_tensors(contents.raw.values()))
     for name, average in (contents.averages if contents else {}).items():
-        found[named_average(checkpoint, name)] = _bytes(_tensors(average.values()))
+        found[_named(checkpoint, name)] = _bytes(_tensors(average.values()))
     for key, averages in _part(checkpoint, checkpoint_keys.POSTHOC_EMA, {}).items():
         if not isinstance(averages, list) or not all(map(tensors_by_name, averages)):
             raise ValueError(f"`{checkpoint_keys.POSTHOC_EMA}` must hold lists of averages, got {shown(averages)}.")

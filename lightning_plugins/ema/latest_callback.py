@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count, takewhile
 from typing import Any, Literal
 
 from torch import Tensor
@@ -9,8 +10,16 @@ from torch import Tensor
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import LightningModule, Trainer
 from lightning_plugins.core.validation import shown, whole_number
-from lightning_plugins.ema.checkpoint_format import check_fit, follow_pruning, name_technique, tensors_by_name
+from lightning_plugins.ema.checkpoint_directory import posthoc_label
+from lightning_plugins.ema.checkpoint_format import (
+    check_fit,
+    follow_pruning,
+    name_technique,
+    technique_of,
+    tensors_by_name,
+)
 from lightning_plugins.ema.decay import ConstantDecay, UpdateCounter, interval
+from lightning_plugins.ema.distributed_files import is_distributed
 from lightning_plugins.ema.latest_shadow import LatestShadow
 from lightning_plugins.ema.weight_average import WeightAverage
 
@@ -102,7 +111,8 @@ class LatestWeightAveraging(WeightAverage):
         if self._serves(pl_module):
             [shadow] = self._shadows
             assert isinstance(shadow, LatestShadow)  # noqa: S101  # made by `_begin`
-            snapshots = shadow.collect_snapshots(keep=trainer.is_global_zero)
+            shares = is_distributed(checkpoint)
+            snapshots = shadow.collect_snapshots(keep=trainer.is_global_zero or shares, shares=shares)
             checkpoint.setdefault(_KEY, {})[self.state_key] = snapshots
             name_technique(checkpoint, self.name, self.technique)
 
@@ -129,14 +139,17 @@ class LatestWeightAveraging(WeightAverage):
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
         found = self._snapshots_of(checkpoint)
+        if (beside := self._sets_beside(trainer, pl_module, checkpoint)) is not None:
+            labels = takewhile(beside.__contains__, (posthoc_label(self.state_key, number) for number in count()))
+            found = [snapshot for label in labels if (snapshot := beside.read(label)) is not None]
         for snapshot in found or []:
             check_fit(pl_module, f"snapshots of {self._called}", snapshot, strict=pl_module.strict_loading)
         self._restored_snapshots = found or []
         restored = super()._restore(trainer, pl_module, checkpoint)
-        if restored and found is None:
+        if restored and (found is None or technique_of(checkpoint, self.name) != self.technique):
             raise ValueError(
-                f"The checkpoint's average {self.name!r} must come with the snapshots that it is made of, but "
-                "another callback wrote it. Give another `name` to begin anew."
+                f"The checkpoint's average {self.name!r} must come with the snapshots that it is made of, but another "
+                "callback wrote it. Give another `name` to begin anew."
             )
         return restored
 

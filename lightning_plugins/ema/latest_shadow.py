@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.sharding import gather, is_sharded, local, scatter
+from lightning_plugins.core.sharding import collected, local, scatter
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.ema.tensor_groups import plain_tensors
 
@@ -107,11 +107,12 @@ class LatestShadow(Shadow):
                 self._add(history, group.weights[position], self._shadows[number].device)
             self._average()
 
-    def collect_snapshots(self, *, keep: bool = True) -> list[dict[str, Tensor]]:
+    def collect_snapshots(self, *, keep: bool = True, shares: bool = False) -> list[dict[str, Tensor]]:
         """Return the snapshots, name -> full tensor, the oldest first; a collective when the module is sharded.
 
         Args:
             keep: Whether this rank wants them; if not, it only takes part in the collective.
+            shares: Whether sharded tensors stay so, as in a distributed checkpoint; then there is no collective.
         """
         self._wait()
         self._check()
@@ -121,12 +122,7 @@ class LatestShadow(Shadow):
             for found, history in zip(self._tensors, self._histories, strict=True):
                 if len(history) < age:
                     continue
-                whole = history[-age]
-                if is_sharded(found.tensor):
-                    # a device that holds shards has no room for the whole
-                    whole = gather(whole.to(local(found.tensor).device), found.tensor)
-                    whole = whole.cpu() if keep else whole
-                if keep:
+                if (whole := collected(history[-age], found.tensor, keep=keep, shares=shares)) is not None:
                     snapshot.update(dict.fromkeys(found.names, whole))
             sets.append(snapshot)
         return sets if keep else []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.core.module_state import NamedTensor, shadow_dtype, shorten
-from lightning_plugins.core.sharding import agreed, gather, is_sharded, local, reshard, scatter, spread
+from lightning_plugins.core.sharding import agreed, collected, local, reshard, scatter
 from lightning_plugins.ema.digest import digest
 from lightning_plugins.ema.following import Changes, FollowedTensors, joined_line
 from lightning_plugins.ema.tensor_groups import Group, Motion, Operation, grouped, plain_tensors
@@ -283,13 +283,9 @@ class Shadow:
         with plain_tensors():
             for index, found in enumerate(self._tensors):
                 part = self._read(index, which) if which == "average" else self._raw(index)
-                if is_sharded(found.tensor) and not shares:
-                    whole = gather(part, found.tensor)
-                    if keep:
-                        # a device that holds shards has no room for the whole
-                        full[index] = whole.cpu()
-                elif keep:
-                    full[index] = spread(part.clone() if copies else part, found.tensor)
+                part = part.clone() if copies and keep else part
+                if (whole := collected(part, found.tensor, keep=keep, shares=shares)) is not None:
+                    full[index] = whole
         return {name: full[index] for name, index in self._followed.index.items() if index in full}
 
     def count_writes(self) -> None:

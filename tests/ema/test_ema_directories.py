@@ -78,6 +78,8 @@ def test_the_average_is_that_of_one_process_in_float64(written):
         steps = plain_steps(3)[1]
         close(rank["average"], recursion(untrained(), steps, 0.8))
         close(rank["slow"], recursion(untrained(), steps, 0.95))
+        latest = {name: sum(steps[n - 1][name].double() for n in (18, 21, 24)) / 3 for name in untrained()}
+        close(rank["latest"], latest)
         close(rank["raw"], steps[-1])
         # and of this run's own weights
         close(rank["average"], recursion(untrained(), rank["steps"], 0.8))
@@ -97,6 +99,7 @@ def test_a_directory_holds_every_set(written, name):
     assert same(extract_weights(path), ranks[0]["average"])
     assert same(extract_weights(path, "raw"), ranks[0]["raw"])
     assert same(extract_weights(path, name="slow.one"), ranks[0]["slow"])
+    assert same(extract_weights(path, name="slow.two"), ranks[0]["latest"])
     with pytest.raises(ValueError, match=r"it has 'ema', 'slow\.one'"):
         extract_weights(path, name="fast")
 
@@ -107,7 +110,8 @@ def test_no_extra_name_is_in_the_state_dict_and_the_rest_is_plain(written):
     assert consolidated["state_dict"].keys() == untrained().keys()
     rest = torch.load(path / "meta.pt", weights_only=True)
     assert rest["lightning_plugins_ema"] == {
-        "version": 2, "state_dict": "average", "name": "ema", "raw": None, "averages": {}
+        "version": 2, "state_dict": "average", "name": "ema", "raw": None, "averages": {},
+        "techniques": {"slow.two": "LatestWeightAveraging"},
     }  # fmt: skip
     assert "lightning_plugins_posthoc_ema" not in rest
     assert json.loads((path / FOLDER / "sets.json").read_text())["step"] == rest["global_step"] == 24
@@ -162,7 +166,7 @@ def test_a_wide_average_of_half_precision_is_never_rounded(written, resumed):
 def test_a_resume_on_as_many_ranks_is_bit_for_bit(written, resumed):
     directory, ranks = written
     for rank in resumed:
-        assert all(same(rank[key], ranks[0][key]) for key in ("average", "slow", "raw"))
+        assert all(same(rank[key], ranks[0][key]) for key in ("average", "slow", "latest", "raw"))
     before, after = directory / "snapshots", directory / "2" / "snapshots"
     assert [path.name for path in sorted(after.iterdir())] == ["step=0000000016.pt", "step=0000000024.pt"]
     for path in after.iterdir():
@@ -177,7 +181,7 @@ def test_a_resume_on_another_number_of_ranks(written, count):
     found = launch("resume", directory, str(count), ranks=count, module=SCENARIOS, timeout=300)
     assert len(found) == count
     for rank in found:
-        for key in ("average", "slow", "raw"):
+        for key in ("average", "slow", "latest", "raw"):
             close(rank[key], ranks[0][key])
     shared = directory / str(count) / "snapshots" / "step=0000000024.pt"
     pairs = zip(
@@ -251,7 +255,11 @@ def test_the_commands_open_directories(written, tmp_path, capsys):
     assert found["state_dict"]["weights"] == "average of EMA 'ema'"
     # 31 numbers of 4 bytes
     posthoc = {"PostHocEMA(sigma_rels=(0.05, 0.1))": 248}
-    assert found["beside"] == {"raw weights": 124, "average of EMA 'slow.one'": 124, **posthoc}
+    latest = {
+        "average of LatestWeightAveraging 'slow.two'": 124,
+        "LatestWeightAveraging(name='slow.two')": 3 * 124,
+    }
+    assert found["beside"] == {"raw weights": 124, "average of EMA 'slow.one'": 124, **latest, **posthoc}
     assert found["file_bytes"] == sum(
         file.stat().st_size for file in (directory / "full" / "epoch=2.ckpt").rglob("*.*")
     )

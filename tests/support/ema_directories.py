@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_plugins import EMA, ConstantDecay, PostHocEMA
+from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, PostHocEMA
 from tests.support.ema_distributed import save, sharded_net, trainer
 from tests.support.ema_runs import regression
 
@@ -25,9 +25,11 @@ RAW = {"evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
 
 
 def callbacks(directory):
-    """Two averages, and two of the post-hoc kind."""
+    """Two averages, the latest snapshots, and two averages of the post-hoc kind."""
     slow = EMA(ConstantDecay(0.95), name="slow.one", **RAW)
-    return EMA(ConstantDecay(0.8)), slow, PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots")
+    latest = LatestWeightAveraging(3, every=3, name="slow.two", **RAW)
+    posthoc = PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots")
+    return EMA(ConstantDecay(0.8)), slow, latest, posthoc
 
 
 def fit(*others, max_epochs=2, ckpt_path=None, module=None, **kwargs):
@@ -38,8 +40,13 @@ def fit(*others, max_epochs=2, ckpt_path=None, module=None, **kwargs):
     return run, module
 
 
-def states(ema, slow):
-    return {"average": ema.average_state_dict(), "slow": slow.average_state_dict(), "raw": ema.raw_state_dict()}
+def states(ema, slow, latest):
+    return {
+        "average": ema.average_state_dict(),
+        "slow": slow.average_state_dict(),
+        "latest": latest.average_state_dict(),
+        "raw": ema.raw_state_dict(),
+    }
 
 
 def whole(module):
@@ -88,7 +95,7 @@ class Weights(lightning.Callback):
 def write(directory):
     """Directories of every kind, as two ranks write them, and what the averages were."""
     directory = Path(directory)
-    ema, slow, posthoc = callbacks(directory)
+    ema, slow, latest, posthoc = callbacks(directory)
     files = {
         "full": ModelCheckpoint(directory / "full", filename="{epoch}", save_top_k=-1, save_last="link"),
         "pruned": ModelCheckpoint(
@@ -101,8 +108,8 @@ def write(directory):
         ),
     }  # fmt: skip
     weights = Weights()
-    run, _ = fit(posthoc, slow, ema, weights, *files.values(), max_epochs=3)
-    found = states(ema, slow)
+    run, _ = fit(posthoc, slow, latest, ema, weights, *files.values(), max_epochs=3)
+    found = states(ema, slow, latest)
     run.save_checkpoint(directory / "end")
     run.save_checkpoint(directory / "end-weights", weights_only=True)
 
@@ -124,9 +131,9 @@ def write(directory):
 def resume(directory, ranks="2"):
     """Go on from what two ranks wrote."""
     directory = Path(directory)
-    ema, slow, posthoc = callbacks(directory / ranks)
-    fit(ema, slow, posthoc, max_epochs=3, ckpt_path=directory / "full" / "epoch=0.ckpt")
-    found = states(ema, slow)
+    ema, slow, latest, posthoc = callbacks(directory / ranks)
+    fit(ema, slow, latest, posthoc, max_epochs=3, ckpt_path=directory / "full" / "epoch=0.ckpt")
+    found = states(ema, slow, latest)
     if ranks == "2":
         found |= only_two(directory)
     save("resume", directory / ranks, **found)
