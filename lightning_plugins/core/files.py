@@ -9,12 +9,13 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from lightning_plugins.core.temporary_files import hold, remove_abandoned, temporary_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,6 @@ _OTHER_KINDS = (
     (rb"(?s).{257}ustar", "a tar archive, which torch before 0.2 wrote; load and save it with torch first"),
     (rb"[\x20-\x7e\s]+\Z", "a text"),
 )
-_LONGEST_NAME = 200  # bytes of a name that a temporary name repeats; most systems take 255 in all
 
 
 @contextlib.contextmanager
@@ -39,8 +39,8 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; when the block ends well, sync it and rename it to ``path``.
 
     Whenever the process dies, ``path`` is the old file, or the whole new one, or does not exist. After ``kill -9`` a
-    hidden ``.<name>.*.tmp`` can stay behind; on any exception it is removed. The new file has the mode of the one that
-    it replaces. A link at ``path`` is replaced, and what it leads to stays as it is.
+    hidden ``.<name>.*.tmp`` can stay behind, which the next run removes; on any exception it is removed. The new file
+    has the mode of the one that it replaces. A link at ``path`` is replaced, and what it leads to stays as it is.
 
     Args:
         path: The file to write.
@@ -68,8 +68,7 @@ def replacing(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
 
 def _temporary_beside(path: Path) -> tuple[Path, int]:
     """Make a file under a name that cannot be known before, with the mode that ``path`` has; return it, open."""
-    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
-    temporary = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_name(path)
     mode = _mode(path)
     try:
         # O_EXCL follows no link; 0o666 is lessened by the process's umask, as for every new file
@@ -77,6 +76,7 @@ def _temporary_beside(path: Path) -> tuple[Path, int]:
     except OSError as error:
         # name the file that was asked for
         raise type(error)(error.errno, error.strerror, str(path)) from error
+    hold(handle)
     if mode is not None:
         os.fchmod(handle, mode)
     return temporary, handle
@@ -169,6 +169,8 @@ def probe(path: Path) -> None:
 def probe_directory(path: Path) -> None:
     """Raise unless files can be made in a directory, or in the nearest one above it that exists.
 
+    What killed runs have left of files that they were writing there is removed.
+
     Raises:
         OSError: If it is a file or below one, or cannot be written to.
     """
@@ -178,6 +180,7 @@ def probe_directory(path: Path) -> None:
     nearest = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is a file")
+    remove_abandoned(path)
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import shutil
 import tempfile
 import warnings
@@ -14,6 +13,7 @@ import fsspec
 
 from lightning_plugins.core.append_only_file import AppendOnlyFile
 from lightning_plugins.core.files import is_full_disk, replace_file
+from lightning_plugins.core.temporary_files import temporary_name
 from lightning_plugins.core.validation import LightningPluginsWarning
 
 
@@ -28,7 +28,7 @@ def can_append(folder: Path) -> bool:
     Mounts of object stores take a new file and refuse to open it again. What fails for another reason is left to the
     one who writes.
     """
-    probe = folder / f".{secrets.token_hex(8)}.probe"
+    probe = temporary_name(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")

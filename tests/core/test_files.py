@@ -1,8 +1,10 @@
 """Files are written completely or not at all, keep their modes, follow no planted link, and places are probed."""
 
 import os
+import signal
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from lightning_plugins.core.append_only_file import AppendOnlyFile
 from lightning_plugins.core.files import check_output, free_name, move_aside, replace_file, replacing
 from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.temporary_files import remove_abandoned
 from lightning_plugins.core.writable import check_writable
 
 
@@ -62,6 +65,69 @@ def test_the_temporary_name_cannot_be_known_before_and_links_stay_unfollowed(tmp
     assert victim.read_text() == "precious"
     assert path.read_bytes() == b"new"
     assert not path.is_symlink()
+
+
+@pytest.fixture
+def left(tmp_path):
+    """What a writer that was killed left, after a look at the directory while it was alive."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        with replacing(tmp_path / "log.csv", overwrite=True):
+            os.write(told, b"!")
+            time.sleep(60)
+        os._exit(1)
+    try:
+        os.read(ready, 1)
+        (temporary,) = tmp_path.iterdir()
+        check_writable("path", aged(temporary, 10**6).with_name("log.csv"))
+        assert temporary.exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return temporary
+
+
+def aged(path, seconds):
+    """Let a file be written last so many seconds ago."""
+    os.utime(path, (0, time.time() - seconds))
+    return path
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_what_a_killed_writer_left_is_removed_when_the_next_run_is_set_up(left, directory):
+    aged(left, 5)
+    check_writable("path", left.parent if directory else left.with_name("log.csv"), directory=directory)
+    assert left.exists()
+    aged(left, 11)
+    check_writable("path", left.parent if directory else left.with_name("log.csv"), directory=directory)
+    assert not left.exists()
+
+
+def test_of_another_machine_whose_locks_may_not_be_seen_it_is_removed_later(left):
+    other = left.rename(left.with_name(f".log.csv.{'0' * 24}.tmp"))
+    assert remove_abandoned(aged(other, 3500).parent) == []
+    assert remove_abandoned(aged(other, 3700).parent) == [other]
+
+
+def test_only_our_own_files_are_removed(tmp_path):
+    token = "0123456789abcdef01234567"
+    kept = [
+        ".log.csv.tmp",
+        f"log.csv.{token}.tmp",
+        f".log.csv.{token[:-1]}g.tmp",
+        f".log.csv.{token}.tmp~",
+        f".{token}.tmp",
+    ]
+    for name in kept:
+        (tmp_path / name).touch()
+        aged(tmp_path / name, 10**6)
+    (tmp_path / f".link.{token}.tmp").symlink_to(tmp_path / kept[0])
+    (tmp_path / f".folder.{token}.tmp").mkdir()
+    os.mkfifo(tmp_path / f".pipe.{token}.tmp")
+    before = sorted(tmp_path.iterdir())
+    assert remove_abandoned(tmp_path) == remove_abandoned(tmp_path / "nowhere") == []
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_link_to_nothing_is_not_written_through(tmp_path):

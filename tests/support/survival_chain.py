@@ -25,6 +25,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_plugins.core import temporary_files
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.survival_evidence import (
     Evidence,
@@ -211,6 +212,7 @@ def attempt(
 
     def work():
         tempfile.tempdir = str(place.disk / "tmp")
+        temporary_files._OURS = 0.0  # the run that was killed ended some milliseconds ago
         moments = Moments(place.disk)
         if fault is not None and fault.moment != "time":
             number = 1 + int(fault.share * truth.totals[fault.moment])
@@ -310,6 +312,10 @@ class Chain:
         check_dead(self.found, self.truth, self.lost)
         if not torn and (fault is None or fault.kind != "cut in a write"):
             assert not (found := torn_files(self.place.run)), f"torn: {found}"
+        if fault is None:
+            assert not (old := {name for name in hidden_files(self.place.run) if name.endswith(".tmp")}), (
+                f"stayed: {old}"
+            )
         if fault is None or fault.kind in CLEAN:
             assert not (new := hidden_files(self.place.run) - hidden), f"left behind: {new}"
 

@@ -26,7 +26,7 @@ DOCUMENTED = [
 ]
 HIDDEN = [
     r"\.(log|epochs)(\.replaced\.\d+)?\.csv\.\w+\.tmp",
-    r"(tensorboard/)?\.\w{16}\.probe",
+    r"(tensorboard/)?\.probe\.\w{24}\.tmp",
     r"posthoc/\.step=\d{10}\.pt\.\w+\.tmp",
     r"checkpoints/\.averaged\.ckpt\.\w+\.tmp",
     r"checkpoints/\.(\.averaged\.draft\.ckpt\.\w+\.tmp|averaged\.draft\.ckpt)",
@@ -189,6 +189,9 @@ class Losses:
                 self.average = True
             elif re.match(r"CheckpointAveraging could not delete", text):
                 self.pool = True
+            elif re.match(r"MicroBatching splits batches, and batch normalization", text):
+                # every run says so: it is repeated as it was
+                continue
             else:
                 # the disk was full: what waits is written later, or again by the run that goes on
                 wait = r"the (rows|events) wait|^\d+ (rows of|events for) .* could not be written"

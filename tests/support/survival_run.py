@@ -22,14 +22,21 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_plugins import (
     EMA,
+    CancelBatch,
     CheckpointAveraging,
+    Cosine,
     CSVStatisticsLogger,
+    Event,
+    EventCallback,
     GradientAccumulation,
     LearningRateScheduler,
+    Linear,
+    MicroBatching,
     Plateau,
     PostHocEMA,
     StatisticsRecorder,
     TensorBoardStatisticsLogger,
+    TrainingLoop,
     WarmupCosine,
     synthesize_ema,
 )
@@ -50,6 +57,7 @@ class Plan:
         averaging: Arguments of ``CheckpointAveraging``.
         stateful: Whether the loader keeps its place.
         trainer: Arguments of the Trainer.
+        pieces: Samples of a piece of ``MicroBatching``; ``None``: whole batches.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Plan:
     averaging: dict[str, Any] = field(default_factory=lambda: {"last": 3})
     stateful: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
+    pieces: int | None = None
 
     @property
     def window(self) -> int:
@@ -76,7 +85,12 @@ PLANS = {
             accumulation={"batches": 4, "carry": True},
             averaging={"best": 2},
         ),
-        Plan("after each validation", {"save_top_k": -1, "save_on_train_epoch_end": False}, averaging={"last": 2}),
+        Plan(
+            "after each validation",
+            {"save_top_k": -1, "save_on_train_epoch_end": False},
+            averaging={"last": 2},
+            pieces=2,
+        ),
         Plan(
             "in mid-epoch",
             {"save_top_k": -1, "save_last": True, "every_n_train_steps": 2},
@@ -121,7 +135,11 @@ class Net(pl.LightningModule):
         return cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=0.05)
+        groups = [
+            {"params": [*self.first.parameters(), *self.norm.parameters()], "name": "body", "weight_decay": 0.0},
+            {"params": self.last.parameters(), "name": "head", "lr": 0.1},
+        ]
+        return torch.optim.AdamW(groups, lr=0.05)
 
 
 class StatefulLoader:
@@ -166,6 +184,12 @@ def loaders(plan: Plan) -> tuple[Any, DataLoader]:
     return train, DataLoader(samples(10, 2), batch_size=BATCH)
 
 
+def leave_a_batch_out(loop: TrainingLoop, event: Event) -> None:
+    """One batch of the third epoch changes nothing."""
+    if event is Event.BATCH_START and (loop.epoch_index, loop.batch_index) == (2, 1):
+        raise CancelBatch
+
+
 def stack(folder: Path, plan: Plan) -> list[Any]:
     """Every technique with a state, in an order of no meaning."""
     return [
@@ -177,8 +201,15 @@ def stack(folder: Path, plan: Plan) -> list[Any]:
         PostHocEMA(every_n_steps=2, dirpath=folder / "posthoc"),
         GradientAccumulation(**plan.accumulation),
         # nothing is good enough for this plateau: the factor halves at every validation but the first
-        LearningRateScheduler(WarmupCosine("20%"), plateau=Plateau("val_loss", "min", 0.5, 0, 9.0), record=True),
+        LearningRateScheduler(
+            {"body": WarmupCosine("20%"), "head": Linear(None, 1, 0.1)},
+            plateau=Plateau("val_loss", "min", 0.5, 0, 9.0),
+            record=True,
+        ),
+        LearningRateScheduler(Cosine(None, 1, 10), parameter="weight_decay", record=True),
+        EventCallback(leave_a_batch_out),
         EMA(0.9),
+        *([] if plan.pieces is None else [MicroBatching(plan.pieces)]),
         ModelCheckpoint(folder / "checkpoints", **plan.checkpoints),
     ]
 
@@ -205,7 +236,7 @@ def train(folder: Path, plan: Plan, final: Path, *, ckpt_path: Path | None = Non
         "raw": found["EMA"].raw_state_dict(),
         "average": found["EMA"].average_state_dict(),
         "module": {name: tensor.clone() for name, tensor in module.state_dict().items()},
-        "rates": list(found["LearningRateScheduler"].lrs),
+        "rates": list(zip(*(each.lrs for each in callbacks if isinstance(each, LearningRateScheduler)), strict=True)),
         "scores": found["CheckpointAveraging"].scores,
         "posthoc": synthesize_ema(folder / "posthoc", WIDTH),
     }
