@@ -12,6 +12,7 @@ from lightning_plugins.accumulation.carried_windows import CarriedWindows
 from lightning_plugins.accumulation.weighting import Window, scale, scale_gradients, weigh_backward
 from lightning_plugins.accumulation.windows import batches_for, plan_changes
 from lightning_plugins.accumulation.zero_windows import ZeroWindows
+from lightning_plugins.core import flat_shards
 from lightning_plugins.core.automatic_optimization import check_automatic
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter, wide
@@ -23,7 +24,7 @@ from lightning_plugins.core.lightning import (
     sum_over_ranks,
     torch_optimizers,
 )
-from lightning_plugins.core.loaders import loader_batch_size
+from lightning_plugins.core.loaders import data_ranks, loader_batch_size
 from lightning_plugins.core.run_length import AccumulationPlan
 from lightning_plugins.core.strategies import check_strategy
 from lightning_plugins.core.validation import real_number, true_or_false
@@ -173,6 +174,7 @@ class GradientAccumulation(Callback):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
         if self._carried is not None:
+            flat_shards.look_up(trainer.strategy.model, pl_module)
             self._carried.take_over(trainer, self.patches)
             self._window.total = self._carried.resume(trainer, pl_module)
 
@@ -212,6 +214,7 @@ class GradientAccumulation(Callback):
         if zero is not None and not zero.ends:
             # Lightning asks DeepSpeed for a step after every batch
             return
+        # ranks that share a batch count it each, and are counted each
         total, ranks = self._window.total, trainer.world_size
         if ranks > 1:
             total = _sum(trainer, total)
@@ -244,7 +247,8 @@ class GradientAccumulation(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save a carried window that is open; every rank takes part."""
         if self._carried is not None and self._carried.is_open(trainer):
-            total = float(_sum(trainer, self._window.total))
+            shared = trainer.world_size / data_ranks(trainer)
+            total = float(_sum(trainer, self._window.total)) / shared
             checkpoint["callbacks"][self.state_key]["carried"] = self._carried.state(trainer, pl_module, total)
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -308,7 +312,7 @@ class GradientAccumulation(Callback):
             )
         wanted = self.effective_batch_size or 0
         try:
-            return batches_for(wanted, batch_size=batch_size, ranks=trainer.world_size)
+            return batches_for(wanted, batch_size=batch_size, ranks=data_ranks(trainer))
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
 
@@ -328,7 +332,7 @@ class GradientAccumulation(Callback):
 
     def _describe(self, trainer: Trainer) -> str:
         changes = self.accumulation_plan(trainer).changes
-        size, ranks = loader_batch_size(trainer), trainer.world_size
+        size, ranks = loader_batch_size(trainer), data_ranks(trainer)
         samples = f" of {size} samples" if size else ""
         if ranks > 1:
             samples += f" on each of {ranks} processes"

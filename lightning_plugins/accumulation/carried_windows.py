@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import flat_shards
 from lightning_plugins.core.counting import Count
 from lightning_plugins.core.lightning import LightningModule, Trainer, sum_over_ranks
+from lightning_plugins.core.loaders import data_ranks
+from lightning_plugins.core.module_state import clean_name
 from lightning_plugins.core.patching import Patches
+from lightning_plugins.core.sharding import full_shape, gather, is_sharded, local, scatter
 from lightning_plugins.core.validation import real_number, shown, whole_number
 
 
@@ -75,9 +79,12 @@ class CarriedWindows:
         return not self.stepped and 0 < self.done(trainer) < trainer.accumulate_grad_batches
 
     def state(self, trainer: Trainer, pl_module: LightningModule, total: float) -> dict[str, Any]:
-        """Return the open window: its batches, its count and its gradients, summed over the ranks."""
-        gradients = _summed_gradients(trainer, pl_module) if self._zeroed else {}
-        return {"position": self.done(trainer), "total": total, "gradients": gradients}
+        """Return the open window: its batches, its count, its gradients, and what these are to be multiplied by."""
+        sharded = _synchronized_by_batch(pl_module)
+        ranks = data_ranks(trainer) if sharded else 1
+        collect = _gathered_gradients if sharded else _summed_gradients
+        gradients = collect(trainer, pl_module) if self._zeroed else {}
+        return {"position": self.done(trainer), "total": total, "gradients": gradients, "ranks": ranks}
 
     def load(self, state: Any) -> None:
         """Keep an open window until the model is on its device.
@@ -87,10 +94,11 @@ class CarriedWindows:
             ValueError: If one is out of range.
         """
         if state is not None:
-            if not isinstance(state, Mapping) or state.keys() != {"position", "total", "gradients"}:
+            if not isinstance(state, Mapping) or state.keys() - {"ranks"} != {"position", "total", "gradients"}:
                 raise TypeError(f"`state['carried']` must hold position, total and gradients, got {shown(state)}.")
             whole_number("state['carried']['position']", state["position"], at_least=1, unit="batches")
             real_number("state['carried']['total']", state["total"], at_least=0)
+            whole_number("state['carried']['ranks']", state.get("ranks", 1), at_least=1, unit="ranks")
             gradients = state["gradients"]
             if not isinstance(gradients, Mapping) or not all(isinstance(value, Tensor) for value in gradients.values()):
                 raise TypeError(f"`state['carried']['gradients']` must map names to tensors, got {shown(gradients)}.")
@@ -100,7 +108,8 @@ class CarriedWindows:
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> Count:
         """Put a loaded window in place and return this rank's share of its count, 0 when there is none.
 
-        The saved sums are put on rank 0 and nothing on the others: the sum over the ranks is what a step sees.
+        The saved sums are put on rank 0 and nothing on the others: a step sees the mean over the ranks. Where that is
+        taken after each backward, every rank takes its share of it.
 
         Raises:
             ValueError: If a gradient does not fit its parameter.
@@ -108,14 +117,17 @@ class CarriedWindows:
         loaded, self._loaded, self.stepped = self._loaded, None, False
         self._begin = _started(trainer) - (loaded["position"] if loaded else 0)
         self._zeroed = bool(loaded and loaded["gradients"])
-        if loaded is None or not trainer.is_global_zero:
+        if loaded is None:
             return 0
-        gradients = loaded["gradients"]
-        for name, parameter in pl_module.named_parameters():
-            if name in gradients:
-                parameter.grad = _fitting(name, gradients[name], parameter)
+        gradients, ranks = loaded["gradients"], loaded.get("ranks", 1)
+        sharded = _synchronized_by_batch(pl_module)
+        factor = ranks / data_ranks(trainer) if sharded else ranks
+        for key, parameter in pl_module.named_parameters():
+            name = clean_name(key)
+            if name in gradients and (sharded or trainer.is_global_zero):
+                parameter.grad = _fitting(name, gradients[name], parameter, factor)
         total: float = loaded["total"]
-        return total
+        return total if trainer.is_global_zero else 0
 
 
 def _started(trainer: Trainer) -> int:
@@ -125,27 +137,61 @@ def _started(trainer: Trainer) -> int:
     return started
 
 
-def _fitting(name: str, gradient: Tensor, parameter: Tensor) -> Tensor:
-    if gradient.shape != parameter.shape or gradient.dtype != parameter.dtype:
+def _synchronized_by_batch(pl_module: LightningModule) -> bool:
+    """Return whether gradients are means over the ranks after each backward, as those of FSDP are.
+
+    DDP's are each rank's own until the last batch of a window.
+    """
+    return is_sharded(pl_module) or flat_shards.are_in(pl_module)
+
+
+def _fitting(name: str, gradient: Tensor, parameter: Tensor, factor: float) -> Tensor:
+    """Return this rank's share of a saved gradient, times ``factor``."""
+    if gradient.shape != full_shape(parameter) or gradient.dtype != parameter.dtype:
         raise ValueError(
             f"The gradient of `{name}` in a carried window must be {parameter.dtype} of shape "
-            f"{tuple(parameter.shape)}, got {gradient.dtype} of shape {tuple(gradient.shape)} in the checkpoint. "
+            f"{tuple(full_shape(parameter))}, got {gradient.dtype} of shape {tuple(gradient.shape)} in the checkpoint. "
             f"Resume with the module that wrote it, or from an epoch whose last window was full."
         )
-    return gradient.to(parameter.device, copy=True)
+    found = torch.zeros_like(parameter.detach())
+    local(found).copy_(scatter(gradient.to(local(parameter).device), parameter))
+    return found if factor == 1 else found * factor
 
 
-def _summed_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-    """Return the gradients so far by parameter name, as copies; a parameter that no rank has used is left out."""
-    parameters = dict(pl_module.named_parameters())
+def _used(trainer: Trainer, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the parameters that have a gradient on some rank; every rank takes part."""
     used = [name for name, parameter in parameters.items() if parameter.grad is not None]
-    add_up = sum_over_ranks(trainer) or (lambda gradient: gradient.detach().clone())
     if trainer.world_size > 1:
         used_by_rank: list[Any] = [None] * trainer.world_size
         torch.distributed.all_gather_object(used_by_rank, used)
         used = [name for name in parameters if any(name in names for names in used_by_rank)]
+    return used
+
+
+def _summed_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+    """Return the gradients so far by parameter name, as copies; a parameter that no rank has used is left out."""
+    parameters = _named_parameters(pl_module)
+    add_up = sum_over_ranks(trainer) or (lambda gradient: gradient.detach().clone())
     gradients = {}
-    for name in used:
+    for name in _used(trainer, parameters):
         gradient = parameters[name].grad
         gradients[name] = add_up(torch.zeros_like(parameters[name]) if gradient is None else gradient)
     return gradients
+
+
+def _gathered_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+    """Return the same of sharded gradients, whole, on the first rank."""
+    parameters, gradients = _named_parameters(pl_module), {}
+    for name in _used(trainer, parameters):
+        parameter = parameters[name]
+        part = torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
+        # the gradient of a DTensor may be placed in another way than it is
+        like = parameter if parameter.grad is None or not is_sharded(parameter.grad) else parameter.grad
+        whole = gather(part.detach(), like)
+        if trainer.is_global_zero:
+            gradients[name] = whole.to("cpu", copy=True)
+    return gradients
+
+
+def _named_parameters(pl_module: LightningModule) -> dict[str, torch.nn.Parameter]:
+    return {clean_name(key): parameter for key, parameter in pl_module.named_parameters()}

@@ -199,7 +199,16 @@ def even_sizes(length: int, at_most: int) -> list[int]:
         >>> even_sizes(10, 4), even_sizes(4, 4), even_sizes(9, 8)
         ([4, 3, 3], [4], [5, 4])
     """
-    pieces = max(1, -(-length // at_most))
+    return sizes_of(length, max(1, -(-length // at_most)))
+
+
+def sizes_of(length: int, pieces: int) -> list[int]:
+    """Return the sizes of so many pieces; they differ by one at most.
+
+    Example:
+        >>> sizes_of(10, 3), sizes_of(2, 3)
+        ([4, 3, 3], [1, 1, 0])
+    """
     small, larger = divmod(length, pieces)
     return [small + (index < larger) for index in range(pieces)]
 

@@ -23,8 +23,12 @@ def loader_batch_size(trainer: Any) -> int | None:
 def samples_per_step(trainer: Any) -> int | None:
     """Return batch size x batches per step x ranks that see different data, ``None`` when the data do not tell."""
     size = loader_batch_size(trainer)
-    ranks = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-    return None if size is None else size * int(trainer.accumulate_grad_batches) * int(ranks)
+    return None if size is None else size * int(trainer.accumulate_grad_batches) * data_ranks(trainer)
+
+
+def data_ranks(trainer: Any) -> int:
+    """Return how many ranks see different data: under tensor parallelism several share each batch."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size))
 
 
 def _flat(loaders: Any) -> list[Any]:

@@ -2,8 +2,9 @@
 
 Where a tensor lies in a module does not say what it is called in a file: activation checkpointing and other wrappers
 rename their entries while the state dict is made. So the state dict is asked, and each tensor is found in it by
-identity. ``torch.compile`` puts ``_orig_mod.`` into names, which is taken out, so that a file written by a compiled
-module fits a plain one and the other way round. A tensor that has several names (tied weights) is one tensor.
+identity. Only FSDP1, which gathers every tensor for a state dict, is not asked: its names are those of the places.
+``torch.compile`` puts ``_orig_mod.`` into names, which is taken out, so that a file written by a compiled module fits a
+plain one and the other way round. A tensor that has several names (tied weights) is one tensor.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.sharding import is_sharded, local, reshard, scatter
+from lightning_plugins.core import flat_shards
+from lightning_plugins.core.sharding import full_shape, is_sharded, local, reshard, scatter
 from lightning_plugins.core.validation import shortened, shown
+
+# the last two are left in by FSDP1 alone
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,15 @@ class NamedTensor:
 
 
 def clean_name(name: str) -> str:
-    """Return ``name`` as the uncompiled module calls it.
+    """Return ``name`` as the module calls it that is neither compiled nor wrapped.
 
     Example:
-        >>> clean_name("encoder._orig_mod.0.weight")
-        'encoder.0.weight'
+        >>> clean_name("encoder._orig_mod.0.weight"), clean_name("_fsdp_wrapped_module.weight")
+        ('encoder.0.weight', 'weight')
     """
-    return name.replace("_orig_mod.", "")
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -111,10 +118,23 @@ def named_tensors(module: nn.Module) -> list[NamedTensor]:
     return [NamedTensor(tensor, tuple(names.get(key, ())), tuple(places[key])) for key, tensor in tensors.items()]
 
 
+def state_of(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
+    """Return the module's state dict, sharded tensors in shards."""
+    if not flat_shards.are_in(module):
+        return module.state_dict(keep_vars=keep_vars) if keep_vars else module.state_dict()
+    state: dict[str, Any] = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        skipped = owner._non_persistent_buffers_set
+        for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None and key not in skipped:
+                state[clean_name(f"{prefix}.{key}" if prefix else key)] = tensor
+    return state
+
+
 def _state_names(module: nn.Module, tensors: Mapping[int, Tensor]) -> dict[int, list[str]]:
     """Return id of a tensor -> its clean names in the module's state dict."""
     try:
-        state = module.state_dict(keep_vars=True)
+        state = state_of(module, keep_vars=True)
     except TypeError:
         # a method of the user's own that takes no arguments
         state = module.state_dict()
@@ -227,7 +247,17 @@ def fill(state: MutableMapping[str, Any], tensors: Mapping[str, Tensor]) -> None
     if lost:
         raise ValueError(f"`state_dict` must have a place for every averaged tensor, but lacks {shorten(lost)}.")
     for name, tensor in tensors.items():
-        state[places[name]] = tensor
+        state[places[name]] = _in_parts(tensor, state[places[name]])
+
+
+def _in_parts(tensor: Tensor, entry: Any) -> Any:
+    """Return a full tensor in the form of an entry of a state dict that FSDP1 has cut into copies of parts."""
+    if not hasattr(entry, "local_shards"):
+        return tensor
+    for part in entry.local_shards():
+        start, sizes = part.metadata.shard_offsets, part.metadata.shard_sizes
+        part.tensor.copy_(tensor[tuple(slice(i, i + size) for i, size in zip(start, sizes, strict=True))])
+    return entry
 
 
 def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -237,7 +267,7 @@ def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
         module: The module.
         tensors: Clean name -> full tensor.
     """
-    shapes = {name: found.tensor.shape for found in named_tensors(module) for name in found.names}
+    shapes = {name: full_shape(found.tensor) for found in named_tensors(module) for name in found.names}
     faults = {
         "unexpected": [shortened(name) for name in tensors if name not in shapes],
         "misshapen": [

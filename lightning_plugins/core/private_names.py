@@ -101,6 +101,17 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ),
         ("deepspeed.utils.mixed_precision_linkage", "_hp_mapping", "the master weights of a parameter"),
         ("deepspeed.utils.tensor_fragment", "lp_fragment_address hp_fragment", "they, and their place in it"),
+        ("torch.distributed.fsdp.FullyShardedDataParallel", "_handle", "what FSDP1 has joined, by no tensor shown"),
+        (
+            "torch.distributed.fsdp._flat_param.FlatParamHandle",
+            "_params _shapes _shard_param_infos uses_sharded_strategy",
+            "which elements of a parameter lie on this rank, and its own shape",
+        ),
+        (
+            "torch.distributed.fsdp._flat_param.FlatParamHandle",
+            "_local_shard reshard post_reshard",
+            "what a forward without gradients leaves gathered is freed before the weights are exchanged",
+        ),
     ),
     *_of(
         "accumulation",

@@ -1,7 +1,7 @@
 """This rank's part of a tensor, and what all ranks hold together.
 
-A tensor that FSDP2 or tensor parallelism spreads over processes is a DTensor. What is done to every element alike, such
-as an average or a factor, is done to the local parts, without communication.
+A tensor that FSDP2 or tensor parallelism spreads over processes is a DTensor; one of FSDP1 is its own local part. What
+is done to every element alike, such as an average or a factor, is done to the local parts, without communication.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core import flat_shards
+
 
 def is_sharded(value: Tensor | nn.Module) -> bool:
     """Return whether a tensor, or some parameter of a module, is spread over ranks."""
     if isinstance(value, nn.Module):
         return any(map(is_sharded, value.parameters()))
+    return _is_dtensor(value) or flat_shards.of(value) is not None
+
+
+def _is_dtensor(value: Tensor) -> bool:
     return hasattr(value, "placements") and hasattr(value, "to_local")
 
 
@@ -25,16 +31,23 @@ def any_sharded(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Tensor) and is_sharded(value) for value in values)
 
 
+def full_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of a tensor as all ranks hold it together."""
+    flat = flat_shards.of(tensor)
+    return tensor.shape if flat is None else flat.shape
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return the part of ``tensor`` that lies on this rank, the tensor itself when it is not sharded.
 
     The two share memory: a write into the part is a write into the tensor.
     """
-    return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded(tensor) else tensor
+    return cast(Tensor, cast(Any, tensor).to_local()) if _is_dtensor(tensor) else tensor
 
 
 def reshard(module: nn.Module) -> None:
-    """Give every FSDP2 group of ``module`` back to its shards: a forward in eval mode may leave it gathered."""
+    """Give every FSDP group of ``module`` back to its shards: a forward in eval mode may leave it gathered."""
+    flat_shards.reshard(module)
     for part in module.modules():
         if hasattr(part, "reshard") and hasattr(part, "unshard"):
             cast(Any, part).reshard()
@@ -46,7 +59,7 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
     The two share memory where ``part`` lies on the device of the ranks' mesh. Shape and stride are given explicitly:
     from uneven shards they cannot be guessed, and the ranks would wait for each other forever.
     """
-    if not is_sharded(like):
+    if not _is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  # absent from builds without distributed support
 
@@ -68,7 +81,9 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
     """Return the full tensor of which ``part`` is this rank's share; a collective when ``like`` is sharded."""
-    if not is_sharded(like):
+    if (flat := flat_shards.of(like)) is not None:
+        return flat.gather(part)
+    if not _is_dtensor(like):
         return part
     # weights that are offloaded to the host are gathered on the device all the same
     whole: Any = spread(part.to(cast(Any, like).device_mesh.device_type), like)
@@ -96,8 +111,12 @@ def scatter(full: Tensor, like: Tensor) -> Tensor:
 
     Not by ``distribute_tensor``, which sends rank 0's data to the others in torch 2.6.
     """
-    if not is_sharded(like) or is_sharded(full):
+    if _is_dtensor(full):
         return local(full)
+    if (flat := flat_shards.of(like)) is not None:
+        return flat.scatter(full, like.numel())
+    if not _is_dtensor(like):
+        return full
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
     mesh = cast(Any, like).device_mesh

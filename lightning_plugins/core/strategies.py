@@ -50,17 +50,24 @@ class Support:
 
 SUPPORTED: dict[str, Support] = {
     "LearningRateScheduler": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
-    "EMA": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}),
+    "EMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP2: ""}),
-    "PostHocEMA": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}),
+    "PostHocEMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "averages, does not compare", FSDP2: "", TENSOR: ""}),
-    "GradientAccumulation": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", DEEPSPEED: _ZERO}, steers_windows=True),
-    # no DeepSpeed checkpoint has the gradients of an open window
-    "GradientAccumulation(carry=True)": Support(
-        {ONE: "", DDP: ""}, {DEEPSPEED: "GradientAccumulation without `carry`"}, steers_windows=True
+    "GradientAccumulation": Support(
+        {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, steers_windows=True
     ),
-    "MicroBatching(size)": Support({ONE: "", DDP: ""}, steers_windows=True),
-    'MicroBatching("auto")': Support({ONE: "", DDP: ""}, steers_windows=True),
+    # FSDP1 leaves the gradients of an open window unsharded; no DeepSpeed checkpoint has them
+    "GradientAccumulation(carry=True)": Support(
+        {ONE: "", DDP: "", FSDP2: "", TENSOR: ""},
+        {DEEPSPEED: "GradientAccumulation without carry"},
+        steers_windows=True,
+    ),
+    "MicroBatching(size)": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, steers_windows=True),
+    # a rank that runs out of memory in a forward leaves the others waiting in that forward's collectives
+    'MicroBatching("auto")': Support(
+        {ONE: "", DDP: ""}, dict.fromkeys((FSDP1, FSDP2, TENSOR), "MicroBatching(size)"), steers_windows=True
+    ),
     "StatisticsRecorder": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
     "CSVStatisticsLogger": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
     "TensorBoardStatisticsLogger": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
@@ -145,3 +152,8 @@ def known_as(strategy: Any) -> str:
     kind = next((base.__name__ for base in type(strategy).__mro__ if base.__name__ in STRATEGIES), "")
     mesh = getattr(strategy, "_device_mesh", None)
     return TENSOR if kind == FSDP2 and mesh is not None and mesh["tensor_parallel"].size() > 1 else kind
+
+
+def forwards_are_collective(strategy: Any) -> bool:
+    """Return whether every forward and backward of a rank waits for the other ranks."""
+    return known_as(strategy) in (FSDP1, FSDP2, TENSOR)

@@ -18,7 +18,7 @@ from lightning_plugins.core.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_plugins.core.module_state import clean_name, is_opaque, named_tensors
+from lightning_plugins.core.module_state import clean_name, is_opaque, named_tensors, state_of
 from lightning_plugins.core.sharding import gather, local
 from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, one_of, shown, whole_number
 from lightning_plugins.core.writable import check_writable
@@ -306,7 +306,7 @@ class PostHocEMA(AveragingCallback):
         averaged = set(first.names)
         others = {
             clean_name(key): gather(local(value), value).detach()
-            for key, value in first.module.state_dict().items()
+            for key, value in state_of(first.module).items()
             if clean_name(key) not in averaged and isinstance(value, Tensor)
         }
         self._written = n

@@ -15,7 +15,7 @@ from lightning_plugins.core.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_plugins.core.module_state import clean_name, device_name, named_tensors, uncompiled
+from lightning_plugins.core.module_state import clean_name, device_name, named_tensors, state_of, uncompiled
 from lightning_plugins.core.sharding import gather, local, reshard
 from lightning_plugins.core.validation import LightningPluginsWarning, one_of, shown
 from lightning_plugins.ema.checkpoint_hooks import AverageInCheckpoints, roles_of
@@ -234,7 +234,7 @@ class WeightAverage(AverageInCheckpoints):
             shadow = self._shadows[0]
             self._swapper.apply(shadow, ready=self._active, keep_shadows=True)
             self._report()
-            self._keys_at_end = list(shadow.module.state_dict())
+            self._keys_at_end = list(state_of(shadow.module))
             self._buffers_at_end = {
                 name: found.tensor.detach().clone()
                 for found in named_tensors(shadow.module)
@@ -256,7 +256,7 @@ class WeightAverage(AverageInCheckpoints):
             reshard(shadow.module)
         found = shadow.collect(which, copies=True)
         self._report()
-        state = shadow.module.state_dict()
+        state = state_of(shadow.module)
         names = {clean_name(key): key for key in state}
         if not served:
             if found.keys() - names.keys():

@@ -43,6 +43,14 @@ class PieceLogs:
             replaced.undo()
             self._show(self._batch)
 
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Forget what is logged inside."""
+        kept = {key: list(entries) for key, entries in self._logged.items()}
+        yield
+        self._logged.clear()
+        self._logged.update(kept)
+
     def begin(self, piece: int, batch: Any) -> None:
         """Say which piece logs from now on; its size is what a value without a batch size is weighted by."""
         self._piece = piece

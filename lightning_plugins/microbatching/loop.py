@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.batches import even_sizes
+from lightning_plugins.core.batches import even_sizes, sizes_of
 from lightning_plugins.core.counting import Count
 from lightning_plugins.core.lightning import MisconfigurationException, Trainer
 from lightning_plugins.microbatching.logging import BatchMetrics, PieceLogs
 from lightning_plugins.microbatching.merging import merge, shares, weighted, weighted_sum
+from lightning_plugins.microbatching.out_of_memory import StepState
 from lightning_plugins.microbatching.pieces import Pieces
 
 
@@ -41,6 +42,32 @@ class PiecewiseClosure:
         return result
 
 
+class RanksInStep:
+    """Keeps ranks in step whose every forward and backward is a collective, as under FSDP and tensor parallelism.
+
+    Args:
+        trainer: The Trainer, in a fit.
+        state: What a step changes besides the weights.
+    """
+
+    def __init__(self, trainer: Trainer, state: StepState) -> None:
+        self._device = trainer.strategy.root_device
+        self._state = state
+
+    def most(self, pieces: int) -> int:
+        """Return the largest number of pieces that any rank has; every rank must call it, and waits for the others."""
+        number = torch.tensor(pieces, device=self._device)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        return int(number)
+
+    @contextmanager
+    def leaving_nothing(self) -> Iterator[None]:
+        """Put random numbers, buffers and metrics back at the end."""
+        before = self._state.snapshot()
+        yield
+        before.restore()
+
+
 class BatchInPieces:
     """One batch, its optimizer and Lightning's loop: everything that an attempt to run it needs.
 
@@ -51,6 +78,7 @@ class BatchInPieces:
         batch_idx: The batch's index in the epoch.
         pieces: How the batch is counted and split.
         metrics: The module's metrics.
+        in_step: Keeps ranks in step whose every forward is a collective, ``None`` where each runs for itself.
 
     Attributes:
         dropped: What the pieces returned and could not be merged, path -> reason.
@@ -65,16 +93,19 @@ class BatchInPieces:
         *,
         pieces: Pieces,
         metrics: BatchMetrics,
+        in_step: RanksInStep | None = None,
     ) -> None:
         self._trainer = trainer
         self._loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
         self._kwargs = kwargs
         self._pieces = pieces
         self._metrics = metrics
+        self._in_step = in_step
         self._logs = PieceLogs(trainer.fit_loop.epoch_loop._results)
         self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
         self._backward = self._loop._make_backward_fn(optimizer)
         self._zeroed = False
+        self._runs = 1
         self._weights: Sequence[Count] = ()
         self._sizes: Sequence[int] = ()
         self._results: list[Any] = []
@@ -106,12 +137,19 @@ class BatchInPieces:
         """
         batch = self._kwargs["batch"]
         sizes = [0] if at_most is None else even_sizes(self.length(), at_most)
+        self._runs = len(sizes)
+        if self._in_step is not None:
+            self._runs = self._in_step.most(len(sizes))
+            # a rank with fewer samples than that runs its last piece again, for nothing
+            sizes = sizes_of(self.length(), min(self._runs, self.length()))
         whole = len(sizes) == 1
         pieces = [batch] if whole else self._pieces.split(batch, sizes)
         self._weights = [1.0] if whole else shares(pieces, sizes, self._pieces.count)
         self._sizes = sizes
         with nullcontext() if whole else self._metrics.one_batch(), self._logs.collecting():
             self._results = [self._run_piece(index, piece) for index, piece in enumerate(pieces)]
+            for index in range(len(pieces), self._runs):
+                self._run_for_others(index, pieces[-1])
 
     def finish(self) -> Any:
         """Log what the attempt has logged, which may synchronize the ranks, and return Lightning's result."""
@@ -119,18 +157,30 @@ class BatchInPieces:
         return self._merged(self._results)
 
     def _run_piece(self, index: int, piece: Any) -> Any:
-        """Forward and backward of one piece; only the last one's backward synchronizes the ranks."""
+        """Forward and backward of one piece."""
         self._logs.begin(index, piece)
         pieces = len(self._weights)
-        with ExitStack() as stack:
-            if index + 1 < pieces and hasattr(self._trainer.strategy, "block_backward_sync"):
-                stack.enter_context(self._trainer.strategy.block_backward_sync())
+        with self._unsynchronized_before_last(index):
             result = self._loop._training_step({**self._kwargs, "batch": piece})
             self._zero_once()
             loss, result.closure_loss = result.closure_loss, None
             if loss is not None and self._backward is not None:
                 self._backward(loss if pieces == 1 else weighted(loss, self._weights[index]))
         return result
+
+    def _run_for_others(self, index: int, piece: Any) -> None:
+        """Take part in the collectives of a piece that only other ranks have; it leaves nothing behind."""
+        nothing_left = self._in_step.leaving_nothing() if self._in_step else nullcontext()
+        with nothing_left, self._logs.ignoring(), self._unsynchronized_before_last(index):
+            result = self._loop._training_step({**self._kwargs, "batch": piece})
+            if result.closure_loss is not None and self._backward is not None:
+                self._backward(weighted(result.closure_loss, 0.0))
+
+    def _unsynchronized_before_last(self, index: int) -> AbstractContextManager[Any]:
+        """Hold the synchronization of the ranks back in every run but the last, which is the same on all ranks."""
+        strategy: Any = self._trainer.strategy
+        last = index + 1 == self._runs or not hasattr(strategy, "block_backward_sync")
+        return nullcontext() if last else strategy.block_backward_sync()
 
     def _zero_once(self) -> None:
         """Zero the gradients at a window's first batch, after the first forward, as Lightning does."""

@@ -291,7 +291,7 @@ def test_wrong_arguments_are_refused_at_construction(arguments, kind, message):
         EMA(**arguments)
 
 
-@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy", "XLAStrategy"])
+@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "XLAStrategy"])
 def test_strategies_that_hide_the_weights_are_refused_by_name(name):
     from lightning.pytorch.strategies import SingleDeviceStrategy
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins import EMA, ConstantDecay, WarmupDecay, extract_weights, synthesize_ema
+from lightning_plugins import EMA, ConstantDecay, WarmupDecay, average_checkpoints, extract_weights, synthesize_ema
 from tests.support.ema_distributed import launch
 from tests.support.ema_runs import Net, clone_state, regression, same, trainer
 
@@ -33,10 +33,10 @@ def close(a, b, tolerance=1e-6):
         torch.testing.assert_close(value, b[key], rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(scope="module", params=["fsdp2"])
+@pytest.fixture(scope="module", params=["fsdp1", "fsdp2"])
 def sharded(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
-    return directory, launch("fsdp", directory)
+    return directory, launch(request.param, directory)
 
 
 def test_ddp_ranks_agree_bit_for_bit(tmp_path):
@@ -55,8 +55,9 @@ def test_ddp_ranks_agree_bit_for_bit(tmp_path):
 
 
 def test_sharded_average_equals_the_unsharded_one(sharded):
-    ranks = sharded[1]
-    assert [rank["empty"] for rank in ranks] == [0, 2]  # uneven and empty shards are among them
+    directory, ranks = sharded
+    # uneven and empty shards are among them
+    assert [rank["empty"] for rank in ranks] == {"fsdp1": [2, 1], "fsdp2": [0, 2]}[directory.name[:5]]
     ema, seen = whole_run(ConstantDecay(0.8), 2)
     for rank in ranks:
         close(rank["average"], ema.average_state_dict())
@@ -90,7 +91,7 @@ def test_sharded_validation_after_fit_uses_the_average(sharded):
 
 def test_sharded_resume_on_another_number_of_ranks(sharded):
     directory, ranks = sharded
-    (alone,) = launch("other_ranks", directory, ranks=1)
+    (alone,) = launch("other_ranks_fsdp1" if directory.name[:5] == "fsdp1" else "other_ranks", directory, ranks=1)
     close(alone["average"], ranks[0]["average"])
     close(alone["raw"], ranks[0]["raw"])
 
@@ -108,6 +109,26 @@ def test_sharded_module_is_raw_after_a_crash_in_validation(sharded):
     for rank in sharded[1]:
         assert same(rank["crashed_raw"], rank["kept_raw"])
         close(rank["crashed_raw"], ema.raw_state_dict())
+
+
+def test_hidden_parameters_are_refused_by_name(sharded):
+    directory, ranks = sharded
+    named = "`use_orig_params` must be True under FSDP1, got False" if directory.name[:5] == "fsdp1" else ""
+    assert all(named in rank["refused"] for rank in ranks)
+
+
+def test_sharded_files_of_fsdp1_resume_bit_for_bit(sharded):
+    """Every rank writes its part of the average; the raw weights lie beside it."""
+    directory, ranks = sharded
+    if directory.name[:5] == "fsdp2":
+        pytest.skip("its own test")
+    for rank, first in enumerate(ranks):
+        found = torch.load(directory / f"fsdp1-parts-{rank}.pt", weights_only=True)
+        for when in ("whole", "resumed"):
+            assert same(found[f"{when}_average"], first["average"])
+            assert same(found[f"{when}_raw"], first["raw"])
+    means = [average_checkpoints([directory / kind / f"epoch={n}.ckpt" for n in (0, 1)]) for kind in ("parts", "full")]
+    assert same(*means)
 
 
 def test_sharded_snapshots_are_written_whole(sharded):

@@ -81,7 +81,19 @@ def trainer(strategy, *callbacks, **kwargs):
     return lightning.Trainer(strategy=strategy, **{**settings, **kwargs})
 
 
-def sharded_net(precision=None, **kwargs):
+def sharded_strategy(kind, **kwargs):
+    """FSDP2 with single files, or FSDP1 with the first layer in a part of its own."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    if kind == "fsdp1":
+        from tests.support.fsdp1 import FSDPOnCPU
+
+        return FSDPOnCPU(parts=("net.0",), **kwargs)
+    sizes = {"data_parallel_size": int(os.environ["EMA_TEST_RANKS"]), "tensor_parallel_size": 1}
+    return ModelParallelStrategy(**{**sizes, "save_distributed_checkpoint": False, **kwargs})
+
+
+def sharded_net(kind="fsdp2", **kwargs):
     """The network of the other tests with odd sizes, so that shards are uneven and some are empty."""
     from torch.distributed.fsdp import fully_shard
 
@@ -91,7 +103,7 @@ def sharded_net(precision=None, **kwargs):
         seen = None
 
         def configure_model(self):
-            if hasattr(self.net[0], "unshard"):
+            if kind == "fsdp1" or hasattr(self.net[0], "unshard"):
                 return
             mesh = self.device_mesh["data_parallel"]
             fully_shard(self.net[0], mesh=mesh)
@@ -139,74 +151,112 @@ def ddp(directory):
     )  # fmt: skip
 
 
-def sharded_run(directory, max_epochs, *callbacks, ema=None, ckpt_path=None, **kwargs):
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
+def sharded_run(kind, max_epochs, *callbacks, ema=None, ckpt_path=None, strategy=None, **kwargs):
     from lightning_plugins import EMA, ConstantDecay
     from tests.support.ema_runs import regression
 
-    strategy = ModelParallelStrategy(
-        data_parallel_size=int(os.environ["EMA_TEST_RANKS"]), tensor_parallel_size=1, save_distributed_checkpoint=False
-    )
-    module, ema = sharded_net(), ema or EMA(ConstantDecay(0.8))
-    fit = trainer(strategy, ema, *callbacks, max_epochs=max_epochs, **kwargs)
+    module, ema = sharded_net(kind), ema or EMA(ConstantDecay(0.8))
+    fit = trainer(strategy or sharded_strategy(kind), ema, *callbacks, max_epochs=max_epochs, **kwargs)
     fit.fit(module, regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
     return fit, module, ema
 
 
-def fsdp(directory):
+def fsdp(directory, kind="fsdp2"):
     """A sharded run, its files, a resumed one; post-hoc snapshots; half precision."""
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.strategies import ModelParallelStrategy
 
     from lightning_plugins import EMA, ConstantDecay, PostHocEMA
+    from lightning_plugins.core.lightning import MisconfigurationException
     from tests.support.ema_runs import regression
 
     full, light = Path(directory) / "full", Path(directory) / "weights"
     fit, module, ema = sharded_run(
-        directory, 2,
+        kind, 2,
         PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots"),
         ModelCheckpoint(full, filename="{epoch}", save_top_k=-1),
         ModelCheckpoint(light, filename="{epoch}", save_weights_only=True, save_top_k=-1, every_n_train_steps=16),
     )  # fmt: skip
     fit.save_checkpoint(Path(directory) / "end.ckpt")
     average, raw, seen = ema.average_state_dict(), ema.raw_state_dict(), module.seen
-    empty = sum(p.to_local().numel() == 0 for p in module.parameters())
+    empty = sum(getattr(p, "to_local", lambda p=p: p)().numel() == 0 for p in module.parameters())
     again_fit, again_module, resumed = sharded_run(
-        directory, 2, ema=EMA(ConstantDecay(0.8), after_fit="raw"), ckpt_path=full / "epoch=0.ckpt"
+        kind, 2, ema=EMA(ConstantDecay(0.8), after_fit="raw"), ckpt_path=full / "epoch=0.ckpt"
     )
     resumed_average, resumed_raw = resumed.average_state_dict(), resumed.raw_state_dict()
-    again_module.seen = None
-    again_fit.validate(again_module, regression(n=8, seed=9), verbose=False)  # on the average once more
+    if kind == "fsdp2":  # Lightning cannot wrap a module of FSDP1 again
+        again_module.seen = None
+        again_fit.validate(again_module, regression(n=8, seed=9), verbose=False)  # on the average once more
 
     # half precision: the file keeps the float32 average beside its state_dict
     half = EMA(0.9)
-    sharded_run(directory, 1, ModelCheckpoint(directory, filename="half"), ema=half, precision="bf16-true")
+    sharded_run(kind, 1, ModelCheckpoint(directory, filename="half"), ema=half, precision="bf16-true")
     half_average, half_raw = half.average_state_dict(), half.raw_state_dict()
     again = EMA(0.9)
-    sharded_run(directory, 1, ema=again, precision="bf16-true", ckpt_path=Path(directory) / "half.ckpt")
+    sharded_run(kind, 1, ema=again, precision="bf16-true", ckpt_path=Path(directory) / "half.ckpt")
 
     # a crash in validation, the module gathered and swapped
-    crashed, kept = sharded_net(), EMA(0.9)
+    crashed, kept, strategy = sharded_net(kind), EMA(0.9), sharded_strategy(kind)
     crashed.crash = ("val", 0, 1)
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
     with pytest.raises(RuntimeError, match="killed"):
         trainer(strategy, kept).fit(crashed, regression(), regression(n=8, seed=9))
-    crashed_raw = {name: p.full_tensor().detach() for name, p in crashed.named_parameters()}
-
+    if kind == "fsdp1":
+        # FSDP1 gathers nothing after an error in a forward; the parts of the ranks follow one another
+        parts = {name.replace("_fsdp_wrapped_module.", ""): p.detach() for name, p in crashed.named_parameters()}
+        lengths = {name: [torch.tensor(0), torch.tensor(0)] for name in parts}
+        for name, part in parts.items():
+            torch.distributed.all_gather(lengths[name], torch.tensor(part.numel()))
+        crashed_raw = {}
+        for name, tensor in kept.raw_state_dict().items():
+            both = [torch.zeros(tensor.numel()), torch.zeros(tensor.numel())]
+            padded = torch.nn.functional.pad(parts[name], (0, tensor.numel() - len(parts[name])))
+            torch.distributed.all_gather(both, padded)
+            whole = [part[:length] for part, length in zip(both, lengths[name], strict=True)]
+            crashed_raw[name] = torch.cat(whole).view(tensor.shape)
+        with pytest.raises(MisconfigurationException) as refusal:
+            trainer(sharded_strategy(kind, use_orig_params=False), EMA(0.9)).fit(sharded_net(kind), regression())
+        refused = str(refusal.value)
+    else:
+        crashed_raw, refused = {name: p.full_tensor().detach() for name, p in crashed.named_parameters()}, ""
     save(
-        "fsdp", directory, average=average, raw=raw, seen=seen, empty=empty,
+        kind, directory, average=average, raw=raw, seen=seen, empty=empty,
         resumed_average=resumed_average, resumed_raw=resumed_raw, validated=again_module.seen,
         validated_raw=resumed.raw_state_dict(),
         half_average=half_average, half_raw=half_raw, again_average=again.average_state_dict(),
-        again_raw=again.raw_state_dict(), crashed_raw=crashed_raw, kept_raw=kept.raw_state_dict(),
+        again_raw=again.raw_state_dict(), crashed_raw=crashed_raw, kept_raw=kept.raw_state_dict(), refused=refused,
     )  # fmt: skip
 
 
-def other_ranks(directory):
+fsdp2 = fsdp
+
+
+def fsdp1(directory):
+    """The same under FSDP1; then with files that all ranks write."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    fsdp(directory, "fsdp1")
+    parts, results = Path(directory) / "parts", {}
+    for path, ckpt_path in (("whole", None), ("resumed", parts / "epoch=0.ckpt")):
+        files = ModelCheckpoint(parts, filename="{epoch}", save_top_k=-1)
+        strategy = sharded_strategy("fsdp1", state_dict_type="sharded")
+        _, _, ema = sharded_run("fsdp1", 2, files, strategy=strategy, ckpt_path=ckpt_path)
+        results |= {f"{path}_average": ema.average_state_dict(), f"{path}_raw": ema.raw_state_dict()}
+    save("fsdp1-parts", directory, **results)
+
+
+def other_ranks(directory, kind="fsdp2"):
     """Resume what two ranks saved on one."""
-    _, _, ema = sharded_run(directory, 2, ckpt_path=Path(directory) / "full" / "epoch=0.ckpt")
-    save("other_ranks", directory, average=ema.average_state_dict(), raw=ema.raw_state_dict())
+    _, _, ema = sharded_run(kind, 2, ckpt_path=Path(directory) / "full" / "epoch=0.ckpt")
+    save(
+        "other_ranks" if kind == "fsdp2" else "other_ranks_fsdp1",
+        directory,
+        average=ema.average_state_dict(),
+        raw=ema.raw_state_dict(),
+    )
+
+
+def other_ranks_fsdp1(directory):
+    """The same under FSDP1."""
+    other_ranks(directory, "fsdp1")
 
 
 if __name__ == "__main__":
