@@ -126,7 +126,8 @@ class CarriedWindows:
             name = clean_name(key)
             if name in gradients and (sharded or trainer.is_global_zero):
                 parameter.grad = _fitting(name, gradients[name], parameter, factor)
-        total: float = loaded["total"]
+        # ranks that share a batch count it each
+        total: float = loaded["total"] * (trainer.world_size / data_ranks(trainer))
         return total if trainer.is_global_zero else 0
 
 

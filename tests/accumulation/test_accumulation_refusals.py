@@ -118,20 +118,13 @@ def test_refuses_strategies_by_name():
         accumulation.setup(trainer, Probe(), "fit")
 
 
-def test_refuses_tensor_parallelism_and_carrying_over_shards():
-    strategy = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
-
-    class Dimension:
-        def size(self):
-            return 2
-
-    strategy._device_mesh = {"tensor_parallel": Dimension()}
+def test_refuses_to_carry_over_flat_shards():
     trainer = pl.Trainer(accelerator="cpu", logger=False)
-    trainer._accelerator_connector.strategy = strategy
-    with pytest.raises(MisconfigurationException, match=r"not tested under ModelParallelStrategy\(tensor"):
-        GradientAccumulation(2).setup(trainer, Probe(), "fit")
-    strategy._device_mesh = None
-    with pytest.raises(MisconfigurationException, match=r"GradientAccumulation\(carry=True\) was not tested under Mod"):
+    trainer._accelerator_connector.strategy = pl.strategies.FSDPStrategy()
+    GradientAccumulation(2).setup(trainer, Probe(), "fit")
+    with pytest.raises(
+        MisconfigurationException, match=r"GradientAccumulation\(carry=True\) was not tested under FSDP"
+    ):
         GradientAccumulation(2, carry=True).setup(trainer, Probe(), "fit")
 
 

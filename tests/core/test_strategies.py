@@ -95,7 +95,7 @@ def test_the_page_has_the_table_that_the_callbacks_ask(page):
 
 NEAREST = {
     # both are subclasses of DDPStrategy, and keep parameters elsewhere
-    ("MicroBatching(size)", DEEPSPEED): "DDPStrategy",
+    ("MicroBatching(size)", DEEPSPEED): "ModelParallelStrategy",
     ("GradientAccumulation", XLA): "DDPStrategy",
     ("EMA", XLA): "DDPStrategy",
     ("CheckpointAveraging", XLA): "DDPStrategy",

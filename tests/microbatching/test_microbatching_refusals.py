@@ -61,8 +61,8 @@ def test_refuses_a_module_that_it_cannot_serve(module, message):
 def test_refuses_what_the_strategy_shows():
     trainer = pl.Trainer(accelerator="cpu", logger=False)
     trainer._accelerator_connector.strategy = pl.strategies.ModelParallelStrategy()
-    with pytest.raises(MisconfigurationException, match=r"MicroBatching\(size\) was not tested under ModelPar"):
-        MicroBatching(2).setup(trainer, Probe(), "fit")
+    with pytest.raises(MisconfigurationException, match=r"nearest to ModelParallelStrategy is MicroBatching\(size\)"):
+        MicroBatching("auto").setup(trainer, Probe(), "fit")
     trainer = pl.Trainer(accelerator="cpu", logger=False)
     trainer.strategy.optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])] * 2
     with pytest.raises(MisconfigurationException, match="MicroBatching works with one optimizer, and the module has"):
