@@ -12,7 +12,6 @@ from lightning_plugins.accumulation.carried_windows import CarriedWindows
 from lightning_plugins.accumulation.weighting import Window, scale, scale_gradients, weigh_backward
 from lightning_plugins.accumulation.windows import batches_for, plan_changes
 from lightning_plugins.accumulation.zero_windows import ZeroWindows
-from lightning_plugins.core import flat_shards
 from lightning_plugins.core.automatic_optimization import check_automatic
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter, wide
@@ -26,7 +25,7 @@ from lightning_plugins.core.lightning import (
 )
 from lightning_plugins.core.loaders import data_ranks, loader_batch_size
 from lightning_plugins.core.run_length import AccumulationPlan
-from lightning_plugins.core.strategies import check_strategy
+from lightning_plugins.core.strategies import check_strategy, learn_shards
 from lightning_plugins.core.validation import real_number, true_or_false
 
 
@@ -174,7 +173,7 @@ class GradientAccumulation(Callback):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
         if self._carried is not None:
-            flat_shards.look_up(trainer.strategy.model, pl_module)
+            learn_shards(trainer, pl_module)
             self._carried.take_over(trainer, self.patches)
             self._window.total = self._carried.resume(trainer, pl_module)
 

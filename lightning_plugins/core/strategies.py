@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_plugins.core.lightning import MisconfigurationException, Trainer
+from lightning_plugins.core import flat_shards
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 
 ONE, DDP, FSDP1, FSDP2 = "SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"
 # a strategy of Lightning's in a way of its own: several processes share a batch
@@ -157,3 +158,16 @@ def known_as(strategy: Any) -> str:
 def forwards_are_collective(strategy: Any) -> bool:
     """Return whether every forward and backward of a rank waits for the other ranks."""
     return known_as(strategy) in (FSDP1, FSDP2, TENSOR)
+
+
+def learn_shards(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Learn what FSDP1 has made of a module, or will; nothing happens under other strategies.
+
+    Raises:
+        MisconfigurationException: If it shows no parameters of the module's own.
+    """
+    try:
+        flat_shards.check_shown(trainer.strategy)
+        flat_shards.look_up(trainer.strategy.model, pl_module)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning_plugins.core import flat_shards
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.durations import RunLengthUnknownError
 from lightning_plugins.core.lightning import (
@@ -24,7 +23,7 @@ from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.run_length import horizon_of_run
 from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.step_clock import RunClock
-from lightning_plugins.core.strategies import check_strategy
+from lightning_plugins.core.strategies import check_strategy, learn_shards
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
 from lightning_plugins.ema.distributed_files import DistributedSets, is_distributed, open_sets, write_beside
@@ -108,7 +107,7 @@ class AveragingCallback(Callback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_strategy(trainer, self.technique)
-            self._look_up_shards(trainer, pl_module)
+            learn_shards(trainer, pl_module)
             if self._shadows and not self._serves(pl_module):
                 self._forget()
             for shadow in self._shadows:
@@ -117,7 +116,7 @@ class AveragingCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the averages out of the file that a fit resumes from."""
-        self._look_up_shards(trainer, pl_module)
+        learn_shards(trainer, pl_module)
         # weights that are loaded in mid-fit have come through the strategy
         if not self._fitting or self._clock is not None:
             return
@@ -132,7 +131,7 @@ class AveragingCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place what a file gave, now that the module is on its device; watch the run's files and its end."""
-        self._look_up_shards(trainer, pl_module)
+        learn_shards(trainer, pl_module)
         self._place_restored(pl_module)
         self.when_nothing_is_left(trainer, lambda: self.on_train_end(trainer, pl_module))
         self._watch_files(trainer, pl_module)
@@ -401,12 +400,3 @@ class AveragingCallback(Callback):
         if not self._shadows or self._shadows[0].module is not pl_module:
             return False
         return self._fitting or self._shadows[0].untouched()
-
-    @staticmethod
-    def _look_up_shards(trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn what FSDP1 has made of the module, or will."""
-        try:
-            flat_shards.check_shown(trainer.strategy)
-            flat_shards.look_up(trainer.strategy.model, pl_module)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
