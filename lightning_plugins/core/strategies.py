@@ -87,12 +87,13 @@ _NEAREST = {
 }
 
 
-def check_strategy(trainer: Trainer, technique: str) -> None:
+def check_strategy(trainer: Trainer, technique: str, pl_module: LightningModule | None = None) -> None:
     """Refuse a strategy that a technique does not support.
 
     Args:
         trainer: The Trainer, at setup.
         technique: A key of :data:`SUPPORTED`.
+        pl_module: The module, if the technique must see its parameters one by one.
 
     Raises:
         MisconfigurationException: If the strategy is not in the table, or accumulates gradients by itself where the
@@ -104,6 +105,8 @@ def check_strategy(trainer: Trainer, technique: str) -> None:
     told = refusal(technique, known_as(strategy), kind, accumulates=strategy.handles_gradient_accumulation)
     if told:
         raise MisconfigurationException(told)
+    if pl_module is not None:
+        learn_shards(trainer, pl_module)
     if known_as(strategy) == DEEPSPEED and SUPPORTED[technique].refuses:
         stage = (getattr(strategy, "config", None) or {}).get("zero_optimization", {}).get("stage", 0)
         if stage not in (1, 2, 3):

@@ -106,8 +106,7 @@ class AveragingCallback(Callback):
         """Refuse what cannot work; a second fit of the same module goes on, of another one begins anew."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_strategy(trainer, self.technique)
-            learn_shards(trainer, pl_module)
+            check_strategy(trainer, self.technique, pl_module)
             if self._shadows and not self._serves(pl_module):
                 self._forget()
             for shadow in self._shadows:
@@ -116,7 +115,6 @@ class AveragingCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the averages out of the file that a fit resumes from."""
-        learn_shards(trainer, pl_module)
         # weights that are loaded in mid-fit have come through the strategy
         if not self._fitting or self._clock is not None:
             return

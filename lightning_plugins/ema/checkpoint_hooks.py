@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.module_state import fill, load_named
 from lightning_plugins.core.sharding import any_sharded
+from lightning_plugins.core.strategies import learn_shards
 from lightning_plugins.ema.averaging_callback import AveragingCallback
 from lightning_plugins.ema.checkpoint_format import (
     Contents,
@@ -70,6 +71,7 @@ class AverageInCheckpoints(AveragingCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._fitting:
             return
+        learn_shards(trainer, pl_module)
         try:
             contents = read_contents(checkpoint)
             if contents is not None:
