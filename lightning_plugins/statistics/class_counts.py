@@ -71,7 +71,8 @@ class ClassCounts:
     ) -> None:
         self.num_classes, self.task, self.ignore_index = num_classes, task, ignore_index
         self._chosen = list(chosen) if chosen is not None else None
-        beyond = num_classes + 1  # one more, for numbers that are no classes
+        # one more, for numbers that are no classes
+        beyond = num_classes + 1
         # always all of them, so that ranks can add up although one has seen nothing
         self._sizes = {
             **dict.fromkeys(("true", "predicted", "hits"), beyond),
@@ -127,7 +128,8 @@ class ClassCounts:
         why = contradiction(evidence, reading, self.task)
         if why:
             raise ValueError(why)
-        kind = int(evidence["outside"] == 0)  # 1: probabilities
+        # 1: probabilities
+        kind = int(evidence["outside"] == 0)
         if reading == "score per label":
             return self._single(sums["single"], kind)
         if reading == "rows of numbers" and self._are_rows_of_numbers(evidence):
@@ -153,7 +155,8 @@ class ClassCounts:
         return {name: torch.zeros(size, dtype=widest(device), device=device) for name, size in self._sizes.items()}
 
     def _add(self, name: str, value: Tensor) -> None:
-        assert self._sums is not None  # noqa: S101  # made by `update`
+        # made by `update`
+        assert self._sums is not None  # noqa: S101
         self._sums[name] += value.to(self._sums[name])
 
     def _count_classes(self, batch: LabelledBatch) -> None:

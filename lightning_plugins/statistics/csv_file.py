@@ -59,7 +59,8 @@ class CSVFile:
         self._sent: tuple[list[Mapping[str, str]], list[int]] = ([], [])
         self._rows = 0
         self._last_key: list[str] = []
-        self._last_row: Mapping[str, str] | None = None  # of those that were added
+        # of those that were added
+        self._last_row: Mapping[str, str] | None = None
         self._complained: set[str] = set()
 
     def add(self, rows: Sequence[Mapping[str, str]]) -> None:
@@ -221,7 +222,8 @@ class CSVFile:
             beside = free_name(self.path, "replaced")
             replace_file(beside, kept[0], *later)
             said = [f"{len(later)} rows after the checkpoint were moved from {self.path.name} to {beside.name}."]
-        whole = b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept)  # an editor may have changed the line ends
+        # an editor may have changed the line ends
+        whole = b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept)
         if whole != content:
             replace_file(self.path, whole)
         return said

@@ -97,7 +97,8 @@ class CSVStatisticsLogger(RowWriter):
         self._spool: Spool | None = None
         self._train: StatisticsRow | None = None
         self._validation: StatisticsRow | None = None
-        self._pending: dict[str, str] = {}  # the row of an epoch that has not ended
+        # the row of an epoch that has not ended
+        self._pending: dict[str, str] = {}
 
     # hooks, in the order in which they fire
 
@@ -138,7 +139,8 @@ class CSVStatisticsLogger(RowWriter):
         if self.every == "epoch":
             self._train, self._validation = (row, self._validation) if row.phase == TRAIN else (self._train, row)
             cells = self._pending | epoch_cells(self.layout, self._train, self._validation)
-            if self._train is None:  # a resume has only its cells; the validation's own place is not the epoch's
+            # a resume has only its cells; the validation's own place is not the epoch's
+            if self._train is None:
                 cells |= {name: self._pending[name] for name in ("batch", "lr") if name in self._pending}
             clock = {name: cells.pop(name) for name in ("time",) if name in cells}
             self._pending = cells | clock
@@ -177,7 +179,8 @@ class CSVStatisticsLogger(RowWriter):
     def _open(self) -> None:
         restored = self._restored
         if self._file is not None and restored is None:
-            return  # a second fit goes on
+            # a second fit goes on
+            return
         folder, _, name = self.path.rpartition("/") if is_remote(self.path) else ("", "", "")
         local = Path(self.path)
         if not is_remote(self.path) and not can_append(local.parent):

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.plugins.custom_scalar import layout_pb2, metadata as custom_scalars
 from tensorboard.plugins.hparams import summary_v2 as hparams
 
 from lightning_plugins.core.append_only_file import AppendOnlyFile
@@ -83,6 +86,10 @@ class EventFile:
                 values.add(tag=tag, simple_value=value)
             records.append(event.SerializeToString())
         self._write(records)
+
+    def describe(self, step: int, wall_time: float, summary: Summary) -> None:
+        """Append what a plugin shows of the run."""
+        self._write([Event(wall_time=wall_time, step=step, summary=summary).SerializeToString()])
 
     def close(self) -> None:
         """Write what is left and close the file; the next event opens it again."""
@@ -154,6 +161,25 @@ def hyperparameter_summaries(hyperparameters: Mapping[str, Any], tags: Sequence[
     plain = {str(k): v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hyperparameters.items()}
     config = hparams.hparams_config_pb([hparams.HParam(name) for name in plain], [hparams.Metric(tag) for tag in tags])
     return [config, hparams.hparams_pb(plain, trial_id=run)]
+
+
+def chart_sections(sections: Mapping[str, Sequence[str]]) -> Summary:
+    """Return what the Custom Scalars page needs: its sections in this order, the first one open.
+
+    The page of all scalars sorts by tag. Here a run says itself what comes first.
+
+    Args:
+        sections: Title -> the tags of its charts, one each.
+    """
+    layout = layout_pb2.Layout()
+    for number, (title, tags) in enumerate(sections.items()):
+        category = layout.category.add(title=title, closed=number > 0)
+        for tag in tags:
+            category.chart.add(title=tag, multiline={"tag": [f"^{re.escape(tag)}$"]})
+    tensor = TensorProto(dtype="DT_STRING", string_val=[layout.SerializeToString()], tensor_shape=TensorShapeProto())
+    plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=custom_scalars.PLUGIN_NAME))
+    value = Summary.Value(tag=custom_scalars.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=plugin)
+    return Summary(value=[value])
 
 
 def _file_name(folder: Path) -> str:

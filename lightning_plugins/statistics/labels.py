@@ -30,7 +30,8 @@ WIDEST = {"mps": torch.float32}
 """The widest type that a device adds in, where it is not float64."""
 
 NO_TOP_5 = "`top5_accuracy` needs a score for every class, and one class for every label."
-_TOLERANCE = 0.01  # of a row's sum: half precision, label smoothing and mixing round
+# of a row's sum: half precision, label smoothing and mixing round
+_TOLERANCE = 0.01
 
 
 @dataclass
@@ -75,7 +76,8 @@ class LabelledBatch:
         """Which labels that count equal the predicted class."""
         right = self.classes == self.labels
         if self.targets.dim() == 1 and not self._could_be_predicted:
-            return right  # what does not count is no class, and equals none
+            # what does not count is no class, and equals none
+            return right
         return right & self.counted
 
     def right_of(self, k: int) -> Tensor:
@@ -92,7 +94,8 @@ class LabelledBatch:
         if ignored is not None and not _holds(targets.dtype, ignored):
             ignored = None
         counted = torch.ones_like(targets, dtype=torch.bool) if ignored is None else targets != ignored
-        return counted & (targets == targets) if targets.is_floating_point() else counted  # noqa: PLR0124  # not NaN
+        # not NaN
+        return counted & (targets == targets) if targets.is_floating_point() else counted  # noqa: PLR0124
 
     @cached_property
     def positive(self) -> Tensor:
@@ -127,8 +130,9 @@ class LabelledBatch:
         """Which rows that count are soft, which are multi-hot, and which are neither of these nor one-hot."""
         targets = self.targets if self.targets.is_floating_point() else self.targets.float()
         total, squares = targets.sum(1, dtype=torch.float32), targets.square().sum(1, dtype=torch.float32)
-        one = (total - 1).abs() < _TOLERANCE  # entries between 0 and 1 have a sum of squares of at most their sum,
-        whole = (total - squares).abs() < _TOLERANCE  # and the same sum where all are 0 or 1
+        one = (total - 1).abs() < _TOLERANCE
+        # entries between 0 and 1 have a sum of squares of at most their sum, and the same one where all are 0 or 1
+        whole = (total - squares).abs() < _TOLERANCE
         inside = ~self.not_binary.any(1)
         soft, multi_hot = one & ~whole & inside, ~one & whole & inside
         other = ~(soft | multi_hot | (one & whole & inside))

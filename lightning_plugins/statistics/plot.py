@@ -20,8 +20,10 @@ from lightning_plugins.statistics.rows import TRAIN, VALIDATION
 
 _NOT_CURVES = {"epoch", "batch", "phase", "step", "lr", "time"}
 _OWN_LOSS = "loss_step"
-_MOST_PANELS = 40  # and lines in one
-_ASIDE = re.compile(r".*\.[0-9]+\.csv")  # what a later run has moved there
+# and lines in one
+_MOST_PANELS = 40
+# what a later run has moved there
+_ASIDE = re.compile(r".*\.[0-9]+\.csv")
 
 Line = tuple[list[float], list[float]]
 """x and y values."""
@@ -51,7 +53,8 @@ class Curves:
         """
         statistic, line = _place_of(column, phase)
         if self._column_of.setdefault((statistic, line), column) != column:
-            line = column  # two columns never are one line
+            # two columns never are one line
+            line = column
         lines = self.lines.setdefault(statistic, {})
         xs, ys = lines.setdefault(line, ([], []))
         xs.append(x)
@@ -155,7 +158,8 @@ def _drawn(runs: Sequence[tuple[str, Curves]], *, log: bool) -> Any:
     for axis, statistic in zip(axes, statistics, strict=False):
         for run, curves in runs:
             for line, (xs, ys) in sorted(curves.lines.get(statistic, {}).items()):
-                own = line == "each batch"  # behind the mean that runs
+                # behind the mean that runs
+                own = line == "each batch"
                 axis.plot(
                     xs,
                     ys,
@@ -241,7 +245,8 @@ def plot_confusion_matrix(report: Report, path: Path) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # noqa: PLC0415  # without pyplot: no display, no global state
+    # without pyplot: no display, no global state
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
 

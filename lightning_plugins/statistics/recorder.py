@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torchmetrics import Metric, MetricCollection
 
 from lightning_plugins.core.callback import Stage
-from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
 from lightning_plugins.core.step_outputs import StepSources
 from lightning_plugins.core.validation import a_list, one_of, shown, true_or_false
 from lightning_plugins.statistics.labels import IGNORED, TASKS
@@ -16,7 +16,7 @@ from lightning_plugins.statistics.metric_names import checked_ignore_index, stat
 from lightning_plugins.statistics.recording import Recording
 from lightning_plugins.statistics.recording_callback import RecordingCallback
 from lightning_plugins.statistics.rows import RowReader
-from lightning_plugins.statistics.saved_states import checked_recording
+from lightning_plugins.statistics.saved_states import checked_recording, without_counts_of_0_1
 from lightning_plugins.statistics.trainer_metrics import TrainerMetrics
 
 
@@ -160,7 +160,13 @@ class StatisticsRecorder(RecordingCallback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Keep the state until the model is on its device."""
-        self.recording.load(checked_recording(type(self).__name__, state))
+        known, left_out = without_counts_of_0_1(state)
+        if left_out:
+            rank_zero_info(
+                "StatisticsRecorder: the checkpoint is of release 0.1.0, which counted labels in another way: in the "
+                "epoch under way the loss goes on, and statistics of labels begin anew."
+            )
+        self.recording.load(checked_recording(type(self).__name__, known))
 
 
 def _checked_progress_bar(given: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,26 +28,7 @@ from lightning_plugins.core.step_outputs import StepSources, loss_of
 from lightning_plugins.statistics.module_log import logged_loss, logged_values, logs_anything
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, RowBuffer, RowReader, StatisticsRow
 from lightning_plugins.statistics.running import PhaseSums, StatisticSet
-
-
-class Display(Protocol):
-    """Where a Trainer shows statistics."""
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether anything is drawn or logged while a phase runs."""
-
-    def start(self, trainer: Trainer) -> None:
-        """Begin a fit."""
-
-    def stop(self) -> None:
-        """End it."""
-
-    def running(self, trainer: Trainer, row: StatisticsRow) -> None:
-        """Show the training phase so far."""
-
-    def finished(self, trainer: Trainer, row: StatisticsRow) -> None:
-        """Show what a phase has ended with."""
+from lightning_plugins.statistics.trainer_metrics import Display
 
 
 class Recording:
@@ -80,9 +61,11 @@ class Recording:
         self._display = None if display is None else display(self.rows)
         self._new_sums = functools.partial(PhaseSums, statistics, task, ignore_index, self._tell_once)
         self._sums = {phase: self._new_sums() for phase in (TRAIN, VALIDATION)}
-        self._by_loader: list[PhaseSums] = []  # of a validation that has several
+        # of a validation that has several
+        self._by_loader: list[PhaseSums] = []
         self._latest: dict[str, StatisticsRow] = {}
-        self._newest: StatisticsRow | None = None  # of the phase that runs, or has run last
+        # of the phase that runs, or has run last
+        self._newest: StatisticsRow | None = None
         self._cancelling: list[Any] = []
         self._restored: dict[str, Any] | None = None
         self._told: set[str] = set()
@@ -91,10 +74,12 @@ class Recording:
         self._must_count = self._drawn = False
         self._seconds_before = self._started = 0.0
         self._running = self._fits = False
-        self._batch = 0  # of the validation that is under way; over all its loaders
+        # of the validation that is under way; over all its loaders
+        self._batch = 0
         self._lr: float | Tensor | None = None
         self._undivide = 1
-        self._published: dict[str, Any] | None = None  # where running values are looked for
+        # where running values are looked for
+        self._published: dict[str, Any] | None = None
         self._needs_predictions = statistics.needs_predictions
         self._published_as = {name: f"train_{name}" for name in statistics.names}
 
@@ -370,7 +355,8 @@ class Recording:
     def _finished(self, trainer: Trainer, row: StatisticsRow) -> StatisticsRow:
         """Return what a phase ends with: its last row, and what the module has logged per epoch."""
         logged = logged_values(trainer, on_step=False) if self._fits and self.rows.readers else {}
-        if row.phase == VALIDATION:  # what is logged per epoch stands in the validation's last row
+        # what is logged per epoch stands in the validation's last row
+        if row.phase == VALIDATION:
             self._take_logged(row, logged)
             self._take_loaders(row)
             return row

@@ -17,7 +17,15 @@ class RecordingCallback(Callback):
 
     def __init__(self, **identity: Any) -> None:
         super().__init__(**identity)
+        told = ", ".join(f"{name}={value!r}" for name, value in identity.items())
+        self._key_of_0_1 = f"{type(self).__qualname__}{{{told}}}"
         self._records: Recording | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over the state of release 0.1.0, which has another key."""
+        states = checkpoint.get("callbacks") or {}
+        if self._key_of_0_1 in states and self.state_key not in states:
+            self.load_state_dict(states[self._key_of_0_1])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the validation's statistics."""

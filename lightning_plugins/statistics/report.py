@@ -31,7 +31,8 @@ from lightning_plugins.statistics.metric_names import checked_ignore_index
 from lightning_plugins.statistics.report_text import Report
 
 _SUFFIXES = (".txt", ".json", ".csv", ".png")
-_MOST_PICTURED = 1000  # classes of a confusion matrix: a million cells
+# classes of a confusion matrix: a million cells
+_MOST_PICTURED = 1000
 
 
 class ClassificationReport(Callback):
@@ -141,7 +142,8 @@ class ClassificationReport(Callback):
         """
         self._counts.update(predictions, targets)
 
-    def compute(self, output_dict: bool = False) -> str | dict[str, Any]:  # noqa: FBT001, FBT002  # scikit-learn's way
+    # scikit-learn's way
+    def compute(self, output_dict: bool = False) -> str | dict[str, Any]:  # noqa: FBT001, FBT002
         """Return the report of what this process has counted, as text or as a dict.
 
         Raises:
@@ -238,7 +240,8 @@ class ClassificationReport(Callback):
 def _save(report: Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        from lightning_plugins.statistics.plot import plot_confusion_matrix  # noqa: PLC0415  # matplotlib on use
+        # matplotlib on use
+        from lightning_plugins.statistics.plot import plot_confusion_matrix  # noqa: PLC0415
 
         plot_confusion_matrix(report, path)
         return

@@ -72,7 +72,8 @@ class Report:
             lines.append(row.format(name, *numbers, width=width, digits=self.digits))
         lines.append("\n")
         averages = self._averages()
-        if "accuracy" in averages:  # shows F1 only, which equals it
+        # shows F1 only, which equals it
+        if "accuracy" in averages:
             short = "{:>{width}s} " + " {:>9}" * 2 + " {:>9.{digits}f} {:>9}\n"
             *_, f1, support = averages.pop("accuracy")
             lines.append(short.format("accuracy", "", "", f1, support, width=width, digits=self.digits))

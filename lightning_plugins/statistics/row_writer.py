@@ -29,9 +29,12 @@ class RowWriter(RecordingCallback):
 
     def __init__(self, **identity: Any) -> None:
         super().__init__(**identity)
-        self._recording: Recording | None = None  # whose rows are read
-        self._own: Recording | None = None  # that of this callback, where it has had to record
-        self._writes = False  # this rank, in this fit
+        # whose rows are read
+        self._recording: Recording | None = None
+        # that of this callback, where it has had to record
+        self._own: Recording | None = None
+        # this rank, in this fit
+        self._writes = False
         self._restored: dict[str, Any] | None = None
 
     @abstractmethod

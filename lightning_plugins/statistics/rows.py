@@ -22,8 +22,10 @@ from lightning_plugins.statistics.running import COUNTED_ONCE, PhaseState, Reduc
 
 TRAIN, VALIDATION = "train", "validation"
 
-_MOST_ROWS = 512  # a small tensor holds 512 bytes of a GPU's memory: half a megabyte for loss and counts
-_MOST_BYTES = 8 << 20  # of the counts of rows that wait: they are large where every class is counted
+# a small tensor holds 512 bytes of a GPU's memory: half a megabyte for loss and counts
+_MOST_ROWS = 512
+# of the counts of rows that wait: they are large where every class is counted
+_MOST_BYTES = 8 << 20
 
 _LEADING = ("batches", "samples", "fresh", "loss", "newest", "weight", "counted")
 
@@ -217,7 +219,8 @@ class RowBuffer:
         self._waiting: list[StatisticsRow] = []
         self._last_flush = time.monotonic()
         self._most_rows = _MOST_ROWS
-        self._due_rows = 1  # only with several ranks
+        # only with several ranks
+        self._due_rows = 1
 
     def add(self, row: StatisticsRow) -> None:
         """Take a row, and hand out those before it if they are due."""
@@ -230,7 +233,8 @@ class RowBuffer:
         else:
             patience = self.readers[0].flush_seconds if len(self.readers) == 1 else self._patience()
             due = len(waiting) >= self._most_rows or time.monotonic() - self._last_flush >= patience
-        waiting.append(row)  # first: a reader may fail
+        # first: a reader may fail
+        waiting.append(row)
         if due:
             self.flush(keep=1)
 

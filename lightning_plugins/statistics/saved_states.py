@@ -51,6 +51,18 @@ def checked_recording(owner: str, state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def without_counts_of_0_1(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Return a recorder's state without the counts of labels that release 0.1.0 wrote, and whether there were any.
+
+    They had no layout, so what they counted cannot be told.
+    """
+    train = state.get("train")
+    sums = train.get("sums") if isinstance(train, Mapping) else None
+    if not isinstance(train, Mapping) or "layout" in train or not isinstance(sums, list) or len(sums) < 2:
+        return state, False
+    return {**state, "train": {**train, "sums": sums[:1]}}, True
+
+
 def checked_place_in_csv(owner: str, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a place in a CSV file and the row that is under way, or raise when they cannot be such.
 

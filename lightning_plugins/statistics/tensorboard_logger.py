@@ -12,13 +12,15 @@ from lightning_plugins.core.counting import CountedBy, counter
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.validation import a_path, one_of, shown, whole_number
 from lightning_plugins.core.writable import check_writable
-from lightning_plugins.statistics.event_file import EventFile, Scalars, hyperparameter_summaries
+from lightning_plugins.statistics.event_file import EventFile, Scalars, chart_sections, hyperparameter_summaries
 from lightning_plugins.statistics.row_writer import RowWriter
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, StatisticsRow
 from lightning_plugins.statistics.spool import Spool, can_append, is_remote
 
-_NAME = re.compile(r"(?!\.+(?:/|$))[\w.,+=@ -]{1,100}(?:/(?!\.+(?:/|$))[\w.,+=@ -]{1,100}){0,4}")  # below the root
-_MOMENT = r"[0-9]{4}-[0-9]{2}-[0-9]{2}_[0-9]{2}-[0-9]{2}-[0-9]{2}-[0-9]{6}"  # as _free_name writes it
+# below the root
+_NAME = re.compile(r"(?!\.+(?:/|$))[\w.,+=@ -]{1,100}(?:/(?!\.+(?:/|$))[\w.,+=@ -]{1,100}){0,4}")
+# as _free_name writes it
+_MOMENT = r"[0-9]{4}-[0-9]{2}-[0-9]{2}_[0-9]{2}-[0-9]{2}-[0-9]{2}-[0-9]{6}"
 
 
 class TensorBoardStatisticsLogger(RowWriter):
@@ -30,6 +32,9 @@ class TensorBoardStatisticsLogger(RowWriter):
     :class:`StatisticsRecorder` in the same Trainer, and ``loss`` without one; with either, whatever the module logs is
     there too, less the prefixes ``train_`` and ``val_`` where the shorter name is free. The module's ``hparams``, if it
     saved any, are on the HPARAMS page, for each of the two runs.
+
+    TensorBoard's page of scalars sorts by tag. On its Custom Scalars page the ``epoch_`` charts come first, in a
+    section of their own.
 
     When:
         Events are written every five seconds, at phase ends, when a checkpoint is cut and on exceptions.
@@ -91,9 +96,14 @@ class TensorBoardStatisticsLogger(RowWriter):
         super().__init__(root=self.root, axis=self.axis, **({} if name is None else {"name": name}))
         self._stamp = ""
         self._files: dict[str, EventFile] = {}
-        self._spool: Spool | None = None  # where a mount cannot append
-        self._last = {TRAIN: -1, VALIDATION: -1}  # places on the x axis
+        # where a mount cannot append
+        self._spool: Spool | None = None
+        # places on the x axis
+        self._last = {TRAIN: -1, VALIDATION: -1}
         self._last_step = 0
+        # the tags of each phase that the run has told TensorBoard how to arrange
+        self._arranged: dict[str, list[str]] = {}
+        self._batch_tags: dict[str, None] = {}
 
     @property
     def run_directory(self) -> Path | None:
@@ -122,8 +132,10 @@ class TensorBoardStatisticsLogger(RowWriter):
             self.close()
             self._stamp, self._last, self._last_step = resumed["stamp"], dict(resumed["last"]), resumed["last_step"]
             self._files = {}
+        # a second fit goes on
         if not self._writes or self._files:
-            return  # a second fit goes on
+            return
+        self._arranged, self._batch_tags = {}, {}
         hyperparameters = dict(getattr(pl_module, "hparams", {})) if resumed is None else {}
         tags = [] if self._recording is None else [f"epoch_{name}" for name in self._recording.statistics.names]
         root = Path(self.root)
@@ -152,6 +164,7 @@ class TensorBoardStatisticsLogger(RowWriter):
                     scalars["batch_lr"] = float(row.lr)
                 events.append((self._place(row), row.wall_time, scalars))
         if events and self._files:
+            self._batch_tags.update(dict.fromkeys(events[-1][2]))
             self._files[TRAIN].add(events)
 
     def phase_end(self, row: StatisticsRow) -> None:
@@ -162,7 +175,16 @@ class TensorBoardStatisticsLogger(RowWriter):
         place = self._place(row)
         if self._files:
             self._files[row.phase].add([(place, row.wall_time, scalars)])
+            self._arrange(row, place, list(scalars))
         self._upload()
+
+    def _arrange(self, row: StatisticsRow, place: int, tags: list[str]) -> None:
+        """Give the charts of epochs a section of their own, before that of the batches, once their tags are known."""
+        if self._arranged.get(row.phase) != tags:
+            self._arranged[row.phase] = tags
+            of_batches = list(self._batch_tags) if row.phase == TRAIN else []
+            sections = {"epochs": tags, **({"batches": of_batches} if of_batches else {})}
+            self._files[row.phase].describe(place, row.wall_time, chart_sections(sections))
 
     def close(self) -> None:
         """Write what is left and close the files."""

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-_FEW = 80  # with fewer records the plain loop is faster
-_POLYNOMIAL = 0x82F63B78  # CRC-32C, bits reversed
+# with fewer records the plain loop is faster
+_FEW = 80
+# CRC-32C, bits reversed
+_POLYNOMIAL = 0x82F63B78
 _LENGTH, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 
 
@@ -42,14 +44,16 @@ def checksums(records: Sequence[bytes]) -> list[int]:
     longest = int(lengths.max(initial=0))
     text = b"".join([records[index].ljust(longest, b"\0") for index in order])
     columns = np.frombuffer(text, np.uint8).reshape(len(records), longest).T.astype(np.uint32)
-    unfinished = np.searchsorted(-lengths, -np.arange(longest), side="left")  # records longer than a position
+    # records longer than a position
+    unfinished = np.searchsorted(-lengths, -np.arange(longest), side="left")
     crc = np.full(len(records), 0xFFFFFFFF, np.uint32)
     table = _table()
     for column, count in zip(columns, unfinished.tolist(), strict=True):
         part = crc[:count]
         crc[:count] = table[(part ^ column[:count]) & 0xFF] ^ (part >> 8)
     crc ^= 0xFFFFFFFF
-    masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)  # so that a checksum of a checksum is none
+    # so that a checksum of a checksum is none
+    masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
     found = np.empty(len(records), np.uint32)
     found[order] = masked
     return [int(value) for value in found.tolist()]

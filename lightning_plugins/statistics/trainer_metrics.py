@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lightning_plugins.core.lightning import Trainer
 from lightning_plugins.statistics.rows import TRAIN, RowBuffer, StatisticsRow
+
+
+class Display(Protocol):
+    """Where a Trainer shows statistics."""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether anything is drawn or logged while a phase runs."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin a fit."""
+
+    def stop(self) -> None:
+        """End it."""
+
+    def running(self, trainer: Trainer, row: StatisticsRow) -> None:
+        """Show the training phase so far."""
+
+    def finished(self, trainer: Trainer, row: StatisticsRow) -> None:
+        """Show what a phase has ended with."""
 
 
 class TrainerMetrics:
@@ -47,12 +67,14 @@ class TrainerMetrics:
     def running(self, trainer: Trainer, row: StatisticsRow) -> None:
         """Show the training phase so far, where it is drawn."""
         if self._bar is not None and self._redraws(row):
-            seen = row if self._rows.reduce is None else dataclasses.replace(row)  # of several ranks, this one's own
+            # of several ranks, this one's own
+            seen = row if self._rows.reduce is None else dataclasses.replace(row)
             self._rows.evaluate([seen], None)
             self._show(trainer, "", seen.values or {})
         if self._log and row.step != self._logged_step:
             self._logged_step = row.step
-            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
+            # set by the logger connector
+            every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
             if row.step % every == 0:
                 self._rows.evaluate([row], self._rows.reduce)
                 self._hand_to_loggers(trainer, "train_", row)
@@ -77,9 +99,11 @@ class TrainerMetrics:
         rate = getattr(self._bar, "refresh_rate", 0)
         if not rate or not getattr(self._bar, "is_enabled", False):
             return False
-        if isinstance(rate, int) and hasattr(self._bar, "_should_update"):  # TQDM, and Rich in Lightning 2.6.0: batches
+        # TQDM, and Rich in Lightning 2.6.0: batches
+        if isinstance(rate, int) and hasattr(self._bar, "_should_update"):
             return row.batch % rate == 0 or row.batch == row.batches
-        if row.seconds < self._next_redraw:  # Rich's is a number of times per second
+        # Rich's is a number of times per second
+        if row.seconds < self._next_redraw:
             return False
         self._next_redraw = row.seconds + 1 / rate
         return True

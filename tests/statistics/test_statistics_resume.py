@@ -188,3 +188,37 @@ def test_checkpoints_cross_the_two_packages(tmp_path):
     fit(callbacks("log.csv"), Classic, package=classic, ckpt_path=tmp_path / "unified.ckpt")
     fit(callbacks("whole.csv"))
     assert without_time("log.csv") == without_time("whole.csv")
+
+
+def as_release_0_1_0_wrote_it(path):
+    """Change a checkpoint into one of release 0.1.0: other keys, and counts of labels without a layout."""
+    checkpoint = torch.load(path, weights_only=True)
+    states = checkpoint["callbacks"]
+    for key in [key for key in states if "Statistics" in key]:
+        states[f"{key[:-1].replace('(', '{', 1)}}}"] = state = states.pop(key)
+        if "train" in state:
+            del state["train"]["layout"], state["train"]["reading"]
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_of_release_0_1_0_goes_on_with_one_line_about_its_counts(tmp_path, caplog):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder in (whole, resumed):
+        run(folder, checkpoint={"every_n_train_steps": 2}, max_epochs=2)
+    path = next((resumed / "checkpoints").glob("*step=2.ckpt"))
+    as_release_0_1_0_wrote_it(path)
+    caplog.clear()
+    run(resumed, checkpoint={"every_n_train_steps": 2}, max_epochs=2, ckpt_path=path)
+    assert sum("the checkpoint is of release 0.1.0" in line for line in caplog.messages) == 1
+    assert not any("the checkpoint has no state of it" in line for line in caplog.messages)
+    expected, found = read(whole / "log.csv"), read(resumed / "log.csv")
+    for name in ("epoch", "batch", "phase", "step", "lr", "loss", "loss_step", "multiclass_accuracy"):
+        assert [row[name] for row in found] == [row[name] for row in expected], name
+    # the counts of labels begin anew in the epoch that was under way, and are right from the next phase on
+    differs = [
+        (row["epoch"], row["phase"]) for row, other in zip(found, expected, strict=True)
+        if row["accuracy"] != other["accuracy"]
+    ]  # fmt: skip
+    assert set(differs) <= {("1", "train")}
+    assert len(list((resumed / "tb").iterdir())) == 1

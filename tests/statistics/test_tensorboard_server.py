@@ -92,8 +92,27 @@ def test_a_real_server_shows_both_phases_on_one_chart(fast):
             ]
         assert set(server.ask("/data/runs")) == {train, validation}
         _check_hyperparameters(server, expected)
+        _check_sections(server, expected)
     finally:
         server.stop()
+
+
+def _check_sections(server, expected):
+    """The charts of epochs come first, open, and show both phases."""
+    epochs, batches = server.ask("/data/plugin/custom_scalars/layout")["category"]
+    assert (epochs["title"], epochs.get("closed", False)) == ("epochs", False)
+    assert (batches["title"], batches["closed"]) == ("batches", True)
+    assert [chart["title"] for chart in epochs["chart"]] == ["epoch_loss", "epoch_accuracy"]
+    assert [chart["title"] for chart in batches["chart"]] == [
+        "batch_loss", "batch_accuracy", "batch_loss_step", "batch_lr"
+    ]  # fmt: skip
+    (pattern,) = epochs["chart"][0]["multiline"]["tag"]
+    for run in server.ask("/data/runs"):
+        query = urllib.parse.urlencode({"run": run, "tag": pattern})
+        series = server.ask(f"/data/plugin/custom_scalars/scalars?{query}")["tag_to_events"]
+        last = dict(PHASES)[phase := run.rpartition("/")[2]]
+        ends = [values["loss"] for found, batch, values in expected if (found, batch) == (phase, last)]
+        assert [value for *_, value in series["epoch_loss"]] == pytest.approx(ends)
 
 
 def _check_hyperparameters(server, expected):

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.data import DataLoader
 
 from lightning_plugins import StatisticsRecorder, TensorBoardStatisticsLogger, Tokens
@@ -38,6 +39,15 @@ def scalars(logger):
         accumulator = EventAccumulator(str(logger.run_directory / phase)).Reload()
         for tag in accumulator.Tags()["scalars"]:
             found[phase, tag] = [(event.step, event.value) for event in accumulator.Scalars(tag)]
+    return found
+
+
+def sections(folder):
+    """Return title -> tags of what a run says about the Custom Scalars page, as often as it says it."""
+    found = []
+    for event in EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__"):
+        layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+        found.append({part.title: [chart.title for chart in part.chart] for part in layout.category})
     return found
 
 
@@ -74,7 +84,8 @@ def test_a_step_is_one_event_with_all_its_scalars():
     (path,) = (logger.run_directory / "train").iterdir()
     events = list(LegacyEventFileLoader(str(path)).Load())
     assert events[0].file_version == "brain.Event:2"
-    assert [(event.step, len(event.summary.value)) for event in events[1:]] == [(1, 5), (2, 5), (3, 5), (3, 3)]
+    # and last what the Custom Scalars page shows
+    assert [(event.step, len(event.summary.value)) for event in events[1:]] == [(1, 5), (2, 5), (3, 5), (3, 3), (3, 1)]
     assert all(abs(event.wall_time - time.time()) < 60 for event in events)
 
 
@@ -190,6 +201,11 @@ def test_without_a_recorder_what_the_module_logs_shares_its_tags():
     assert found["train", "epoch_margin"][-1][1] == pytest.approx(float(trainer.callback_metrics["train_margin"]))
     # a validation that returns no loss but logs one has it on the same chart
     assert found["validation", "epoch_loss"][-1][1] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+    # and every tag has its place in the sections of the Custom Scalars page, said once
+    for phase, titles in (("train", ["epochs", "batches"]), ("validation", ["epochs"])):
+        (said,) = sections(logger.run_directory / phase)
+        assert list(said) == titles
+        assert sorted(tag for tags in said.values() for tag in tags) == sorted(t for p, t in found if p == phase)
 
 
 def test_every_run_has_a_directory_of_its_own():
