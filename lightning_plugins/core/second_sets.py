@@ -106,7 +106,7 @@ def belonging(path: Path, checkpoint: Mapping[str, Any]) -> SecondSets | None:
     return said
 
 
-def check_whole(path: str | Path) -> None:
+def check_whole(path: str | Path | None) -> None:
     """Raise if a distributed checkpoint was not written completely; only its small files are read, and nothing runs.
 
     Raises:

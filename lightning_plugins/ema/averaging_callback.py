@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from lightning_plugins.core.callback import Callback, Stage
@@ -21,14 +20,14 @@ from lightning_plugins.core.lightning import (
 from lightning_plugins.core.loaders import samples_per_step
 from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.run_length import horizon_of_run
-from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.step_clock import RunClock
 from lightning_plugins.core.strategies import check_strategy, learn_shards
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
-from lightning_plugins.ema.distributed_files import DistributedSets, is_distributed, open_sets, write_beside
+from lightning_plugins.ema.distributed_files import DistributedSets, open_sets
 from lightning_plugins.ema.pace import Pace
 from lightning_plugins.ema.shadow import Shadow, showing
+from lightning_plugins.ema.watched_files import watch_files
 
 
 class AveragingCallback(Callback):
@@ -321,47 +320,29 @@ class AveragingCallback(Callback):
         self._counter.load(state)
 
     def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See every checkpoint that the run writes or reads, and weights that are loaded in mid-fit.
+        """See every checkpoint that the run writes or reads, and weights that are loaded in mid-fit."""
 
-        Lightning asks no callback when it writes a weights-only file or loads weights through the strategy. The
-        strategy's methods are wrapped until it is torn down, which comes after every other exit of a run.
-        """
-        patches, strategy = self._file_patches, trainer.strategy
-        patches.undo()
+        @contextlib.contextmanager
+        def loading(checkpoint: dict[str, Any]) -> Iterator[None]:
+            running = self._clock is not None
+            if running:
+                self._before_loading()
+            yield
+            if running:
+                self._restore_in_mid_fit(trainer, pl_module, checkpoint)
 
-        def save(original: Callable[..., None], checkpoint: dict[str, Any], path: Any, *args: Any, **more: Any) -> None:
-            self._before_writing(checkpoint)
-            if is_distributed(checkpoint):
-                write_beside(checkpoint, Path(strategy.broadcast(path)), is_global_zero=trainer.is_global_zero)
-            original(checkpoint, path, *args, **more)
+        self._loaded_from = None
+        watch_files(
+            self._file_patches,
+            trainer.strategy,
+            before_writing=self._before_writing,
+            before_reading=lambda path: self._before_reading(trainer, path),
+            loading=loading,
+        )
 
-        def read(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
-            self._before_reading(strategy, path)
-            return original(path, *args, **kwargs)
-
-        def load(original: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if self._clock is None:
-                return original(checkpoint, *args, **kwargs)
-            self._before_loading()
-            result = original(checkpoint, *args, **kwargs)
-            self._restore_in_mid_fit(trainer, pl_module, checkpoint)
-            return result
-
-        def tear_down(original: Callable[[], None]) -> None:
-            patches.undo()
-            self._loaded_from = None
-            original()
-
-        patches.wrap(strategy, "save_checkpoint", save)
-        patches.wrap(strategy, "load_checkpoint", read)
-        patches.wrap(strategy, "load_model_state_dict", load)
-        patches.wrap(strategy, "teardown", tear_down)
-
-    def _before_reading(self, strategy: Any, path: Any) -> None:
-        """Refuse a distributed checkpoint that was cut off, before Lightning reads it."""
-        check_whole(path)
+    def _before_reading(self, trainer: Trainer, path: Any) -> None:
         self._loaded_from = path
-        if self._clock is not None and strategy.restore_checkpoint_after_setup:
+        if self._clock is not None and trainer.strategy.restore_checkpoint_after_setup:
             # such a strategy writes into the module when it reads
             self._before_loading()
 
@@ -369,7 +350,7 @@ class AveragingCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> DistributedSets | None:
         """Return the sets of weights that a distributed checkpoint has in its folder, ``None`` for any other."""
-        return open_sets(checkpoint, self._loaded_from or trainer.ckpt_path, pl_module)
+        return open_sets(checkpoint, self._loaded_from if self._file_patches else trainer.ckpt_path, pl_module)
 
     def _restore_in_mid_fit(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint whose weights were loaded while the fit is running, as a resumed fit does."""

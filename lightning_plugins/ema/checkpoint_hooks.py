@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.module_state import fill, load_named
+from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.sharding import any_sharded
 from lightning_plugins.core.strategies import learn_shards
 from lightning_plugins.ema.averaging_callback import AveragingCallback
@@ -23,9 +24,10 @@ from lightning_plugins.ema.checkpoint_format import (
     replace_raw,
 )
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
-from lightning_plugins.ema.distributed_files import add_sets, is_distributed, write_with
+from lightning_plugins.ema.distributed_files import add_sets, is_distributed
 from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
 from lightning_plugins.ema.shadow import showing
+from lightning_plugins.ema.watched_files import write_once
 
 
 class AverageInCheckpoints(AveragingCallback):
@@ -73,6 +75,7 @@ class AverageInCheckpoints(AveragingCallback):
             return
         learn_shards(trainer, pl_module)
         try:
+            check_whole(trainer.ckpt_path)
             contents = read_contents(checkpoint)
             if contents is not None:
                 self._choose(trainer, pl_module, checkpoint, contents)
@@ -98,8 +101,8 @@ class AverageInCheckpoints(AveragingCallback):
             found["raw"] = shadow.collect("raw", keep=keep, shares=distributed) if self._owns_files else None
         if not self._owns_files or (shadow.sharded and shadow.rounds and not distributed):
             found["averages"][self.name] = shadow.collect("average", keep=keep, shares=distributed)
-        if distributed and not self._file_patches:
-            write_with(trainer.strategy, checkpoint, is_global_zero=trainer.is_global_zero)
+        if not self._file_patches:
+            write_once(trainer.strategy, checkpoint)
 
     # -- what files get
 

@@ -9,7 +9,7 @@ own shares, also when there are more or fewer ranks than there were.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.module_state import clean_name, named_tensors
-from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.second_sets import (
     Label,
     SecondSets,
     belonging,
+    listed,
     new_listing,
     rest_digest,
     write_listing,
@@ -92,22 +92,6 @@ def _taken(checkpoint: dict[str, Any]) -> dict[Label, dict[str, Tensor]]:
     for key, averages in checkpoint.pop(checkpoint_keys.POSTHOC_EMA, {}).items():
         sets.update({posthoc_label(key, number): average for number, average in enumerate(averages)})
     return sets
-
-
-def write_with(strategy: Any, checkpoint: dict[str, Any], *, is_global_zero: bool) -> None:
-    """Write the sets of ``checkpoint`` when the strategy saves it, which it is about to do.
-
-    After a fit nothing watches the strategy any more; this does, for one call.
-    """
-    patches = Patches()
-
-    def save(original: Callable[..., None], saved: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
-        patches.undo()
-        if saved is checkpoint:
-            write_beside(saved, Path(strategy.broadcast(filepath)), is_global_zero=is_global_zero)
-        original(saved, filepath, *args, **kwargs)
-
-    patches.wrap(strategy, "save_checkpoint", save)
 
 
 # -- reading
@@ -186,11 +170,16 @@ def add_sets(contents: Contents, sets: DistributedSets, name: str, *, raw: bool)
 def open_sets(checkpoint: Mapping[str, Any], path: Any, module: nn.Module) -> DistributedSets | None:
     """Return the sets that lie beside a loaded checkpoint's ``state_dict``, ``None`` for a file or without any.
 
+    Args:
+        checkpoint: What Lightning has loaded.
+        path: From where.
+        module: The module.
+
     Raises:
-        CheckpointError: If ``path`` is a directory that was not written completely.
+        CheckpointError: If the directory is another than the one that was loaded.
     """
-    directory = Path(str(path)) if path else None
-    if directory is None or not is_sharded_checkpoint(directory):
+    directory = Path(str(path))
+    if listed(checkpoint) is None or not is_sharded_checkpoint(directory):
         return None
     listing = belonging(directory, checkpoint)
     return None if listing is None else DistributedSets(directory, listing, module)

@@ -104,6 +104,13 @@ def test_a_directory_holds_every_set(written, name):
         extract_weights(path, name="fast")
 
 
+@pytest.mark.parametrize(("mid", "end"), [("mid", "full"), ("half-mid", "half")])
+def test_a_directory_that_is_written_in_the_middle_of_a_swap(written, mid, end):
+    directory = written[0]
+    for which in ("average", "raw"):
+        assert same(extract_weights(directory / mid, which), extract_weights(directory / end / "epoch=0.ckpt", which))
+
+
 def test_no_extra_name_is_in_the_state_dict_and_the_rest_is_plain(written):
     path = written[0] / "full" / "epoch=2.ckpt"
     consolidated = _load_distributed_checkpoint(path)

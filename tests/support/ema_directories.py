@@ -92,6 +92,17 @@ class Weights(lightning.Callback):
         self.seen.append(whole(pl_module))
 
 
+class SaveInMidValidation(lightning.Callback):
+    """Saves while the average is in the module, and FSDP2 has gathered it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 1 and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
 def write(directory):
     """Directories of every kind, as two ranks write them, and what the averages were."""
     directory = Path(directory)
@@ -108,7 +119,8 @@ def write(directory):
         ),
     }  # fmt: skip
     weights = Weights()
-    run, _ = fit(posthoc, slow, latest, ema, weights, *files.values(), max_epochs=3)
+    saving = SaveInMidValidation(directory / "mid")
+    run, _ = fit(posthoc, slow, latest, ema, weights, saving, *files.values(), max_epochs=3)
     found = states(ema, slow, latest)
     run.save_checkpoint(directory / "end")
     run.save_checkpoint(directory / "end-weights", weights_only=True)
@@ -119,7 +131,7 @@ def write(directory):
     fit(plain, ModelCheckpoint(directory / "plain", filename="{epoch}"), max_epochs=1)
 
     half, half_files = EMA(0.9), ModelCheckpoint(directory / "half", filename="{epoch}", save_top_k=-1)
-    fit(half, half_files, max_epochs=2, precision="bf16-true")
+    fit(half, half_files, SaveInMidValidation(directory / "half-mid"), max_epochs=2, precision="bf16-true")
     save(
         "write", directory, **found,
         steps=weights.seen, raw_average=raw.average_state_dict(), raw_raw=raw.raw_state_dict(),
@@ -179,7 +191,7 @@ def only_two(directory):
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         module = sharded_net()
         trainer(strategy, ema).validate(
-            module, regression(n=8, seed=9), verbose=False, ckpt_path=directory / "full" / "epoch=2.ckpt"
+            module, regression(n=8, seed=9), verbose=False, ckpt_path=directory / "full" / "last.ckpt"
         )
         found[f"evaluated_{name}"] = whole(module)
     return found
