@@ -95,10 +95,12 @@ def fit(kind, folder, *more, ckpt_path=None):
     module = Sharded() if kind == "fsdp2" else Classifier()
     average, averaging = EMA(Cosine(None, 0.5, 1.0), update_every_n_steps=2), CheckpointAveraging(last=3)
     latest = LatestWeightAveraging(3, every="10%", evaluate="raw", checkpoint="raw", after_fit="raw")
-    scheduler = LearningRateScheduler(WarmupCosine("20%"), record=True)
+    scheduler = LearningRateScheduler({0: WarmupCosine("20%")}, record=True)
+    momentum = LearningRateScheduler(Cosine(None, 1, 0.5), parameter="momentum")
     callbacks = [
         GradientAccumulation(4),
         scheduler,
+        momentum,
         average,
         latest,
         StatisticsRecorder(["accuracy"]),

@@ -23,10 +23,10 @@ from lightning_plugins import (
 from tests.support.training import loader, make_module, make_trainer, rates
 
 ORDERS = [
-    (0, 1, 2, 3, 4, 5, 6, 7),
-    (7, 6, 5, 4, 3, 2, 1, 0),
-    (3, 0, 5, 1, 7, 6, 4, 2),
-    (2, 4, 0, 6, 7, 3, 5, 1),
+    (0, 1, 2, 3, 4, 5, 6, 7, 8),
+    (8, 7, 6, 5, 4, 3, 2, 1, 0),
+    (3, 0, 8, 5, 1, 7, 6, 4, 2),
+    (2, 4, 0, 6, 7, 3, 8, 5, 1),
 ]
 CANCELLED = 5  # the batch of every epoch that a function of events cancels
 
@@ -40,13 +40,14 @@ def cancel_one(loop, event):
 def stack(path):
     return [
         GradientAccumulation(4),
-        LearningRateScheduler(WarmupCosine("20%")),
+        LearningRateScheduler({0: WarmupCosine("20%")}),
         EMA(Cosine(None, 0.8, 1.0)),
         StatisticsRecorder(),
         CSVStatisticsLogger(str(path / "log.csv")),
         TensorBoardStatisticsLogger(str(path / "tensorboard")),
         cancel_one,
         LatestWeightAveraging(2, every="25%", evaluate="raw", checkpoint="raw", after_fit="raw"),
+        LearningRateScheduler(Cosine(None, 1, 0.5), parameter="momentum", record=True),
     ]
 
 

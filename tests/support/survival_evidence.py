@@ -250,11 +250,14 @@ def _steps_and_keepers(files: dict[str, Any]) -> set[tuple[str, str]]:
     return {(re.search(r"last|step=\d+", name)[0], re.sub(r"'[^']*/", "'", keeper)) for name, keeper in named.items()}
 
 
+AVERAGES = ("EMA", "LatestWeightAveraging", "PostHocEMA")
+
+
 def at_this_batch(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return what of a full checkpoint the number of batches alone decides, wherever in the epoch's end it was cut."""
     optimizer = checkpoint["optimizer_states"][0]["state"]
     own = {key: checkpoint.get(key) for key in ("lightning_plugins_ema", "lightning_plugins_posthoc_ema")}
-    counts = {key: state for key, state in checkpoint["callbacks"].items() if key.startswith(("EMA", "PostHocEMA"))}
+    counts = {key: state for key, state in checkpoint["callbacks"].items() if key.startswith(AVERAGES)}
     step = {"step": checkpoint["global_step"], "state_dict": checkpoint["state_dict"], "optimizer": optimizer}
     return {**step, **own, "counts": {key: _without(state) for key, state in counts.items()}}
 

@@ -29,6 +29,7 @@ from lightning_plugins import (
     Event,
     EventCallback,
     GradientAccumulation,
+    LatestWeightAveraging,
     LearningRateScheduler,
     Linear,
     MicroBatching,
@@ -209,6 +210,7 @@ def stack(folder: Path, plan: Plan) -> list[Any]:
         LearningRateScheduler(Cosine(None, 1, 10), parameter="weight_decay", record=True),
         EventCallback(leave_a_batch_out),
         EMA(0.9),
+        LatestWeightAveraging(3, every="10%", evaluate="raw", checkpoint="raw", after_fit="raw"),
         *([] if plan.pieces is None else [MicroBatching(plan.pieces)]),
         ModelCheckpoint(folder / "checkpoints", **plan.checkpoints),
     ]
@@ -235,6 +237,7 @@ def train(folder: Path, plan: Plan, final: Path, *, ckpt_path: Path | None = Non
     return {
         "raw": found["EMA"].raw_state_dict(),
         "average": found["EMA"].average_state_dict(),
+        "latest": found["LatestWeightAveraging"].average_state_dict(),
         "module": {name: tensor.clone() for name, tensor in module.state_dict().items()},
         "rates": list(zip(*(each.lrs for each in callbacks if isinstance(each, LearningRateScheduler)), strict=True)),
         "scores": found["CheckpointAveraging"].scores,
