@@ -15,10 +15,11 @@ from lightning_plugins import average_checkpoints, extract_weights, synthesize_e
 from lightning_plugins.checkpoints import read_manifest
 from lightning_plugins.checkpoints.record import read_record
 from lightning_plugins.cli import main
-from tests.support.ema_distributed import launch, start
+from tests.support import ema_directories
+from tests.support.ema_distributed import launch
 from tests.support.ema_runs import Net, regression, same
+from tests.support.ranks import ended_ranks
 
-SCENARIOS = "tests.support.ema_directories"
 FOLDER = "lightning_plugins_ema"
 WHOLE = ["end", "full/epoch=2.ckpt", "full/last.ckpt", "pruned/last.ckpt", "steps/step=24.ckpt"]
 
@@ -65,12 +66,12 @@ def written(tmp_path_factory):
     directory = tmp_path_factory.mktemp("directories")
     for ranks in "124":
         (directory / ranks).mkdir()
-    return directory, launch("write", directory, module=SCENARIOS, timeout=300)
+    return directory, launch(ema_directories.write, directory, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def resumed(written):
-    return launch("resume", written[0], "2", module=SCENARIOS, timeout=300)
+    return launch(ema_directories.resume, written[0], "2", timeout=300)
 
 
 def test_the_average_is_that_of_one_process_in_float64(written):
@@ -185,7 +186,7 @@ def test_a_resume_on_as_many_ranks_is_bit_for_bit(written, resumed):
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_resume_on_another_number_of_ranks(written, count):
     directory, ranks = written
-    found = launch("resume", directory, str(count), ranks=count, module=SCENARIOS, timeout=300)
+    found = launch(ema_directories.resume, directory, str(count), ranks=count, timeout=300)
     assert len(found) == count
     for rank in found:
         for key in ("average", "slow", "latest", "raw"):
@@ -315,7 +316,7 @@ def test_what_a_kill_leaves_is_refused(written, tmp_path):
             assert str(error.value).count("\n") == 0
         with pytest.raises(ValueError, match=r"incomplete|cannot be read"):
             read_record(place)
-    launch("refused", tmp_path, ranks=1, module=SCENARIOS, timeout=300)
+    launch(ema_directories.refused, tmp_path, ranks=1, timeout=300)
     messages = json.loads((tmp_path / "refused.json").read_text())
     assert list(messages) == [place.name for place in places]
     for place, message in messages.items():
@@ -333,8 +334,8 @@ def test_a_folder_that_was_cut_off_leaves_a_plain_directory_as_it_was(written, t
 
 
 def test_a_run_that_is_killed_while_it_replaces_a_checkpoint(tmp_path):
-    (process,), (output,) = start("killed", tmp_path, ranks=1, timeout=300, module=SCENARIOS)
-    assert process.returncode == -signal.SIGKILL, output[-2000:]
+    (rank,) = ended_ranks(ema_directories.killed, str(tmp_path), world_size=1, timeout=300)
+    assert rank.code == -signal.SIGKILL, rank.output[-2000:]
     place = tmp_path / "killed" / "same.ckpt"
     assert (place / "meta.pt").is_file()
     assert json.loads((place / FOLDER / "sets.json").read_text())["step"] == 16

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_plugins import EMA, ConstantDecay, WarmupDecay, average_checkpoints, extract_weights, synthesize_ema
+from tests.support import ema_distributed
 from tests.support.ema_distributed import launch
 from tests.support.ema_runs import Net, clone_state, regression, same, trainer
 
@@ -36,12 +37,12 @@ def close(a, b, tolerance=1e-6):
 @pytest.fixture(scope="module", params=["fsdp1", "fsdp2"])
 def sharded(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
-    return directory, launch(request.param, directory)
+    return directory, launch(getattr(ema_distributed, request.param), directory)
 
 
 def test_ddp_ranks_agree_bit_for_bit(tmp_path):
     """Two ranks with different data hold one average, which is the formula's over their common weights."""
-    first, second = launch("ddp", tmp_path)
+    first, second = launch(ema_distributed.ddp, tmp_path)
     for key in ("average", "slow", "raw"):
         parameters = {k: v for k, v in first[key].items() if "running" not in k and "batches" not in k}
         assert all(torch.equal(value, second[key][k]) for k, value in parameters.items()), key
@@ -91,7 +92,8 @@ def test_sharded_validation_after_fit_uses_the_average(sharded):
 
 def test_sharded_resume_on_another_number_of_ranks(sharded):
     directory, ranks = sharded
-    (alone,) = launch("other_ranks_fsdp1" if directory.name[:5] == "fsdp1" else "other_ranks", directory, ranks=1)
+    fsdp1 = directory.name.startswith("fsdp1")
+    (alone,) = launch(ema_distributed.other_ranks_fsdp1 if fsdp1 else ema_distributed.other_ranks, directory, ranks=1)
     close(alone["average"], ranks[0]["average"])
     close(alone["raw"], ranks[0]["raw"])
 

@@ -1,11 +1,10 @@
-"""Runs with distributed checkpoints in processes of their own: python -m tests.support.ema_directories SCENARIO DIR."""
+"""Runs with distributed checkpoints in processes of their own."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def callbacks(directory):
 
 
 def fit(*others, max_epochs=2, ckpt_path=None, module=None, **kwargs):
-    strategy = ModelParallelStrategy(data_parallel_size=int(os.environ["EMA_TEST_RANKS"]), tensor_parallel_size=1)
+    strategy = ModelParallelStrategy(data_parallel_size=int(os.environ["RANKS_OF_TEST"]), tensor_parallel_size=1)
     module = module or sharded_net()
     run = trainer(strategy, *others, max_epochs=max_epochs, **kwargs)
     run.fit(module, regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
@@ -222,11 +221,3 @@ def killed(directory):
     torch.save = dying
     files = ModelCheckpoint(Path(directory) / "killed", filename="same", enable_version_counter=False)
     fit(EMA(0.8), files, max_epochs=2)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    globals()[sys.argv[1]](*sys.argv[2:])
-    sys.stdout.flush()
-    # a thread of gloo that still holds a tensor when the interpreter ends would abort the process
-    os._exit(0)

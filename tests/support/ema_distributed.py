@@ -1,66 +1,22 @@
-"""What the distributed tests run in processes of their own: python -m tests.support.ema_distributed SCENARIO DIR."""
+"""What the distributed tests run in processes of their own."""
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
+from tests.support.ranks import run_ranks
 
 
-def launch(
-    scenario: str, directory: Path, *more: str, ranks: int = 2, timeout: float = 100.0, module: str = __name__
-) -> list[dict]:
-    """Run a scenario in ``ranks`` processes on this machine; return what each rank saved."""
-    processes, outputs = start(scenario, directory, *more, ranks=ranks, timeout=timeout, module=module)
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
-    found = [Path(directory, *more[:1]) / f"{scenario}-{rank}.pt" for rank in range(ranks)]
+def launch(scenario, directory, *more, ranks=2, timeout=180):
+    """Run a scenario on ``ranks`` ranks of this machine; return what each saved."""
+    run_ranks(scenario, str(directory), *more, world_size=ranks, timeout=timeout)
+    found = [Path(directory, *more[:1]) / f"{scenario.__name__}-{rank}.pt" for rank in range(ranks)]
     return [torch.load(file, weights_only=True) for file in found if file.exists()]
-
-
-def start(scenario: str, directory: Path, *more: str, ranks: int, timeout: float, module: str):
-    """Run a scenario in ``ranks`` processes; return them when they have ended, and what they printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-        "EMA_TEST_RANKS": str(ranks),  # Lightning takes WORLD_SIZE away after a run
-        "NODE_RANK": "0",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-m", module, scenario, str(directory), *more]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**common, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return processes, outputs
 
 
 def trainer(strategy, *callbacks, **kwargs):
@@ -68,7 +24,7 @@ def trainer(strategy, *callbacks, **kwargs):
 
     settings = {
         "accelerator": "cpu",
-        "devices": int(os.environ["EMA_TEST_RANKS"]),
+        "devices": int(os.environ["RANKS_OF_TEST"]),
         "max_epochs": 1,
         "logger": False,
         "enable_progress_bar": False,
@@ -89,7 +45,7 @@ def sharded_strategy(kind, **kwargs):
         from tests.support.fsdp1 import FSDPOnCPU
 
         return FSDPOnCPU(parts=("net.0",), **kwargs)
-    sizes = {"data_parallel_size": int(os.environ["EMA_TEST_RANKS"]), "tensor_parallel_size": 1}
+    sizes = {"data_parallel_size": int(os.environ["RANKS_OF_TEST"]), "tensor_parallel_size": 1}
     return ModelParallelStrategy(**{**sizes, "save_distributed_checkpoint": False, **kwargs})
 
 
@@ -161,7 +117,7 @@ def sharded_run(kind, max_epochs, *callbacks, ema=None, ckpt_path=None, strategy
     return fit, module, ema
 
 
-def fsdp(directory, kind="fsdp2"):
+def fsdp(directory, kind):
     """A sharded run, its files, a resumed one; post-hoc snapshots; half precision."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -226,7 +182,9 @@ def fsdp(directory, kind="fsdp2"):
     )  # fmt: skip
 
 
-fsdp2 = fsdp
+def fsdp2(directory):
+    """The run under FSDP2."""
+    fsdp(directory, "fsdp2")
 
 
 def fsdp1(directory):
@@ -257,11 +215,3 @@ def other_ranks(directory, kind="fsdp2"):
 def other_ranks_fsdp1(directory):
     """The same under FSDP1."""
     other_ranks(directory, "fsdp1")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    globals()[sys.argv[1]](sys.argv[2])
-    sys.stdout.flush()
-    # a thread of gloo that still holds a tensor when the interpreter ends would abort the process
-    os._exit(0)

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tests.support import fork_server
 
@@ -30,8 +31,25 @@ def _free_port():
 def run_ranks(function, *arguments, world_size=2, timeout=180):
     """Run ``function(*arguments)`` on every rank and return their results; arguments and results are JSON.
 
-    The function must be importable by name. Lightning sees ranks that somebody else has started.
+    The function must be importable by name. Lightning sees ranks that another program has started.
     """
+    ranks = ended_ranks(function, *arguments, world_size=world_size, timeout=timeout)
+    # what the first to fail says is why the others failed
+    for rank in sorted(ranks, key=lambda rank: rank.code != 1):
+        assert rank.code == 0, f"exit code {rank.code}:\n{rank.output[-6000:]}"
+    return [rank.result for rank in ranks]
+
+
+class Ended(NamedTuple):
+    """How a rank ended."""
+
+    code: int
+    output: str
+    result: Any
+
+
+def ended_ranks(function, *arguments, world_size=2, timeout=180):
+    """Run ``function(*arguments)`` on every rank, as :func:`run_ranks`; return how each ended."""
     common = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -39,6 +57,8 @@ def run_ranks(function, *arguments, world_size=2, timeout=180):
         "WORLD_SIZE": str(world_size),
         "NODE_RANK": "0",
         "GLOO_SOCKET_IFNAME": "lo",
+        # Lightning takes WORLD_SIZE away after a run
+        "RANKS_OF_TEST": str(world_size),
     }
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, f"{rank}.txt") for rank in range(world_size)]
@@ -53,13 +73,13 @@ def run_ranks(function, *arguments, world_size=2, timeout=180):
             for rank, (output, result) in enumerate(zip(outputs, results, strict=True))
         ]
         codes = fork_server.run(_on_a_rank, processes, timeout)
-        # what the first to fail says is why the others failed
-        for code, output in sorted(zip(codes, outputs, strict=True), key=lambda pair: pair[0] != 1):
-            assert code == 0, f"exit code {code}:\n{output.read_text(errors='replace')[-6000:]}"
-        return [json.loads(result.read_text()) for result in results]
+        return [
+            Ended(code, output.read_text(errors="replace"), json.loads(result.read_text()) if result.exists() else None)
+            for code, output, result in zip(codes, outputs, results, strict=True)
+        ]
 
 
 def _on_a_rank(module, name, arguments, result):
     warnings.simplefilter("ignore")
-    function = getattr(import_module(module), name)
-    Path(result).write_text(json.dumps(function(*arguments)))
+    returned = getattr(import_module(module), name)(*arguments)
+    Path(result).write_text(json.dumps(returned))
