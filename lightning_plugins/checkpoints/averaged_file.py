@@ -32,6 +32,7 @@ _DROPPED = (
     "averaging_state",
     "MixedPrecision",
     checkpoint_keys.EMA,
+    checkpoint_keys.POSTHOC_EMA,
     checkpoint_keys.RUN,
     checkpoint_keys.MEAN,
     checkpoint_keys.SECOND_SETS,

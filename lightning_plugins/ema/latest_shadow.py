@@ -110,6 +110,8 @@ class LatestShadow(Shadow):
     def collect_snapshots(self, *, keep: bool = True, shares: bool = False) -> list[dict[str, Tensor]]:
         """Return the snapshots, name -> full tensor, the oldest first; a collective when the module is sharded.
 
+        They are references: the next snapshot is written over the oldest.
+
         Args:
             keep: Whether this rank wants them; if not, it only takes part in the collective.
             shares: Whether sharded tensors stay so, as in a distributed checkpoint; then there is no collective.

@@ -310,6 +310,15 @@ def test_a_decay_outside_0_and_1_is_refused_with_its_step(decay, message, every)
         averaged(decay, every=every)
 
 
+def test_so_is_one_of_a_rule_with_a_closed_form_of_its_own():
+    class Growing(Halving):
+        def _over(self, n, steps):
+            return 0.5 * n
+
+    with pytest.raises(ValueError, match=r"`decay` must be at least 0 and at most 1, got 1\.5 at step 3 from"):
+        averaged(Growing())
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
@@ -353,3 +362,5 @@ def test_hydra_makes_them_all():
     assert ema.start_step == "95%"
     assert instantiate(made("EMA", decay=f"{__name__}.tau_of")).decay == as_decay_rule(tau_of)
     assert instantiate(made("EMA", decay=made("HalfLife", steps="2%"))).decay == HalfLife("2%")
+    latest = instantiate(made("LatestWeightAveraging", last=3, every="1ep"))
+    assert (latest.last, latest.every, latest.state_key) == (3, "1ep", "LatestWeightAveraging(name='lawa')")

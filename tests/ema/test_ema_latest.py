@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, extract_weights
+from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, average_checkpoints, extract_weights
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema import describe_checkpoint
@@ -264,6 +264,35 @@ def test_it_joins_a_resumed_run_and_leaves_one(tmp_path):
     run(Save(tmp_path / "cut.ckpt", 12))
     trainer(max_epochs=4).fit(module := Scripted(), numbers(6), ckpt_path=tmp_path / "cut.ckpt")
     assert module.weight.item() == THETA[3]
+
+
+def test_weights_that_are_loaded_in_mid_fit_bring_their_snapshots(tmp_path):
+    """The weights stay scripted: after step 12 the file of step 6 is loaded, so steps 13 and 14 are its 7 and 8."""
+
+    class Load(unified.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 12:
+                trainer.strategy.load_model_state_dict(torch.load(tmp_path / "cut.ckpt", weights_only=True))
+                snapshots = average._shadows[0].collect_snapshots()
+                seen.append((pl_module.weight.item(), [snapshot["weight"].item() for snapshot in snapshots]))
+
+    seen = []
+    average = LatestWeightAveraging(3, every=2)
+    save, load = Save(tmp_path / "cut.ckpt", 6), Load()
+    trainer(average, save, load, max_epochs=1).fit(Scripted(), numbers(14))
+    assert seen == [(THETA[5], [THETA[1], THETA[3], THETA[5]])]
+    assert average.state_dict()["last_update"] == 8
+    assert weight_of(average) == pytest.approx(np.mean([THETA[3], THETA[5], (THETA * 2)[13]]))
+
+
+def test_a_mean_of_its_files_has_one_set(tmp_path):
+    run(Save(tmp_path / "1.ckpt", 12))
+    run(Save(tmp_path / "2.ckpt", 18))
+    paths = [tmp_path / "1.ckpt", tmp_path / "2.ckpt"]
+    average_checkpoints(paths, tmp_path / "mean.ckpt")
+    sets = [extract_weights(path, name="lawa")["weight"].item() for path in paths]
+    assert extract_weights(tmp_path / "mean.ckpt", name="lawa")["weight"].item() == pytest.approx(np.mean(sets))
+    assert checkpoint_keys.POSTHOC_EMA not in torch.load(tmp_path / "mean.ckpt", weights_only=True)
 
 
 def test_copies_go_their_own_ways():
