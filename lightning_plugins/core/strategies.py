@@ -51,7 +51,7 @@ class Support:
 
 SUPPORTED: dict[str, Support] = {
     "LearningRateScheduler": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
-    "EMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
+    "EMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
     "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP2: ""}),
     "PostHocEMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "averages, does not compare", FSDP2: "", TENSOR: ""}),

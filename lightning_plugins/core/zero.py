@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.core.module_state import NamedTensor, named_tensors
 from lightning_plugins.core.patching import read
+from lightning_plugins.core.step_clock import RunClock
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,21 @@ class ZeroClock:
         """Do nothing: there is nothing to take off."""
 
 
+def clock_of(trainer: Any, applied: int) -> RunClock | ZeroClock:
+    """Return what counts the applied steps of a run, whatever its strategy.
+
+    Args:
+        trainer: The Trainer, when training starts.
+        applied: Steps that were applied before.
+
+    Raises:
+        TypeError: If the optimizer's steps cannot be seen.
+        ValueError: If DeepSpeed's optimizer is of a kind that was not tested.
+    """
+    zero = zero_of(trainer)
+    return RunClock(trainer, applied) if zero is None else ZeroClock(zero, applied)
+
+
 def fragment(found: NamedTensor, part: tuple[int, Tensor]) -> Fragment:
     """Return a parameter's part, given as its start and its values."""
     shape = tuple(getattr(found.tensor, "ds_shape", found.tensor.shape))
@@ -203,7 +219,7 @@ def fragment(found: NamedTensor, part: tuple[int, Tensor]) -> Fragment:
 def held_part(parameter: Any) -> tuple[int, Tensor]:
     """Return what this rank holds of a parameter that computes: where it begins, and the values, flat."""
     if not hasattr(parameter, "ds_id"):
-        return 0, parameter.detach().view(-1)
+        return 0, parameter.detach().reshape(-1)
     start, numel = _part(parameter)
     return start, read(parameter, "ds_tensor").detach().reshape(-1)[:numel]
 
@@ -233,7 +249,10 @@ def load_full(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if source is None:
             continue
         parameter: Any = found.tensor
-        if hasattr(parameter, "ds_id"):
-            parameter.partition()
+        if not hasattr(parameter, "ds_id"):
+            parameter.copy_(source)
+            continue
+        # a parameter that is in use is put together from the parts again
+        parameter.partition()
         start, values = held_part(parameter)
         values.copy_(source.reshape(-1)[start : start + values.numel()])

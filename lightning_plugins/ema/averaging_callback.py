@@ -23,11 +23,13 @@ from lightning_plugins.core.run_length import horizon_of_run
 from lightning_plugins.core.step_clock import RunClock
 from lightning_plugins.core.strategies import check_strategy, learn_shards
 from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.core.zero import ZeroClock, clock_of
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
 from lightning_plugins.ema.distributed_files import DistributedSets, open_sets
 from lightning_plugins.ema.pace import Pace
 from lightning_plugins.ema.shadow import Shadow, showing
 from lightning_plugins.ema.watched_files import watch_files
+from lightning_plugins.ema.zero_saves import rebind
 
 
 class AveragingCallback(Callback):
@@ -56,7 +58,7 @@ class AveragingCallback(Callback):
         self._fitting = False
         # while the clock runs
         self._trainer: Trainer | None = None
-        self._clock: RunClock | None = None
+        self._clock: RunClock | ZeroClock | None = None
         self._in_batch = False
         self._new_epoch = False
         # as it was when the run's length was last asked for
@@ -138,8 +140,7 @@ class AveragingCallback(Callback):
         self.training_starts()
         self._place_restored(pl_module)
         self._release_clock()
-        for shadow in self._shadows:
-            shadow.rebind()
+        rebind(self._shadows, trainer)
         optimizers = torch_optimizers(trainer)
         if not optimizers:
             return
@@ -154,7 +155,7 @@ class AveragingCallback(Callback):
             )
         self._trainer = trainer
         try:
-            self._clock = RunClock(trainer, counter.applied)
+            self._clock = clock_of(trainer, counter.applied)
         except TypeError as error:
             raise MisconfigurationException(
                 f"`{type(self).__name__}` must see the steps of the optimizer, but {type(optimizers[0]).__name__} has "

@@ -27,6 +27,8 @@ from lightning_plugins.core.second_sets import Label, check_whole, listed
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.stand_ins import UnreadableError
 from lightning_plugins.core.validation import a_path, one_of, plain_value, shown, true_or_false, whole_number
+from lightning_plugins.core.zero_directory import is_deepspeed_directory
+from lightning_plugins.ema import zero_files
 from lightning_plugins.ema.checkpoint_directory import RAW, STATE_DICT, average_label, read_directory
 
 RECORD_KEY = checkpoint_keys.EMA
@@ -253,6 +255,8 @@ def extract_weights(
         ValueError: If the file is not a checkpoint, needs trust that it is not given, or lacks the set.
     """
     one_of("which", which, ("average", "raw"))
+    if is_deepspeed_directory(Path(a_path("checkpoint_path", checkpoint_path))):
+        return zero_files.extract(Path(checkpoint_path), which, name, trust=true_or_false("trust", trust))
     wanted = (STATE_DICT, RAW if which == "raw" else average_label(name))
     checkpoint = load_checkpoint(checkpoint_path, trust=trust, wanted=wanted.__contains__)
     return select_weights(checkpoint, which, name, source=str(checkpoint_path))

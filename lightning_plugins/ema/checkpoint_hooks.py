@@ -13,6 +13,7 @@ from lightning_plugins.core.module_state import fill, load_named
 from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.sharding import any_sharded
 from lightning_plugins.core.strategies import learn_shards
+from lightning_plugins.core.zero import is_deepspeed
 from lightning_plugins.ema.averaging_callback import AveragingCallback
 from lightning_plugins.ema.checkpoint_format import (
     Contents,
@@ -25,9 +26,11 @@ from lightning_plugins.ema.checkpoint_format import (
 )
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
 from lightning_plugins.ema.distributed_files import add_sets, is_distributed
+from lightning_plugins.ema.master_shadow import MasterShadow
 from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
 from lightning_plugins.ema.shadow import showing
 from lightning_plugins.ema.watched_files import write_once
+from lightning_plugins.ema.zero_saves import ZeroSaves
 
 
 class AverageInCheckpoints(AveragingCallback):
@@ -57,6 +60,7 @@ class AverageInCheckpoints(AveragingCallback):
         self._writes_files = False
         # the state dict of the file that is being made
         self._filled: Any = None
+        self._zero_saves = ZeroSaves(name)
 
     @property
     def _active(self) -> bool:
@@ -75,6 +79,10 @@ class AverageInCheckpoints(AveragingCallback):
             return
         learn_shards(trainer, pl_module)
         try:
+            if is_deepspeed(trainer.strategy):
+                if roles_of(trainer).evaluator is self:
+                    self._zero_saves.load_for_evaluation(trainer, pl_module)
+                return
             check_whole(trainer.ckpt_path)
             contents = read_contents(checkpoint)
             if contents is not None:
@@ -89,7 +97,7 @@ class AverageInCheckpoints(AveragingCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put both sets into a full file, each where it belongs, whichever the module holds at the moment."""
-        if not self._serves(pl_module):
+        if is_deepspeed(trainer.strategy) or not self._serves(pl_module):
             return
         found, shadow, distributed = record(checkpoint), self._shadows[0], is_distributed(checkpoint)
         keep = trainer.is_global_zero or distributed
@@ -113,7 +121,10 @@ class AverageInCheckpoints(AveragingCallback):
 
     def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._watch_files(trainer, pl_module)
-        self._writes_files = roles_of(trainer).writer is self
+        self._zero_saves.forget()
+        self._writes_files = roles_of(trainer).writer is self and not is_deepspeed(trainer.strategy)
+        if is_deepspeed(trainer.strategy):
+            self._zero_saves.watch(trainer, self._master_shadow)
         if self._writes_files:
 
             def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -123,6 +134,11 @@ class AverageInCheckpoints(AveragingCallback):
                 return state
 
             self._file_patches.wrap(trainer.strategy, "lightning_module_state_dict", state_dict)
+
+    def _master_shadow(self) -> MasterShadow | None:
+        self._catch_up_all()
+        shadow = self._shadows[0] if self._shadows else None
+        return shadow if isinstance(shadow, MasterShadow) and self._serves(shadow.module) else None
 
     def _fill_state_dict(self, state: dict[str, Any]) -> None:
         """Make a state dict of the module what files should have, whichever set the module holds at the moment."""
@@ -165,6 +181,8 @@ class AverageInCheckpoints(AveragingCallback):
     def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
         """Keep the file's average for the shadow and give the module its raw weights."""
         contents = read_contents(checkpoint)
+        if is_deepspeed(trainer.strategy):
+            return self._restore_part(trainer, pl_module, contents)
         if contents is None:
             return False
         emas = averages(trainer) or [self]
@@ -183,6 +201,19 @@ class AverageInCheckpoints(AveragingCallback):
         if loader is self and contents.raw is not None:
             load_named(pl_module, contents.raw)
         return found
+
+    def _restore_part(self, trainer: Trainer, pl_module: LightningModule, contents: Contents | None) -> bool:
+        """Keep this rank's part of the average in a directory of DeepSpeed, which has restored the raw weights."""
+        if contents is not None:
+            raise ValueError(
+                "EMA under DeepSpeed must resume from a directory of DeepSpeed, got a file that holds an average: the "
+                "master weights are in none. Begin with `extract_weights(file, 'raw')` in the module instead."
+            )
+        self._restored = self._zero_saves.read(trainer, pl_module)
+        if self._restored is None:
+            return False
+        self._begin(pl_module)
+        return True
 
     def _choose(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], contents: Contents

@@ -79,7 +79,7 @@ class Shadow:
         self.module = module
         self.changes: Changes | None = None
         self.ended = False
-        self._followed = FollowedTensors(module, buffers=buffers)
+        self._followed: FollowedTensors = getattr(self, "_kind", FollowedTensors)(module, buffers=buffers)
         self._device = None if device is None else torch.device(device)
         self._shadows: list[Tensor] = []
         self._groups: list[Group] = []

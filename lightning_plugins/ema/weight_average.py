@@ -18,8 +18,10 @@ from lightning_plugins.core.lightning import (
 from lightning_plugins.core.module_state import clean_name, device_name, named_tensors, state_of, uncompiled
 from lightning_plugins.core.sharding import gather, local, reshard
 from lightning_plugins.core.validation import LightningPluginsWarning, one_of, shown
+from lightning_plugins.core.zero import is_deepspeed, zero_of
 from lightning_plugins.ema.checkpoint_hooks import AverageInCheckpoints, roles_of
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
+from lightning_plugins.ema.master_shadow import MasterShadow
 from lightning_plugins.ema.shadow import Shadow, Which, disown
 from lightning_plugins.ema.swapping import Swapper
 
@@ -80,6 +82,10 @@ class WeightAverage(AverageInCheckpoints):
                 f"A fit must not begin inside a `with` block of `averaged` of {self._called}: it would train the "
                 "average."
             )
+        if self.average_buffers and is_deepspeed(trainer.strategy):
+            raise MisconfigurationException(
+                "`buffers` must be 'copy' under DeepSpeed, which keeps no float32 masters of buffers, got 'average'."
+            )
         self._swapper.kept = False
         self._show()
         # an EMA of an earlier fit may have left its average there: it is trained on
@@ -114,6 +120,10 @@ class WeightAverage(AverageInCheckpoints):
         # a fit that has not been torn down has its clock
         if self._clock is not None:
             self._swapper.kept = False
+        for shadow in self._shadows:
+            if isinstance(shadow, MasterShadow):
+                # other ranks may not come here
+                shadow.alone = True
         super().on_exception(trainer, pl_module, exception)
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,8 +181,11 @@ class WeightAverage(AverageInCheckpoints):
     # -- following the weights
 
     def _begin(self, pl_module: LightningModule) -> None:
-        self._shadows = [Shadow(pl_module, buffers=self.average_buffers, device=self.device, start=self._restored)]
-        self._restored = None
+        zero, start, self._restored = zero_of(pl_module.trainer), self._restored, None
+        if zero is None:
+            self._shadows = [Shadow(pl_module, buffers=self.average_buffers, device=self.device, start=start)]
+        else:
+            self._shadows = [MasterShadow(zero, pl_module, device=self.device, start=start)]
 
     def _place_restored(self, pl_module: LightningModule) -> None:
         if self._restored is not None:
@@ -252,6 +265,8 @@ class WeightAverage(AverageInCheckpoints):
             raise RuntimeError(
                 f"The raw weights of {self._called} were in the module when something else was written into it."
             )
+        if isinstance(shadow, MasterShadow):
+            return shadow.whole_state(which)
         if shadow.sharded:
             reshard(shadow.module)
         found = shadow.collect(which, copies=True)

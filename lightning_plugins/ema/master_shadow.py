@@ -1,0 +1,154 @@
+"""The average of the float32 master weights that a rank trains under DeepSpeed's ZeRO.
+
+The masters are averaged and not the 16-bit weights that compute, which have lost what most steps change. A rank blends
+its own parts, without communication; only an exchange makes the computing weights anew, which every rank takes part in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.core.module_state import NamedTensor, clean_name, named_tensors
+from lightning_plugins.core.sharding import agreed
+from lightning_plugins.core.zero import Fragment, Zero, fragment, gathered, held_part
+from lightning_plugins.ema.digest import digest
+from lightning_plugins.ema.following import Changes, FollowedTensors
+from lightning_plugins.ema.shadow import Shadow, Which
+
+
+class MasterTensors(FollowedTensors):
+    """This rank's parts of the master weights. DeepSpeed holds on to them, so none is replaced, moved or unfrozen.
+
+    Args:
+        zero: The run's.
+        module: The module.
+        buffers: Not averaged: they have no masters.
+
+    Attributes:
+        parts: The parts, in the order of ``tensors``.
+    """
+
+    def __init__(self, zero: Zero, module: nn.Module, *, buffers: bool) -> None:
+        super().__init__(module, buffers=buffers)
+        self.parts = zero.masters(module)
+
+    def look_again(self, changes: Changes, also: Collection[str] = ()) -> list[int | None]:
+        """Take the parts over once; after that they are the same."""
+        known = len(self.tensors)
+        self.tensors = [NamedTensor(part.values, part.found.names, part.found.places) for part in self.parts]
+        self.index = {name: number for number, found in enumerate(self.tensors) for name in found.names}
+        return [number if known else None for number in range(len(self.tensors))]
+
+    def bind(self) -> list[Tensor]:
+        """Return the parts."""
+        return [part.values for part in self.parts]
+
+    def is_current(self) -> bool:
+        """Return that they are where they were."""
+        return True
+
+    def has_lost(self) -> bool:
+        """Return that none was taken away."""
+        return False
+
+
+class MasterShadow(Shadow):
+    """The averages of this rank's parts of the master weights.
+
+    Args:
+        zero: The run's.
+        module: The module.
+        device: Where the averages lie, ``None`` for beside the masters.
+        start: Name -> this rank's part of the average to begin with.
+
+    Attributes:
+        alone: Whether other ranks cannot be counted on, as after an exception: then an exchange stops at the masters.
+    """
+
+    def __init__(
+        self,
+        zero: Zero,
+        module: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.alone = False
+        self.zero = zero
+        self._kind = partial(MasterTensors, zero)
+        super().__init__(module, device=device, start=start)
+
+    @property
+    def parts(self) -> list[Fragment]:
+        """This rank's parts of the masters."""
+        followed: Any = self._followed
+        found: list[Fragment] = followed.parts
+        return found
+
+    def rebind_to(self, zero: Zero) -> None:
+        """Go on with the masters of another fit of the same module.
+
+        Raises:
+            ValueError: If they are cut otherwise.
+        """
+        self.alone = False
+        if zero.optimizer is self.zero.optimizer:
+            return
+        followed = MasterTensors(zero, self.module, buffers=False)
+        followed.look_again(Changes())
+        places = [
+            [(part.found.names, part.start, part.values.numel()) for part in parts]
+            for parts in (self.parts, followed.parts)
+        ]
+        if places[0] != places[1]:
+            raise ValueError(
+                "An average under ZeRO must go on with the stage and the optimizer that it was begun with."
+            )
+        self.zero, self._followed = zero, followed
+        self._bind({})
+
+    def averages(self) -> list[Fragment]:
+        """Return this rank's parts of the average."""
+        return [replace(part, values=self._read(number, "average")) for number, part in enumerate(self.parts)]
+
+    def others(self) -> list[Fragment]:
+        """Return what this rank holds of the tensors that are not averaged: frozen parameters and buffers."""
+        known = set(self.names)
+        return [
+            fragment(found, held_part(found.tensor))
+            for found in named_tensors(self.module)
+            if found.names and found.names[0] not in known
+        ]
+
+    def whole_state(self, which: Which) -> dict[str, Tensor]:
+        """Return the average, or the masters, in full as a state dict of the module; a collective."""
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            values = self._read(number, which) if which == "average" else self._raw(number)
+            whole = gathered(replace(part, values=values))
+            found.update(dict.fromkeys(part.found.names, whole))
+        for part in self.others():
+            cut = hasattr(part.found.tensor, "ds_id")
+            whole = gathered(part) if cut else part.found.tensor.detach().clone()
+            found.update(dict.fromkeys(part.found.names, whole))
+        keys = {clean_name(key): key for key in self.module.state_dict()}
+        return {key: found[name] for name, key in keys.items() if name in found}
+
+    def untouched(self) -> bool:
+        """Return whether the weights that compute are still those that :meth:`remember` saw, on every rank."""
+        return agreed(super().untouched(), self._tensors[0].tensor)
+
+    def _contents(self) -> Any:
+        return digest([held_part(part.found.tensor)[1] for part in self.parts])
+
+    def _swap(self, *, to: bool, keep_shadows: bool = False) -> None:
+        if self.swapped != to:
+            super()._swap(to=to, keep_shadows=keep_shadows)
+            if not self.alone:
+                self.zero.publish()
