@@ -102,14 +102,8 @@ class MasterShadow(Shadow):
             return
         followed = MasterTensors(zero, self.module, buffers=False)
         followed.look_again(Changes())
-        places = [
-            [(part.found.names, part.start, part.values.numel()) for part in parts]
-            for parts in (self.parts, followed.parts)
-        ]
-        if places[0] != places[1]:
-            raise ValueError(
-                "An average under ZeRO must go on with the stage and the optimizer that it was begun with."
-            )
+        if _cuts(followed.parts) != _cuts(self.parts):
+            raise ValueError("An average under ZeRO must go on with the stage and optimizer that it was begun with.")
         self.zero, self._followed = zero, followed
         self._bind({})
 
@@ -152,3 +146,7 @@ class MasterShadow(Shadow):
             super()._swap(to=to, keep_shadows=keep_shadows)
             if not self.alone:
                 self.zero.publish()
+
+
+def _cuts(parts: list[Fragment]) -> list[Any]:
+    return [(part.found.names, part.start, part.values.numel()) for part in parts]

@@ -270,9 +270,8 @@ class Collectives(TorchDispatchMode):
 def averages(directory):
     """Fit with an average at every stage and precision, save, resume, evaluate, export; return what holds."""
     cases = [(stage, precision) for stage in STAGES for precision in ("bf16-true", "32-true")]
-    return {
-        f"{stage} {precision}": average(stage, precision, Path(directory) / f"{stage}") for stage, precision in cases
-    }
+    folder = Path(directory)
+    return {f"{stage} {kind}": average(stage, kind, folder / f"{stage}-{kind}") for stage, kind in cases}
 
 
 def average(stage, precision, directory):
