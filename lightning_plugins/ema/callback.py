@@ -30,7 +30,8 @@ class EMA(WeightAverage):
 
     Distributed:
         Under DDP every rank keeps the same average, without communication; under FSDP2 its own share, and the whole
-        is gathered only for a checkpoint that is a single file.
+        is gathered only for a checkpoint that is a single file. Under DeepSpeed's ZeRO a rank averages its part of the
+        float32 masters, and writes it into a file of its own beside DeepSpeed's, which hold the trained weights.
 
     Cost:
         4 bytes per trainable parameter; an update takes as long as reading and writing the average once. A module in
@@ -38,8 +39,7 @@ class EMA(WeightAverage):
         leaves the average in the module the raw weights are kept on the host.
 
     Does not compose with:
-        Lightning's StochasticWeightAveraging and WeightAveraging, which are refused at setup; FSDP1 and DeepSpeed,
-        likewise; parts taken out of the module in mid-run, which end the fit with an error.
+        Lightning's StochasticWeightAveraging and WeightAveraging, which are refused at setup; FSDP1, likewise; parts taken out of the module in mid-run, which end the fit with an error.
 
     Args:
         decay: Share of the old average that an update keeps. A number d means

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support import zero_runs
+from tests.support import zero_averages, zero_runs
 from tests.support.ranks import run_ranks
 
 CASES = [f"{stage} {precision}" for stage in zero_runs.STAGES for precision in ("bf16-true", "32-true")]
@@ -10,12 +10,12 @@ CASES = [f"{stage} {precision}" for stage in zero_runs.STAGES for precision in (
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(zero_runs.averages, str(tmp_path_factory.mktemp("averages")), timeout=550)
+    return run_ranks(zero_averages.averages, str(tmp_path_factory.mktemp("averages")), timeout=550)
 
 
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory):
-    return run_ranks(zero_runs.beside, str(tmp_path_factory.mktemp("beside")), timeout=400)
+    return run_ranks(zero_averages.beside, str(tmp_path_factory.mktemp("beside")), timeout=400)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,10 +7,6 @@ from types import SimpleNamespace
 
 import torch
 
-from lightning_plugins.core.private_names import FOREIGN_NAMES
-
-NAMES = {entry.name for entry in FOREIGN_NAMES if entry.owner.startswith("deepspeed.")}
-
 
 class Engine:
     """An engine whose optimizer is one of those below."""
