@@ -39,8 +39,8 @@ class EMA(WeightAverage):
         leaves the average in the module the raw weights are kept on the host.
 
     Does not compose with:
-        Lightning's StochasticWeightAveraging and WeightAveraging, which are refused at setup; FSDP1,
-        likewise; parts taken out of the module in mid-run, which end the fit with an error.
+        Lightning's StochasticWeightAveraging and WeightAveraging, which are refused at setup; parts
+        taken out of the module in mid-run, which end the fit with an error.
 
     Args:
         decay: Share of the old average that an update keeps. A number d means
