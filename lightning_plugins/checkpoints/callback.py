@@ -111,7 +111,7 @@ class CheckpointAveraging(Callback):
         if Path(self.output).suffix not in (".ckpt", ".safetensors"):
             raise ValueError(f"`output` must end in .ckpt or .safetensors, got {shown(self.output)}.")
         if not isinstance(refresh_batch_norm, bool):
-            one_of("refresh_batch_norm", refresh_batch_norm, ("auto",))
+            one_of("refresh_batch_norm", refresh_batch_norm, ("auto",), or_else=", True or False")
         self.refresh_batch_norm = refresh_batch_norm
         self.compare = true_or_false("compare", compare)
         self.path: Path | None = None

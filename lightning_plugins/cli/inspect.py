@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning_plugins import checkpoints, ema
 from lightning_plugins.cli.commands import Commands, add_trust, say
-from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.validation import shortened, shown
 
 _DESCRIPTION = """\
@@ -36,6 +35,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a line for each thing that is there, or for each checkpoint of a directory."""
+    from lightning_plugins.core.sharded_directory import is_sharded_checkpoint  # noqa: PLC0415  # imports torch
+
     path = Path(arguments.path)
     if path.is_dir() and not is_sharded_checkpoint(path):
         found = checkpoints.describe_directory(path)

@@ -233,6 +233,8 @@ def look_up(batch: Any, key: str | int) -> Any:
         if isinstance(key, str) and key in present:
             return getattr(batch, key)
     what = ", ".join(map(repr, present)) or "none that has a name"
+    if isinstance(key, str) and is_list(batch):
+        what = f"only places, 0 to {len(batch) - 1}: give the number"
     raise ValueError(f"`key` must be a field of the batch, got {key!r}. This {type(batch).__name__} has: {what}.")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core.batches import SampleCounter, look_up
-from lightning_plugins.core.validation import one_of, shown, whole_number
+from lightning_plugins.core.validation import one_of, shown, takes, whole_number
 
 Count = int | float | Tensor
 """A number of items; a tensor stays on its device until its value is needed."""
@@ -72,14 +72,13 @@ def counter(
         ValueError: If it is another string.
     """
     if isinstance(count, str):
-        one_of("count", count, ("samples",))
+        one_of("count", count, ("samples",), or_else=", Tokens(key) or a function of the batch")
         own: Any = getattr(module, "get_batch_size", None)
         if not _takes_a_batch(own):
             return SampleCounter(full)
         count = own
-    if not callable(count):
-        raise TypeError(f'`count` must be "samples", Tokens(key) or a function of the batch, got {shown(count)}.')
-    return lambda batch: as_count(count(batch))
+    function = takes("count", count, "batch", what='"samples", Tokens(key) or a function')
+    return lambda batch: as_count(function(batch))
 
 
 def _takes_a_batch(function: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -46,7 +47,10 @@ def lazy_exports(package: str) -> tuple[list[str], Callable[[str], Any], Callabl
 
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name not in modules:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            near = {known.lower(): known for known in modules}
+            found = difflib.get_close_matches(name.lower(), near, n=1)
+            meant = f"; did you mean {near[found[0]]!r}?" if found else ""
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{meant}")
         value = getattr(importlib.import_module(modules[name]), name)
         setattr(sys.modules[package], name, value)  # the next access does not come here
         return value
@@ -68,6 +72,8 @@ def by_import_path(path: str) -> Any:
         3.0
     """
     module, _, name = path.rpartition(".")
+    if not module:
+        raise ImportError("an import path is written module.name")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # a path such as "..x" is a TypeError

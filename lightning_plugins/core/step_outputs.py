@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.core.imports import by_import_path
-from lightning_plugins.core.validation import shown
+from lightning_plugins.core.validation import shown, takes
 
 Source = str | Callable[[Any, Any], Any]
 """A key of the step's output or of the batch, a submodule's dotted name, or ``f(outputs, batch)``, also its path."""
@@ -122,8 +122,8 @@ class StepSources:
 
     def __init__(self, predictions: Source | None, targets: Source | None, owner: str) -> None:
         for name, value in (("predictions", predictions), ("targets", targets)):
-            if not (value is None or isinstance(value, str) or callable(value)):
-                raise TypeError(f"`{name}` must be a key, a function of (outputs, batch) or None, got {shown(value)}.")
+            if value is not None and not isinstance(value, str):
+                takes(name, value, "outputs", "batch", what="None, a key or a function")
         self._predictions = predictions
         self._targets = targets
         self._owner = owner

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import operator
 import os
@@ -141,12 +143,14 @@ def whole_number(name: str, value: Any, *, at_least: int = 0, at_most: int = sys
         ValueError: `warmup` must be at least 0 steps, got -3.
     """
     what = f" of {unit}" if unit else ""
+    one, many = f" {unit.removesuffix('es') if unit.endswith('ches') else unit.removesuffix('s')}", f" {unit}"
     try:
         number = operator.index(_no_truth_value(value))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # tensors of several numbers, for one
         raise TypeError(f"`{name}` must be a whole number{what}, got {shown(value)}.") from error
     if number < at_least:
-        raise ValueError(f"`{name}` must be at least {at_least}{' ' + unit if unit else ''}, got {shown(number)}.")
+        units = "" if not unit else one if at_least == 1 else many
+        raise ValueError(f"`{name}` must be at least {at_least}{units}, got {shown(number)}.")
     if number > at_most:
         raise ValueError(f"`{name}` must be at most {at_most}{' ' + unit if unit else ''}, got {shown(number)}.")
     return number
@@ -227,8 +231,63 @@ def true_or_false(name: str, value: Any) -> bool:
     return value
 
 
-def one_of(name: str, value: Any, choices: Collection[str]) -> str:
+def did_you_mean(value: Any, choices: Iterable[str]) -> str:
+    """Return the end of a message that names what a misspelt word was probably meant to be, or a period.
+
+    Example:
+        >>> did_you_mean("warmup_cosin", ["WarmupCosine", "OneCycle"])
+        "; did you mean 'WarmupCosine'?"
+    """
+
+    def plain(text: str) -> str:
+        return re.sub(r"[\s_-]", "", text).lower()
+
+    known = {plain(choice): choice for choice in choices}
+    near = difflib.get_close_matches(plain(value), known, n=1) if isinstance(value, str) and len(value) < 100 else []
+    return f"; did you mean {known[near[0]]!r}?" if near else "."
+
+
+def takes(name: str, function: Any, *parameters: str, what: str = "a function") -> Any:
+    """Return ``function``, or raise when it cannot be called with ``parameters``, as far as its signature tells.
+
+    Args:
+        name: The argument's name, for the message.
+        function: What the user gave.
+        *parameters: What it will be called with, for the message and for their number.
+        what: What may be given, for the message.
+
+    Raises:
+        TypeError: If it is no function, or one of other parameters.
+
+    Example:
+        >>> takes("function", lambda loop: None, "loop", "event")
+        Traceback (most recent call last):
+        ...
+        TypeError: `function` must be a function of (loop, event), got <lambda>(loop).
+    """
+    wanted = f"`{name}` must be {what} of ({', '.join(parameters)})"
+    if not callable(function):
+        raise TypeError(f"{wanted}, got {shown(function)}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return function
+    try:
+        signature.bind(*parameters)
+    except TypeError as fault:
+        called = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(f"{wanted}, got {printable(shortened(f'{called}{signature}'))}.") from fault
+    return function
+
+
+def one_of(name: str, value: Any, choices: Collection[str], *, or_else: str = "") -> str:
     """Return ``value``, or raise when it is not one of ``choices``.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        choices: The words there are.
+        or_else: What else may be given, for the message.
 
     Raises:
         ValueError: If ``value`` is none of them.
@@ -240,7 +299,9 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
         ValueError: `mode` must be one of 'min', 'max', got 'up'.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {shown(value)}.")
+        words = ", ".join(map(repr, choices))
+        rule = f"{words}{or_else}" if or_else else f"one of {words}" if len(choices) > 1 else words
+        raise ValueError(f"`{name}` must be {rule}, got {shown(value)}{did_you_mean(value, choices)}")
     return next(choice for choice in choices if choice == value)
 
 

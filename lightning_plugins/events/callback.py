@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.lightning import LightningModule, Trainer, sum_over_ranks
-from lightning_plugins.core.validation import a_list, check_state_version, shown
+from lightning_plugins.core.validation import a_list, check_state_version, shown, takes
 from lightning_plugins.events.dispatcher import EventDispatcher
 from lightning_plugins.events.events import Event
 from lightning_plugins.events.training_loop import TrainingLoop
@@ -77,8 +77,7 @@ class EventCallback(Callback):
     def __init__(
         self, function: Callable[[TrainingLoop, Event], Any], *, events: Iterable[Event | str] | None = None
     ) -> None:
-        if not callable(function):
-            raise TypeError(f"`function` must be a function of (loop, event), got {shown(function)}.")
+        takes("function", function, "loop", "event")
         if isinstance(events, str):  # an Event is one too
             events = (events,)
         self.function = function
@@ -215,6 +214,7 @@ def on_events(*events: Event | str) -> Callable[[Callable[[TrainingLoop, Event],
         A decorator that returns an :class:`EventCallback`, ready for a Trainer's list.
 
     Raises:
+        TypeError: If it stands without parentheses.
         ValueError: If there is none, or one that does not exist.
 
     Example:
@@ -224,6 +224,11 @@ def on_events(*events: Event | str) -> Callable[[Callable[[TrainingLoop, Event],
         >>> say_so.events
         (<Event.EPOCH_END: 'epochEnd'>,)
     """
+    if len(events) == 1 and callable(events[0]) and not isinstance(events[0], Event):
+        raise TypeError(
+            f"`on_events` must be called with the events to hear of, got {shown(events[0])}. "
+            "Write @on_events(Event.BATCH_END), or EventCallback(function) for all of them."
+        )
     chosen = tuple(Event.named(event) for event in events)
     return lambda function: EventCallback(function, events=chosen)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-from lightning_plugins.core.validation import shown
+from lightning_plugins.core.validation import did_you_mean, shown
 
 
 class Event(str, Enum):
@@ -48,8 +48,8 @@ class Event(str, Enum):
         for event in cls if isinstance(name, str) else ():
             if name in (event.value, event.name):
                 return event
-        known = ", ".join(event.name for event in cls)
-        raise ValueError(f"`events` must be among {known}, got {shown(name)}.")
+        known = [event.name for event in cls]
+        raise ValueError(f"`events` must be among {', '.join(known)}, got {shown(name)}{did_you_mean(name, known)}")
 
 
 class CancelAction(Exception):

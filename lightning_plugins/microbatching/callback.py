@@ -19,7 +19,7 @@ from lightning_plugins.core.lightning import (
 )
 from lightning_plugins.core.loaders import loader_batch_size
 from lightning_plugins.core.strategies import check_strategy, forwards_are_collective
-from lightning_plugins.core.validation import LightningPluginsWarning, shown, whole_number
+from lightning_plugins.core.validation import LightningPluginsWarning, shown, takes, whole_number
 from lightning_plugins.microbatching.logging import BatchMetrics
 from lightning_plugins.microbatching.loop import BatchInPieces, PiecewiseClosure, RanksInStep
 from lightning_plugins.microbatching.out_of_memory import StepState, add_hint, is_out_of_memory
@@ -90,8 +90,8 @@ class MicroBatching(Callback):
         else:
             size = whole_number("size", size, at_least=1, unit="samples")
         counter(count)
-        if split is not None and not callable(split):
-            raise TypeError(f"`split` must be a function (batch, sizes) -> pieces, or None, got {shown(split)}.")
+        if split is not None:
+            takes("split", split, "batch", "sizes", what="None or a function")
         self.size = size
         self.count = count
         self.split = split

@@ -122,8 +122,10 @@ class LearningRateScheduler(Callback):
         clock: Literal["attempted", "applied", "time"] = "attempted",
         record: bool = False,
     ) -> None:
-        if plateau is not None and not isinstance(plateau, Plateau):
-            raise TypeError(f"`plateau` must be a Plateau, got {shown(plateau)}.")
+        given: Any = plateau
+        if plateau is not None and not isinstance(given, Plateau):
+            remedy = f" Write Plateau({given!r})." if isinstance(given, str) and len(given) < 100 else ""
+            raise TypeError(f"`plateau` must be a Plateau, got {shown(given)}.{remedy}")
         self.schedule = check_schedules(schedule)
         self.base_lr = check_base_lr(base_lr)
         self.min_lr = real_number("min_lr", min_lr, at_least=0)

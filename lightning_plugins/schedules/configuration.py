@@ -60,12 +60,16 @@ def _plain_value(name: str, value: Any, kind: Mapping[str, Any]) -> Any:
 
 
 def _build(data: Mapping[str, Any], *, trust: bool) -> Any:
+    if not isinstance(data, Mapping):
+        raise TypeError(f"`data` must be a mapping as `to_dict` returns it, got {shown(data)}.")
     arguments = dict(data)
     path = arguments.pop("class", "Segment")  # a segment is the one part that is no schedule
     kind = known_schedules().get(path) or _imported(path, trust=trust)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(arguments) - set(fields))
     if unknown:
+        if "class" not in data:
+            raise ValueError(f"`data` must name the schedule under 'class', got {shown(dict(data))}.")
         raise ValueError(f"`{path}` has no argument `{unknown[0]}`; choose from {', '.join(fields)}.")
     for name, value in arguments.items():
         if "curve" in fields[name].metadata and not trust and value not in NAMED_CURVES:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from lightning_plugins.core.imports import by_import_path
-from lightning_plugins.core.validation import shown
+from lightning_plugins.core.validation import did_you_mean, shown
 
 Curve: TypeAlias = Callable[[float], float]
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _load(name: str, curve: Curve | str) -> Curve:
     except ImportError as error:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, NAMED_CURVES))} or an import path, "
-            f"got {shown(curve)}, which cannot be imported: {error}."
+            f"got {shown(curve)}, which cannot be imported: {error}{did_you_mean(curve, NAMED_CURVES)}"
         ) from error
     if not callable(loaded):
         raise TypeError(f"`{name}` must be callable, got {shown(loaded)} at {curve!r}.")

@@ -223,8 +223,9 @@ class Schedule(ABC, Declared):
     def _refuse(self, step: float) -> None:
         if self._open:
             raise ValueError(
-                f"{self!r} has lengths that depend on the run's: call `resolve(total_steps)` first, "
-                "or give every length in steps."
+                f"`schedule` must know the length of the run, got {self!r}, which has lengths that depend on the run's "
+                "(shares of it also where `total` is given): call `resolve(total_steps)` first, or give every length "
+                "in steps."
             )
         raise ValueError(f"`step` must be at least 0, got {shown(step)}.")
 

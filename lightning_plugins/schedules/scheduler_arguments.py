@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lightning_plugins.core.validation import real_number, shown, whole_number
+from lightning_plugins.core.validation import did_you_mean, real_number, shown, whole_number
 from lightning_plugins.schedules.fields import unwrapped
 from lightning_plugins.schedules.schedule import Schedule
 
@@ -67,6 +67,8 @@ def check_parameter(parameter: Any) -> str:
 def check_base_lr(base_lr: float | Sequence[float | None] | None) -> float | tuple[float | None, ...] | None:
     """Return the base rates as floats, or raise; a group whose entry is ``None`` keeps its own."""
     if isinstance(base_lr, Sequence) and not isinstance(base_lr, (str, bytes)):
+        if not base_lr:
+            raise ValueError("`base_lr` must have one rate for each of the groups, got none.")
         return tuple(None if rate is None else _base_rate(f"base_lr[{i}]", rate) for i, rate in enumerate(base_lr))
     return None if base_lr is None else _base_rate("base_lr", base_lr)
 
@@ -82,7 +84,7 @@ def check_group(group: dict[str, Any], parameter: str) -> None:
         numbers = sorted(k for k, v in group.items() if isinstance(v, float) and not k.startswith("initial_"))
         raise ValueError(
             f"`parameter` must be an entry of the optimizer's groups, got {shown(parameter)}; "
-            f"there are {', '.join(numbers)}."
+            f"there are {', '.join(numbers)}{did_you_mean(parameter, group)}"
         )
     value = first_of(group[parameter])
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
@@ -144,7 +146,9 @@ def named_groups(schedule: Any, groups: Sequence[dict[str, Any]]) -> set[int]:
 
 def _check_schedule(name: str, schedule: Any) -> Schedule:
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"`{name}` must be a Schedule such as WarmupCosine(warmup=100), got {shown(schedule)}.")
+        is_class = isinstance(schedule, type) and issubclass(schedule, Schedule)
+        remedy = f" Write {schedule.__name__}(...)." if is_class else ""
+        raise TypeError(f"`{name}` must be a Schedule such as WarmupCosine(warmup=100), got {shown(schedule)}.{remedy}")
     return schedule
 
 

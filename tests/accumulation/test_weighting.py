@@ -117,8 +117,8 @@ def test_tokens_need_a_tensor():
 @pytest.mark.parametrize(
     ("count", "error", "message"),
     [
-        ("tokens", ValueError, r"`count` must be one of 'samples', got 'tokens'\."),
-        (3, TypeError, r'`count` must be "samples", Tokens\(key\) or a function of the batch, got 3\.'),
+        ("tokens", ValueError, r"`count` must be 'samples', Tokens\(key\) or a function of the batch, got 'tokens'\."),
+        (3, TypeError, r'`count` must be "samples", Tokens\(key\) or a function of \(batch\), got 3\.'),
     ],
 )
 def test_counters_that_there_are_not(count, error, message):
@@ -161,15 +161,15 @@ PLANS = [
         TypeError,
         r"exactly one of .* must be given, got batches=2 and effective_batch_size=8\.",
     ),
-    ({"batches": 0}, ValueError, r"`batches` must be at least 1 batches, got 0\."),
-    ({"batches": -4}, ValueError, r"`batches` must be at least 1 batches, got -4\."),
+    ({"batches": 0}, ValueError, r"`batches` must be at least 1 batch, got 0\."),
+    ({"batches": -4}, ValueError, r"`batches` must be at least 1 batch, got -4\."),
     ({"batches": 2.5}, TypeError, r"`batches` must be a whole number of batches, got 2\.5\."),
-    ({"effective_batch_size": 0}, ValueError, r"`effective_batch_size` must be at least 1 samples, got 0\."),
+    ({"effective_batch_size": 0}, ValueError, r"`effective_batch_size` must be at least 1 sample, got 0\."),
     ({"schedule": {}}, ValueError, r"`schedule` must map steps to batches and begin at step 0, got \{\}\."),
     ({"schedule": {5: 2}}, ValueError, r"`schedule` must map steps to batches and begin at step 0, got \{5: 2\}\."),
     ({"schedule": [1, 2]}, ValueError, r"`schedule` must map steps to batches and begin at step 0, got \[1, 2\]\."),
     ({"schedule": {0: 1, -1: 2}}, ValueError, r"`schedule` must be at least 0 steps, got -1\."),
-    ({"schedule": {0: 1, 9: 0}}, ValueError, r"`schedule\[9\]` must be at least 1 batches, got 0\."),
+    ({"schedule": {0: 1, 9: 0}}, ValueError, r"`schedule\[9\]` must be at least 1 batch, got 0\."),
     ({"schedule": {0: 1, 1.5: 2}}, TypeError, r"`schedule` must be a whole number of steps, got 1\.5\."),
 ]
 

@@ -26,7 +26,7 @@ from tests.support.checkpoints_models import (
         ({"last": 1}, ValueError, "`last` must be at least 2 checkpoints, got 1"),
         ({"best": "3"}, TypeError, "`best` must be a whole number of checkpoints, got '3'"),
         ({"output": "x.pt"}, ValueError, r"`output` must end in .ckpt or .safetensors, got 'x.pt'"),
-        ({"refresh_batch_norm": "yes"}, ValueError, "`refresh_batch_norm` must be one of 'auto', got 'yes'"),
+        ({"refresh_batch_norm": "yes"}, ValueError, "`refresh_batch_norm` must be 'auto', True or False, got 'yes'"),
     ],
 )
 def test_wrong_arguments_are_refused_at_construction(options, error, message):

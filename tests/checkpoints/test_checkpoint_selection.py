@@ -152,7 +152,7 @@ def test_a_damaged_file_in_the_directory_is_an_error(tmp_path):
     ("options", "error", "message"),
     [
         ({"last": 1, "best": 1}, ValueError, "`last` and `best` cannot be given together, got last=1 and best=1"),
-        ({"last": 0}, ValueError, "`last` must be at least 1 checkpoints, got 0"),
+        ({"last": 0}, ValueError, "`last` must be at least 1 checkpoint, got 0"),
         ({"best": 1.5}, TypeError, "`best` must be a whole number of checkpoints, got 1.5"),
         ({"min_step": -1}, ValueError, "`min_step` must be at least 0, got -1"),
         ({"min_epoch": 3, "max_epoch": 2}, ValueError, "`min_epoch` must be at most `max_epoch`, got 3 and 2"),

@@ -271,7 +271,7 @@ def test_averaged_inside_a_run_shows_the_latest_average():
     [
         ({"decay": 1.01}, ValueError, "`decay` must be at least 0 and at most 1, got 1.01"),
         ({"decay": None}, TypeError, "`decay` must be a number or a decay rule"),
-        ({"update_every_n_steps": 0}, ValueError, "`update_every_n_steps` must be at least 1 steps, got 0"),
+        ({"update_every_n_steps": 0}, ValueError, "`update_every_n_steps` must be at least 1 step, got 0"),
         (
             {"update_every_n_steps": 1.5},
             ValueError,

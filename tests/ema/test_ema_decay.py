@@ -168,8 +168,8 @@ def test_rules_are_values():
         (lambda: HalfLife(steps=0), ValueError, r"`steps` must be above 0, got 0"),
         (lambda: HalfLife(samples=-1), ValueError, r"`samples` must be above 0, got -1"),
         (lambda: HalfLife(samples=1).for_samples_per_step(0), ValueError, r"`samples` must be above 0"),
-        (lambda: ConstantDecay(0.5)(0), ValueError, r"`n` must be at least 1 steps, got 0"),
-        (lambda: ConstantDecay(0.5)(3, 0), ValueError, r"`steps` must be at least 1 steps, got 0"),
+        (lambda: ConstantDecay(0.5)(0), ValueError, r"`n` must be at least 1 step, got 0"),
+        (lambda: ConstantDecay(0.5)(3, 0), ValueError, r"`steps` must be at least 1 step, got 0"),
         (lambda: ConstantDecay(0.5)(3, 4), ValueError, r"`steps` must be at most `n`, got 4 of 3 steps"),
     ],
 )

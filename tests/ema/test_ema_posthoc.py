@@ -258,7 +258,7 @@ def test_set_aside_spares_what_is_not_later(tmp_path):
         ({"sigma_rels": (0.1, 0.1)}, r"`sigma_rels` must be one or more different numbers, got \(0.1, 0.1\)"),
         ({"sigma_rels": range(1, 12_001)}, r"`sigma_rels` must be at most 100 numbers, got 12000"),
         ({"sigma_rels": (0.1, 0.5)}, r"`sigma_rels` must be above 0 and below 0.288675, got 0.5"),
-        ({"every_n_steps": 0}, r"`every_n_steps` must be at least 1 steps, got 0"),
+        ({"every_n_steps": 0}, r"`every_n_steps` must be at least 1 step, got 0"),
         ({"dtype": "int8"}, r"`dtype` must be one of 'float32', 'float16', 'bfloat16', got 'int8'"),
         ({"file_format": "zarr"}, r"`file_format` must be one of 'torch', 'safetensors', got 'zarr'"),
     ],

@@ -67,7 +67,7 @@ def test_two_of_one_function_may_stand_side_by_side(namespace, tmp_path):
 
 
 def test_state_keys_tell_functions_and_events_apart():
-    functions = [a_function, functools.partial(a_function, 1), Diary(), decorated.function]
+    functions = [a_function, functools.partial(a_function), Diary(), decorated.function]
     callbacks = [EventCallback(function) for function in functions] + [EventCallback(a_function, events=["fitEnd"])]
     assert len({callback.state_key for callback in callbacks}) == 4  # a partial is named by its function
     assert callbacks[0].state_key == (

@@ -91,11 +91,15 @@ def test_a_batch_that_cannot_be_split(batch, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"size": 0}, ValueError, r"`size` must be at least 1 samples, got 0\."),
-        ({"size": -3}, ValueError, r"`size` must be at least 1 samples, got -3\."),
+        ({"size": 0}, ValueError, r"`size` must be at least 1 sample, got 0\."),
+        ({"size": -3}, ValueError, r"`size` must be at least 1 sample, got -3\."),
         ({"size": 2.0}, TypeError, r"`size` must be a whole number of samples, got 2\.0\."),
         ({"size": "automatic"}, ValueError, r'`size` must be a number of samples or "auto", got \'automatic\'\.'),
-        ({"count": "tokens"}, ValueError, r"`count` must be one of 'samples', got 'tokens'\."),
+        (
+            {"count": "tokens"},
+            ValueError,
+            r"`count` must be 'samples', Tokens\(key\) or a function of the batch, got 'tokens'\.",
+        ),
     ],
 )
 def test_bad_arguments(arguments, error, message):

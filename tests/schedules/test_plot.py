@@ -57,7 +57,7 @@ def test_the_curve_that_is_drawn_is_the_schedule(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (({}, 10, "x.png"), "`schedules` must hold at least one"),
-        (({"a": Linear(1, 0, 1)}, 0, "x.png"), "`total_steps` must be at least 1 steps, got 0"),
+        (({"a": Linear(1, 0, 1)}, 0, "x.png"), "`total_steps` must be at least 1 step, got 0"),
         (({"a": Linear(1, 0, 1)}, 10, "x.what"), "Format 'what' is not supported"),
     ],
 )
@@ -197,7 +197,7 @@ def test_schedule_command_takes_epochs_and_a_base_rate(capsys):
         (["WarmupCosin(5)", "--total", "10"], "did you mean WarmupCosine?"),
         (["WarmupCosine(50)", "--total", "10"], "got 50 + 0 > 10 steps"),
         (["Linear('2ep', 0, 1)", "--total", "10"], "the length of an epoch is not known"),
-        (["Linear(5, 0, 1)", "--total", "0"], "`total_steps` must be at least 1 steps, got 0"),
+        (["Linear(5, 0, 1)", "--total", "0"], "`total_steps` must be at least 1 step, got 0"),
         (["Linear(5, 0, 1)", "--total", "10", "--output", "/dev/null/x.png"], "/dev/null"),
     ],
 )
