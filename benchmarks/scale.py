@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.checkpoints import anonymous_megabytes, in_a_process, ours, warmed, write_checkpoints
+from benchmarks.checkpoints import OURS as AVERAGING, anonymous_megabytes, in_a_process, ours, warmed, write_checkpoints
 from benchmarks.ema import many_small, perturbed, transformer
 from benchmarks.harness import interleaved, quiet, report, turns
 from benchmarks.logging_cost import rows
@@ -133,7 +133,7 @@ def check_averaging(folder: Path, *, quick: bool) -> tuple[Plane, float, list[Ch
         place = folder / f"{size:.1f}"
         place.mkdir()
         files[size] = write_checkpoints(place, _most(points + others, size), size, optimizer=False, width=width)
-    warmed("ours", folder)
+    warmed(AVERAGING, folder)
 
     def average(count: int, size: float) -> Callable[[], float]:
         paths = [str(path) for path in files[size][:count]]

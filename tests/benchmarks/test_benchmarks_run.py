@@ -20,7 +20,9 @@ def run(monkeypatch, *arguments):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=conditions.ema_weight_averaging if name in {"ema", "whole_stack"} else ())
+        pytest.param(
+            name, marks=conditions.ema_weight_averaging if name in {"ema", "real_models", "whole_stack"} else ()
+        )
         for name in command.names()
         if name != "gpu"
     ],
@@ -100,6 +102,6 @@ def test_checkpoints_can_be_measured_in_processes_of_their_own(tmp_path):
     files = [tmp_path / f"{name}.ckpt" for name in "ab"]
     for file in files:
         torch.save({"state_dict": {"w": torch.zeros(8)}}, file)
-    command_line = [sys.executable, "-m", "benchmarks.checkpoints", "time", "ours", *map(str, files)]
+    command_line = [sys.executable, "-m", "benchmarks.checkpoints", "time", "ours, float64", *map(str, files)]
     done = subprocess.run(command_line, capture_output=True, text=True, check=True, cwd=harness.RESULTS.parents[1])
     assert 0 < float(done.stdout.splitlines()[-1]) < 600
