@@ -52,9 +52,9 @@ class GradientAccumulation(Callback):
 
     Distributed:
         A window's counts are added over all ranks, so that every sample of the step has the same weight on all. DDP,
-        FSDP1 and FSDP2 (data-parallel only) and DeepSpeed's ZeRO 1, 2 and 3, without ``carry`` where anything is
-        sharded. One reduction of one number a step. Under DeepSpeed its windows become Lightning's, the short one at an
-        epoch's end included, and this rank's part of the gradients is scaled; not with ``offload_optimizer``.
+        FSDP1, FSDP2 with and without tensor parallelism and DeepSpeed's ZeRO 1, 2 and 3, which has no ``carry``. One
+        reduction of one number a step. Under DeepSpeed its windows become Lightning's, the short one at an epoch's end
+        included, and this rank's part of the gradients is scaled; not with ``offload_optimizer``.
 
     Cost:
         A count of each batch and one scaling of the gradients a step, without a wait for the device. Memory: two

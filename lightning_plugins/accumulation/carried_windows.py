@@ -80,9 +80,9 @@ class CarriedWindows:
 
     def state(self, trainer: Trainer, pl_module: LightningModule, total: float) -> dict[str, Any]:
         """Return the open window: its batches, its count, its gradients, and what these are to be multiplied by."""
-        sharded = _synchronized_by_batch(pl_module)
-        ranks = data_ranks(trainer) if sharded else 1
-        collect = _gathered_gradients if sharded else _summed_gradients
+        means = is_sharded(pl_module) and not flat_shards.are_in(pl_module)
+        ranks = data_ranks(trainer) if means else 1
+        collect = _gathered_gradients if means else _summed_gradients
         gradients = collect(trainer, pl_module) if self._zeroed else {}
         return {"position": self.done(trainer), "total": total, "gradients": gradients, "ranks": ranks}
 
@@ -120,7 +120,7 @@ class CarriedWindows:
         if loaded is None:
             return 0
         gradients, ranks = loaded["gradients"], loaded.get("ranks", 1)
-        sharded = _synchronized_by_batch(pl_module)
+        sharded = _takes_means(pl_module)
         factor = ranks / data_ranks(trainer) if sharded else ranks
         for key, parameter in pl_module.named_parameters():
             name = clean_name(key)
@@ -138,11 +138,8 @@ def _started(trainer: Trainer) -> int:
     return started
 
 
-def _synchronized_by_batch(pl_module: LightningModule) -> bool:
-    """Return whether gradients are means over the ranks after each backward, as those of FSDP are.
-
-    DDP's are each rank's own until the last batch of a window.
-    """
+def _takes_means(pl_module: LightningModule) -> bool:
+    """Return whether FSDP is given gradients as means over the ranks, in shards; DDP is given the sum, on one rank."""
     return is_sharded(pl_module) or flat_shards.are_in(pl_module)
 
 
@@ -175,8 +172,11 @@ def _summed_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str,
     add_up = sum_over_ranks(trainer) or (lambda gradient: gradient.detach().clone())
     gradients = {}
     for name in _used(trainer, parameters):
-        gradient = parameters[name].grad
-        gradients[name] = add_up(torch.zeros_like(parameters[name]) if gradient is None else gradient)
+        parameter, flat = parameters[name], flat_shards.of(parameters[name])
+        if flat is not None:
+            gradients[name] = flat.gradient(parameter, data_ranks(trainer)).cpu()
+        else:
+            gradients[name] = add_up(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     return gradients
 
 

@@ -15,8 +15,10 @@ from lightning_plugins.checkpoints.isolated_validation import load_weights, refr
 from lightning_plugins.checkpoints.run_files import RunFiles
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from lightning_plugins.checkpoints.validation_scores import loss_name, validate
+from lightning_plugins.core import flat_shards
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.sharding import is_sharded
+from lightning_plugins.core.strategies import learn_shards
 
 
 @dataclass
@@ -95,5 +97,8 @@ class AverageOfRun:
         return metric, None if metric is None else {name: metrics[metric] for name, metrics in found.items()}
 
     def _load(self, path: Path) -> None:
-        reads = self.trainer.is_global_zero or not is_sharded(self.pl_module)
+        learn_shards(self.trainer, self.pl_module)
+        # what FSDP1 has cut every rank takes out of the whole itself
+        shared = is_sharded(self.pl_module) and not flat_shards.are_in(self.pl_module)
+        reads = self.trainer.is_global_zero or not shared
         load_weights(self.trainer, self.pl_module, self.files.open(path) if reads else None)

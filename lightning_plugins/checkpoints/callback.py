@@ -131,7 +131,7 @@ class CheckpointAveraging(Callback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        check_strategy(trainer, "CheckpointAveraging")
+        check_strategy(trainer, "CheckpointAveraging", pl_module)
         if self.refresh_batch_norm is True and not can_refresh(pl_module):
             raise MisconfigurationException(
                 "CheckpointAveraging(refresh_batch_norm=True) runs `training_step` for its forward pass, which manual "
@@ -358,11 +358,6 @@ class CheckpointAveraging(Callback):
         return True
 
     def _compares(self, trainer: Trainer) -> bool:
-        if self.compare and type(trainer.strategy).__name__ == "FSDPStrategy":
-            rank_zero_info(
-                "CheckpointAveraging does not compare under FSDPStrategy; ModelParallelStrategy (FSDP2) can."
-            )
-            return False
         return self.compare and bool(trainer.enable_validation)
 
     def _report(self, trainer: Trainer) -> None:

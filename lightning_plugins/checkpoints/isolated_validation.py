@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from lightning_plugins.checkpoints.batch_norm import batch_norms, estimating, statistics
 from lightning_plugins.checkpoints.formats.base import Checkpoint
+from lightning_plugins.core import flat_shards
 from lightning_plugins.core.metric_state import MetricState, metrics_in
-from lightning_plugins.core.module_state import is_opaque
+from lightning_plugins.core.module_state import clean_name, is_opaque, load_named, misfits
 from lightning_plugins.core.patching import Patches, read
 from lightning_plugins.core.random_state import RandomState
 from lightning_plugins.core.sharding import is_sharded, local, reshard
@@ -154,6 +155,9 @@ def load_weights(trainer: Any, pl_module: nn.Module, checkpoint: Checkpoint | No
         state |= checkpoint.extras
     reshard(pl_module)
     strict = getattr(pl_module, "strict_loading", True)
+    if flat_shards.are_in(pl_module):
+        _load_flat(pl_module, state, strict=strict)
+        return
     if is_sharded(pl_module):
         _load_sharded(pl_module, state if trainer.is_global_zero else {}, strict=strict)
         return
@@ -166,6 +170,14 @@ def load_weights(trainer: Any, pl_module: nn.Module, checkpoint: Checkpoint | No
     wrong = (set(found.missing_keys) - opaque) | set(found.unexpected_keys)
     if strict and wrong:
         raise RuntimeError(f"The checkpoint's weights are not the module's: {', '.join(sorted(wrong)[:10])}.")
+
+
+def _load_flat(pl_module: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
+    tensors = {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    wrong = misfits(pl_module, tensors)
+    if strict and wrong:
+        raise RuntimeError(f"The checkpoint's weights are not the module's: {'; '.join(wrong)}.")
+    load_named(pl_module, tensors)
 
 
 def _load_sharded(pl_module: nn.Module, state: dict[str, Any], *, strict: bool) -> None:

@@ -23,12 +23,16 @@ class FlatShard:
     Args:
         shape: The parameter's own shape.
         start: The first of the rank's elements in the flattened parameter.
+        offset: Where they begin in the rank's part of the flat parameter.
+        handle: A weak reference to what FSDP1 keeps the flat parameter with.
         device: Where collectives run.
         group: The processes that share the parameter.
     """
 
     shape: torch.Size
     start: int
+    offset: int
+    handle: weakref.ref[Any]
     device: torch.device
     group: Any
 
@@ -38,6 +42,23 @@ class FlatShard:
         whole[self.start : self.start + part.numel()] = part.flatten()
         torch.distributed.all_reduce(whole, group=self.group)
         return whole.view(self.shape)
+
+    def gradient(self, parameter: Tensor, ranks: int) -> Tensor:
+        """Return the sum over the ranks of the gradient so far, also while a window is open; a collective.
+
+        Until a window ends a rank has the whole gradient of its own batches, and beside it its share of the mean over
+        ``ranks`` that it had before.
+        """
+        flat = getattr(self.handle(), "flat_param", None)
+        own = getattr(flat, "grad", None)
+        total = torch.zeros(self.shape, dtype=parameter.dtype, device=self.device)
+        before = parameter.grad
+        if flat is not None and own is not None and own.shape == flat._unpadded_unsharded_size:
+            total += 0 if parameter.grad is None else parameter.grad
+            torch.distributed.all_reduce(total)
+            shard = getattr(flat, "_saved_grad_shard", None)
+            before = None if shard is None else shard[self.offset : self.offset + parameter.numel()]
+        return total + ranks * self.gather(torch.zeros_like(parameter) if before is None else before.detach())
 
     def scatter(self, whole: Tensor, numel: int) -> Tensor:
         """Return a copy of this rank's ``numel`` elements of ``whole``."""
@@ -89,8 +110,9 @@ def look_up(model: nn.Module | None, module: nn.Module) -> None:
         if not handle.uses_sharded_strategy:
             continue
         for parameter, shape, place in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-            start = place.intra_param_start_idx or 0
-            _shards[parameter] = FlatShard(shape, start, handle.device, handle.process_group)
+            start, offset = place.intra_param_start_idx or 0, place.offset_in_shard or 0
+            known = weakref.ref(handle), handle.device, handle.process_group
+            _shards[parameter] = FlatShard(shape, start, offset, *known)
     _handles[module] = [weakref.ref(handle) for handle in handles]
 
 

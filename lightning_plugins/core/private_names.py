@@ -109,6 +109,11 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ),
         (
             "torch.distributed.fsdp._flat_param.FlatParamHandle",
+            "_unpadded_unsharded_size _saved_grad_shard",
+            "the gradients of an open window, of which some are whole and some in shards",
+        ),
+        (
+            "torch.distributed.fsdp._flat_param.FlatParamHandle",
             "_local_shard reshard post_reshard",
             "what a forward without gradients leaves gathered is freed before the weights are exchanged",
         ),

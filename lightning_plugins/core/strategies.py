@@ -50,17 +50,17 @@ class Support:
 
 
 SUPPORTED: dict[str, Support] = {
-    "LearningRateScheduler": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "LearningRateScheduler": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
     "EMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
-    "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP2: ""}),
+    "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "PostHocEMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
-    "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "averages, does not compare", FSDP2: "", TENSOR: ""}),
+    "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "GradientAccumulation": Support(
         {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, steers_windows=True
     ),
-    # FSDP1 leaves the gradients of an open window unsharded; no DeepSpeed checkpoint has them
+    # no DeepSpeed checkpoint has the gradients of an open window
     "GradientAccumulation(carry=True)": Support(
-        {ONE: "", DDP: "", FSDP2: "", TENSOR: ""},
+        {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""},
         {DEEPSPEED: "GradientAccumulation without carry"},
         steers_windows=True,
     ),
@@ -69,12 +69,12 @@ SUPPORTED: dict[str, Support] = {
     'MicroBatching("auto")': Support(
         {ONE: "", DDP: ""}, dict.fromkeys((FSDP1, FSDP2, TENSOR), "MicroBatching(size)"), steers_windows=True
     ),
-    "StatisticsRecorder": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
-    "CSVStatisticsLogger": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
-    "TensorBoardStatisticsLogger": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
+    "StatisticsRecorder": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
+    "CSVStatisticsLogger": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
+    "TensorBoardStatisticsLogger": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
     "ClassificationReport": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
-    "EventCallback": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
-    "Cancelling": Support({ONE: "", DDP: "", FSDP2: "", TENSOR: ""}, steers_windows=True),
+    "EventCallback": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
+    "Cancelling": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, steers_windows=True),
 }
 """Technique, or a mode of it, -> what was tested."""
 

@@ -48,7 +48,8 @@ class MicroBatching(Callback):
 
     Distributed:
         One device and DDP, where ranks may run different numbers of pieces; only the last piece's backward
-        synchronizes. With ``"auto"`` the ranks agree on the size.
+        synchronizes. With ``"auto"`` the ranks agree on the size. FSDP and tensor parallelism, with a number as
+        ``size``: all ranks run as many pieces as the one that needs most, which they agree on for each batch.
 
     Cost:
         What the device loses by smaller batches, without a wait for it. Memory: the activations of one piece; with

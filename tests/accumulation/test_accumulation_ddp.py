@@ -12,6 +12,7 @@ from tests.support.microbatch_cases import MICRO, close
 from tests.support.ranks import run_ranks
 
 PIECES = [(name, accumulate) for name in MICRO for accumulate in (1, 2) if name != "whole"]
+PIECES += [(f"fsdp2 in pieces of {size}", 1) for size in (1, 3)]
 # parameters that no rank uses, or one
 PIECES += [(name, unused) for name in ("pieces of 3", "auto on rank 1") for unused in ("everywhere", "but on rank 1")]
 

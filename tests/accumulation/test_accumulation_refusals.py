@@ -118,16 +118,6 @@ def test_refuses_strategies_by_name():
         accumulation.setup(trainer, Probe(), "fit")
 
 
-def test_refuses_to_carry_over_flat_shards():
-    trainer = pl.Trainer(accelerator="cpu", logger=False)
-    trainer._accelerator_connector.strategy = pl.strategies.FSDPStrategy()
-    GradientAccumulation(2).setup(trainer, Probe(), "fit")
-    with pytest.raises(
-        MisconfigurationException, match=r"GradientAccumulation\(carry=True\) was not tested under FSDP"
-    ):
-        GradientAccumulation(2, carry=True).setup(trainer, Probe(), "fit")
-
-
 BAD_COUNTS = {
     "negative": (lambda batch: -1, ValueError, r"`count` must return a finite number of at least 0, got -1"),
     "no number": (

@@ -86,7 +86,7 @@ HELD_BACK = {
 }
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp1", "fsdp2"])
 def results(request):
     """Both ranks' results of every case, under one strategy."""
     cases = {name: case[0] for name, case in {**CASES, **HELD_BACK}.items()}

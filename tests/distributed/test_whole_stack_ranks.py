@@ -27,6 +27,8 @@ from lightning_plugins import (
     WarmupCosine,
     average_checkpoints,
 )
+from tests.support import conditions
+from tests.support.fsdp1 import FSDPOnCPU, double_precision
 from tests.support.ranks import run_ranks
 from tests.support.training import make_trainer
 
@@ -39,11 +41,11 @@ pytestmark = pytest.mark.slow
 
 
 class Classifier(unified.LightningModule):
-    """Its layers have five and three rows, which two ranks share out unevenly."""
+    """Two ranks share the last three rows out unevenly."""
 
     def __init__(self):
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        self.network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
     def training_step(self, batch, batch_idx):
         logits = self.network(batch[0])
@@ -61,19 +63,35 @@ class Sharded(Classifier):
             torch.distributed.fsdp.fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
+class Parallel(Classifier):
+    """The same two layers, each on both ranks, which see the same batches."""
+
+    def configure_model(self):
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        if not hasattr(self.network[0].weight, "placements"):
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.network, self.device_mesh["tensor_parallel"], plan)
+
+
+MODULES = {"fsdp2": Sharded, "tensor": Parallel}
+
+
 class Die(unified.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == KILLED_IN:
             raise RuntimeError("killed")
 
 
-def data(batches, seed, trainer):
+def data(batches, seed, trainer, *, shared=False):
     """Batches of eight samples in all, dealt out to the ranks in turn; Lightning's own sampler would shuffle."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(8 * batches, 6, generator=generator, dtype=torch.float64)
     target = (inputs[:, :3] + 0.5 * inputs[:, 3:]).argmax(1)
     samples, ranks = TensorDataset(inputs, target), trainer.world_size
-    sampler = DistributedSampler(samples, ranks, trainer.global_rank, shuffle=False)
+    if shared:
+        ranks = 1
+    sampler = DistributedSampler(samples, ranks, trainer.global_rank % ranks, shuffle=False)
     return DataLoader(samples, batch_size=8 // ranks, sampler=sampler)
 
 
@@ -82,17 +100,18 @@ def strategy_options(kind):
         return {}
     if kind == "ddp":
         return {"devices": 2, "strategy": unified.strategies.DDPStrategy(process_group_backend="gloo")}
-    strategy = unified.strategies.ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
-    )
-    return {"devices": 2, "strategy": strategy}
+    if kind == "fsdp1":
+        strategy = FSDPOnCPU(parts=("network.0",), process_group_backend="gloo")
+        return {"devices": 2, "strategy": strategy, "plugins": [double_precision()]}
+    sizes = (1, 2) if kind == "tensor" else (2, 1)
+    return {"devices": 2, "strategy": unified.strategies.ModelParallelStrategy(*sizes, process_group_backend="gloo")}
 
 
 def fit(kind, folder, *more, ckpt_path=None):
     """Train with everything; return what this rank has at the end."""
     folder = Path(folder)
     torch.manual_seed(0)
-    module = Sharded() if kind == "fsdp2" else Classifier()
+    module, shared = MODULES.get(kind, Classifier)(), kind == "tensor"
     average, averaging = EMA(Cosine(None, 0.5, 1.0), update_every_n_steps=2), CheckpointAveraging(last=3)
     latest = LatestWeightAveraging(3, every="10%", evaluate="raw", checkpoint="raw", after_fit="raw")
     scheduler = LearningRateScheduler({0: WarmupCosine("20%")}, record=True)
@@ -112,7 +131,9 @@ def fit(kind, folder, *more, ckpt_path=None):
     ]
     options = {"max_epochs": EPOCHS, "enable_checkpointing": True, **strategy_options(kind)}
     trainer = make_trainer(folder, callbacks=callbacks, **options)
-    trainer.fit(module, data(TRAINING_BATCHES, 0, trainer), data(VALIDATION_BATCHES, 1, trainer), ckpt_path=ckpt_path)
+    training = data(TRAINING_BATCHES, 0, trainer, shared=shared)
+    validation = data(VALIDATION_BATCHES, 1, trainer, shared=shared)
+    trainer.fit(module, training, validation, ckpt_path=ckpt_path)
     return {
         "steps": trainer.global_step,
         "raw": plain(average.raw_state_dict()),
@@ -138,7 +159,7 @@ def fit_all(kind, folder):
     return {"whole": whole, "resumed": fit(kind, f"{folder}/killed", ckpt_path=saved)}
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp1", "fsdp2", pytest.param("tensor", marks=conditions.fsdp2_on_cpu)])
 def runs(request, tmp_path_factory):
     """The folder of a strategy's runs, and what each rank had."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -95,6 +96,15 @@ def module_class(package=pl):
 
 
 Probe = module_class()
+
+
+def shard_by_fsdp2(module):
+    """Split the network of a module over the ranks."""
+    mesh = module.device_mesh["data_parallel"]
+    for layer in module.net:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(module.net, mesh=mesh)
 
 
 class Recorder(CallbackOfBoth):

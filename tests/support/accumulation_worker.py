@@ -9,12 +9,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.support import conditions
 from tests.support.accumulation_cases import CASES, SHARDED
-from tests.support.accumulation_runs import Probe, Recorder, SaveAfterFirstEpoch, fit, run_case
+from tests.support.accumulation_runs import Probe, Recorder, SaveAfterFirstEpoch, fit, run_case, shard_by_fsdp2
+from tests.support.fsdp1 import FSDPOnCPU
 from tests.support.microbatch_cases import MICRO, run_micro
 
 FIRST = "uneven batches, short last window"
@@ -24,20 +25,7 @@ class Sharded(Probe):
     """The same network, split over the ranks by FSDP2."""
 
     def configure_model(self):
-        mesh = self.device_mesh["data_parallel"]
-        for layer in self.net:
-            if list(layer.parameters()):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(self.net, mesh=mesh)
-
-
-class FlatShardsOnCPU(FSDPStrategy):
-    """Lightning's FSDP1 strategy, which refuses CPUs by its exact type."""
-
-    def _setup_model(self, model):
-        cpu = torch.device("cpu")
-        model.net = FullyShardedDataParallel(model.net, use_orig_params=True, device_id=cpu)
-        return FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu)
+        shard_by_fsdp2(self)
 
 
 class WholeRecorder(pl.Callback):
@@ -55,7 +43,7 @@ class WholeRecorder(pl.Callback):
 
 def run_flat_shards(name: str, rank: int):
     case, recorder = CASES[name], WholeRecorder()
-    settings = {**distributed(), "strategy": FlatShardsOnCPU()}
+    settings = {**distributed(), "strategy": FSDPOnCPU(parts=("net",))}
     trainer = fit(Probe(), [case.accumulation(), recorder], case.data(rank), epochs=case.epochs, **settings)
     return recorder.steps, trainer.global_step
 
@@ -138,6 +126,10 @@ def run_pieces(rank: int):
     for name, options in MICRO.items():
         for accumulate in (1, 2):
             results["micro", name, accumulate] = run_micro(**options, rank=rank, ranks=2, accumulate=accumulate)
+    if conditions.HAS_FSDP2_ON_CPU:
+        for size in (1, 3):
+            options = {"size": size, "rank": rank, "ranks": 2, "sharded": True}
+            results["micro", f"fsdp2 in pieces of {size}", 1] = run_micro(**options)
     for name in ("whole", "pieces of 3", "auto on rank 1"):
         for unused in ("everywhere", "but on rank 1"):
             results["micro", name, unused] = run_micro(**MICRO[name], rank=rank, ranks=2, unused=unused)

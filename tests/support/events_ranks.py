@@ -22,6 +22,7 @@ from lightning_plugins import (
     WarmupLinear,
 )
 from tests.support.events_runs import Diary, batches, make_regression
+from tests.support.fsdp1 import FSDPOnCPU
 
 ACTIONS = {
     action.__name__: action for action in (CancelBatch, CancelTraining, CancelValidation, CancelEpoch, CancelFit)
@@ -55,7 +56,7 @@ def cancelled_on_one_rank(strategy, action, event, phase, index, accumulate=1):
             data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
     else:
-        chosen = pl.strategies.DDPStrategy()
+        chosen = FSDPOnCPU() if strategy == "fsdp1" else pl.strategies.DDPStrategy()
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.fabric.strategies.fsdp as fabric
 import lightning.pytorch.strategies.fsdp as stock
 import torch
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
@@ -21,6 +22,13 @@ def _full_state_dict_context(module, world_size, rank0_only=True):
         state_dict_config=FullStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
         optim_state_dict_config=FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=rank0_only),
     )
+
+
+def double_precision():
+    """A plugin that leaves float64 alone, where Lightning would make float32 of it."""
+    plugin = FSDPPrecision("32-true")
+    plugin._desired_input_dtype = torch.float64
+    return plugin
 
 
 class FSDPOnCPU(stock.FSDPStrategy):

@@ -16,10 +16,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.debug import CommDebugMode
 
-from lightning_plugins import EMA, CheckpointAveraging, ConstantDecay, GradientAccumulation, MicroBatching
+from lightning_plugins import (
+    EMA,
+    CancelBatch,
+    CheckpointAveraging,
+    ConstantDecay,
+    Event,
+    EventCallback,
+    GradientAccumulation,
+    MicroBatching,
+)
 from lightning_plugins.ema.shadow import Shadow
 from tests.support.accumulation_runs import Case, Probe, fit
-from tests.support.fsdp1 import FSDPOnCPU
+from tests.support.fsdp1 import FSDPOnCPU, double_precision
 
 RANKS = 4
 DECAY = 0.8
@@ -140,6 +149,9 @@ class Seen(pl.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         with whole(trainer.strategy.model):
             named = {clean(name): parameter for name, parameter in pl_module.net.named_parameters()}
+            if all(parameter.grad is None for parameter in named.values()):
+                # a batch was cancelled
+                return
             self.steps.append(
                 {
                     "weights": {name: full(parameter.data) for name, parameter in named.items()},
@@ -166,13 +178,10 @@ def full(tensor):
 
 
 def case_of(name):
-    """The case of a setup: FSDP1, which Lightning gives single precision, steps on a short last window."""
+    """The case of a setup."""
     if name == "mixed precision":
         return dataclasses.replace(CASE, dtype=torch.float32)
-    if not name.startswith("fsdp1"):
-        return CASE
-    windows = [[0, 1], [2, 3], [4], [5, 6], [7, 8], [9]]
-    return dataclasses.replace(CASE, windows=windows, arguments={"batches": 2}, dtype=torch.float32)
+    return CASE
 
 
 def run(name, folder, *, resume=False):
@@ -194,6 +203,7 @@ def run(name, folder, *, resume=False):
             fit_arguments={"ckpt_path": folder / "epoch=0.ckpt"} if resume else None,
             devices=RANKS,
             strategy=strategy,
+            plugins=[double_precision()] if isinstance(strategy, FSDPOnCPU) else None,
             use_distributed_sampler=False,
             enable_checkpointing=True,
         )
@@ -238,12 +248,30 @@ def effective_batch_size(folder):
     return accumulation.accumulation_plan(trainer).changes
 
 
+CANCELLED = dataclasses.replace(CASE, windows=[[0], [2], [3], [4]], arguments={"batches": 1}, epochs=1)
+
+
+def cancelled(folder):
+    """Rank 1 alone cancels the second batch."""
+    rank, seen = int(os.environ["LOCAL_RANK"]), Seen()
+
+    def cancel(loop, event):
+        if rank == 1 and loop.batch_index == 1 and event is Event.BATCH_START:
+            raise CancelBatch
+
+    callbacks = [CANCELLED.accumulation(), seen, EventCallback(cancel)]
+    strategy = ModelParallelStrategy(2, 2, save_distributed_checkpoint=False)
+    options = {"devices": RANKS, "strategy": strategy, "use_distributed_sampler": False}
+    trainer = fit(Meshed(tensor), callbacks, CANCELLED.data(rank // 2), **options)
+    return {"steps": seen.steps, "global_step": trainer.global_step}
+
+
 def every_setup(folder: str, names: list[str]) -> None:
     """Run every setup, and again from the end of its first epoch, which is in mid-window."""
     rank, results = int(os.environ["LOCAL_RANK"]), {}
     for name in names:
-        if name == "effective batch size":
-            results[name] = effective_batch_size(folder)
+        if name in {"effective_batch_size", "cancelled"}:
+            results[name] = globals()[name](folder)
             continue
         place = Path(folder) / name
         results[name] = run(name, place)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_plugins import GradientAccumulation, MicroBatching, Tokens
 from lightning_plugins.core.batches import batch_length
-from tests.support.accumulation_runs import Probe, Recorder, batches, fit, precision_arguments
+from tests.support.accumulation_runs import Probe, Recorder, batches, fit, precision_arguments, shard_by_fsdp2
 
 SIZES = ((8, 7, 2, 5, 3, 6, 1, 4, 9, 2, 3, 5, 7, 4), (6, 1, 8, 2, 9, 3, 5, 4, 1, 7, 2, 6, 3, 8))
 
@@ -66,18 +66,29 @@ MICRO = {
 }
 
 
-def run_micro(*, size=None, fits=None, fits_on_rank=None, rank=0, ranks=1, accumulate=1, unused=False, **options):
+class Sharded(Fitting):
+    """The same, split over the ranks by FSDP2."""
+
+    def configure_model(self):
+        shard_by_fsdp2(self)
+
+
+def run_micro(
+    *, size=None, fits=None, fits_on_rank=None, rank=0, ranks=1, accumulate=1, unused=False, sharded=False, **options
+):
     """Run 14 uneven batches of tokens and return everything that can be seen."""
     tokens = Tokens("labels")
     callbacks = [] if size is None else [MicroBatching(size, count=tokens)]
     callbacks += [GradientAccumulation(accumulate, count=tokens)] if accumulate > 1 else []
     fits = (fits_on_rank or {}).get(rank, fits)
-    module = Fitting(fits=fits, unused=unused)
+    module = (Sharded if sharded else Fitting)(fits=fits, unused=unused)
     module.uses_it = unused == "but on rank 1" and rank == 1
     recorder = Outputs(callbacks[0] if size is not None else None)
     arguments = precision_arguments(options.get("precision"))
     if ranks > 1:
         strategy = DDPStrategy(find_unused_parameters=bool(unused))
+        if sharded:
+            strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
         arguments |= {"devices": ranks, "strategy": strategy, "use_distributed_sampler": False}
     data = batches(SIZES[rank], dtype=torch.float64, tokens=True, rank=rank)
     trainer = fit(module, [*callbacks, recorder], data, **arguments)
