@@ -18,7 +18,6 @@ from lightning_plugins.checkpoints.validation_scores import loss_name, validate
 from lightning_plugins.core import flat_shards
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.sharding import is_sharded
-from lightning_plugins.core.strategies import learn_shards
 
 
 @dataclass
@@ -97,7 +96,7 @@ class AverageOfRun:
         return metric, None if metric is None else {name: metrics[metric] for name, metrics in found.items()}
 
     def _load(self, path: Path) -> None:
-        learn_shards(self.trainer, self.pl_module)
+        flat_shards.look_up(self.trainer.strategy.model, self.pl_module)
         # what FSDP1 has cut every rank takes out of the whole itself
         shared = is_sharded(self.pl_module) and not flat_shards.are_in(self.pl_module)
         reads = self.trainer.is_global_zero or not shared

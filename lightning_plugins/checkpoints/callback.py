@@ -12,7 +12,7 @@ from lightning_plugins.checkpoints.isolated_validation import can_refresh, isola
 from lightning_plugins.checkpoints.pool import Choice, History, Pool, output_problem
 from lightning_plugins.checkpoints.run_files import RunFiles, keeper_in
 from lightning_plugins.checkpoints.run_identity import Lineage, checked_lineage, new_fit_name
-from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core import checkpoint_keys, flat_shards
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.checkpoints_of_run import checkpoint_folder, followed, keeper_of, model_checkpoints
@@ -131,7 +131,7 @@ class CheckpointAveraging(Callback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        check_strategy(trainer, "CheckpointAveraging", pl_module)
+        check_strategy(trainer, "CheckpointAveraging")
         if self.refresh_batch_norm is True and not can_refresh(pl_module):
             raise MisconfigurationException(
                 "CheckpointAveraging(refresh_batch_norm=True) runs `training_step` for its forward pass, which manual "
@@ -358,6 +358,11 @@ class CheckpointAveraging(Callback):
         return True
 
     def _compares(self, trainer: Trainer) -> bool:
+        try:
+            flat_shards.check_shown(trainer.strategy)
+        except ValueError as error:
+            rank_zero_info(f"CheckpointAveraging does not compare: {error}")
+            return False
         return self.compare and bool(trainer.enable_validation)
 
     def _report(self, trainer: Trainer) -> None:

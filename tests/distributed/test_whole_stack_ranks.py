@@ -209,6 +209,7 @@ def test_the_run_is_that_of_one_process_on_all_batches(runs, single):
     for weights in ("average", "latest"):
         assert not torch.allclose(flat(found["raw"]), flat(found[weights]), rtol=1e-3)
     assert found["statistics"] == pytest.approx(expected["statistics"], rel=1e-6)
+    assert found["scores"] == pytest.approx(expected["scores"], rel=1e-6)
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} <= set(found["statistics"])
 
     logged, alone = rows(folder / "whole"), rows(single[0])
