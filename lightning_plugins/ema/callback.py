@@ -31,7 +31,8 @@ class EMA(WeightAverage):
     Distributed:
         Under DDP every rank keeps the same average, without communication; under FSDP1 (``use_orig_params=True``) and
         FSDP2 its own share, and the whole is gathered only for a checkpoint that is a single file. Under DeepSpeed's
-        ZeRO a rank averages its part of the float32 masters, and writes it into a file of its own beside DeepSpeed's, which hold the trained weights.
+        ZeRO a rank averages its part of the float32 masters, and writes it into a file of its own beside DeepSpeed's,
+        which hold the trained weights.
 
     Cost:
         4 bytes per trainable parameter; an update takes as long as reading and writing the average once. A module in

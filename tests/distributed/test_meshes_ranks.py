@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_plugins import extract_weights
+from lightning_plugins import ConstantDecay, PowerDecay, extract_weights, synthesize_ema
 from tests.support import conditions
 from tests.support.accumulation_runs import errors_of
 from tests.support.mesh_worker import CANCELLED, DECAY, RANKS, SETUPS, case_of, every_setup
@@ -53,12 +53,13 @@ def test_average_is_the_recursion_over_the_weights(ranks, name):
         found = rank[name]
         weights = [step["weights"] for step in found["steps"]]
         weights.append({key.removeprefix("net."): value for key, value in found["raw"].items()})
-        for key, value in found["average"].items():
-            expected = weights[0][key.removeprefix("net.")].double()
-            for after in weights[1:]:
-                expected = DECAY * expected + (1 - DECAY) * after[key.removeprefix("net.")].double()
-            bound = 1e-6 if value.dtype == torch.float32 else 1e-14
-            torch.testing.assert_close(value.double(), expected, rtol=bound, atol=bound)
+        for average, decay in (("average", ConstantDecay(DECAY)), ("power", PowerDecay(0.1))):
+            for key, value in found[average].items():
+                expected = weights[0][key.removeprefix("net.")].double()
+                for n, after in enumerate(weights[1:], 1):
+                    expected = decay(n) * expected + (1 - decay(n)) * after[key.removeprefix("net.")].double()
+                bound = 1e-6 if value.dtype == torch.float32 else 1e-14
+                torch.testing.assert_close(value.double(), expected, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,6 +69,10 @@ def test_files_hold_both_sets_and_plain_names(ranks, name):
     assert list(first[name]["average"]) == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
     assert same(extract_weights(path), first[name]["average"])
     assert same(extract_weights(path, "raw"), first[name]["raw"])
+    snapshot = synthesize_ema(folder / name / "snapshots", 0.1)
+    assert {key: value.shape for key, value in snapshot.items()} == {
+        key: value.shape for key, value in first[name]["raw"].items()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +99,7 @@ def test_a_resume_in_mid_window_is_bit_for_bit(ranks, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_update_of_the_average_runs_no_collective(ranks, name):
     for rank in ranks[1]:
-        assert rank[name]["collectives"] == [0] * len(case_of(name).windows)
+        assert rank[name]["collectives"] == [0] * 2 * len(case_of(name).windows)
 
 
 @conditions.fsdp2_on_cpu

@@ -25,6 +25,7 @@ from lightning_plugins import (
     EventCallback,
     GradientAccumulation,
     MicroBatching,
+    PostHocEMA,
 )
 from lightning_plugins.ema.shadow import Shadow
 from tests.support.accumulation_runs import Case, Probe, fit
@@ -190,7 +191,8 @@ def run(name, folder, *, resume=False):
     strategy, rank = strategy(), int(os.environ["LOCAL_RANK"])
     data_rank = rank // getattr(strategy, "_tensor_parallel_size", 1)
     seen, ema, averaging = Seen(), EMA(ConstantDecay(DECAY)), CheckpointAveraging(last=2, compare=False)
-    callbacks = [case_of(name).accumulation(), seen, ema]
+    power = PostHocEMA((0.1,), dirpath=folder / "snapshots")
+    callbacks = [case_of(name).accumulation(), seen, ema, power]
     callbacks += [MicroBatching(3)] if in_pieces else []
     files = folder / "resumed" if resume else folder
     callbacks += [averaging, ModelCheckpoint(files, filename="{epoch}", save_top_k=-1)]
@@ -212,6 +214,7 @@ def run(name, folder, *, resume=False):
         "global_step": trainer.global_step,
         "average": ema.average_state_dict(),
         "raw": ema.raw_state_dict(),
+        "power": power._shadows[0].collect("average", copies=True),
         "averaged": str(averaging.path),
         "collectives": collectives,
     }
