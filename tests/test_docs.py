@@ -8,7 +8,7 @@ import pytest
 
 from lightning_plugins.cli import main
 from tests.support import fork_server
-from tests.support.snippets import DOCUMENTS, ROOT, blocks, examples, links
+from tests.support.snippets import DOCUMENTS, ROOT, anchors, blocks, examples, links, without_code
 
 BLOCK_ENDS = "\x1e\n"
 
@@ -61,5 +61,42 @@ def test_commands_run(document, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
-    for link in links(document):
-        assert ((ROOT / document).parent / link).exists(), link
+    for path, anchor in links(document):
+        target = ((ROOT / document).parent / path).resolve() if path else ROOT / document
+        assert target.exists(), path
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target.relative_to(ROOT)), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_blocks_of_code_folds_and_formulas_are_closed(document):
+    text = (ROOT / document).read_text()
+    fences = re.findall(r"^ *```.*$", text, re.MULTILINE)
+    assert all(fence.strip() != "```" for fence in fences[::2]), "a block says its language"
+    assert all(fence.strip() == "```" for fence in fences[1::2])
+    assert len(fences) % 2 == 0
+    for tag in ("details", "summary"):
+        assert text.count(f"<{tag}") == text.count(f"</{tag}>")
+    assert "<details>" not in text, 'the site reads what is folded only with markdown="1"'
+    plain = without_code(document)
+    assert plain.count("$$") % 2 == 0
+    assert all(line.replace("$$", "").count("$") % 2 == 0 for line in plain.splitlines())
+    assert all(line.count("`") % 2 == 0 for paragraph in plain.split("\n\n") for line in [paragraph])
+
+
+# what the design rules out: a reader is "you", and a thing has a name
+RULED_OUT = re.compile(
+    r"\b(nobody|somebody|whoever|anybody|everybody|whatever it is that|must be out of)\b", re.IGNORECASE
+)
+OUTSIDE = re.compile(r"/work/|\bissue \d+\b|\bcase d\d+\b|\bdefect \d+\b|user-needs", re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*DOCUMENTS, *sorted(str(found.relative_to(ROOT)) for found in (ROOT / "lightning_plugins").rglob("*.py"))],
+)
+def test_words_that_say_nothing_and_places_outside_the_repository_are_not_used(path):
+    """In documents, docstrings, comments and messages."""
+    text = (ROOT / path).read_text()
+    assert RULED_OUT.findall(text) == []
+    assert OUTSIDE.findall(text) == []

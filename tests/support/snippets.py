@@ -32,5 +32,19 @@ def examples(document):
 
 
 def links(document):
-    found = re.findall(r"!?\[[^\]]*\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / document).read_text())
-    return [link for link in found if "://" not in link]
+    """Return (path from the document, or empty; anchor, or empty) of the links to files of the repository."""
+    found = re.findall(r"!?\[[^\]]*\]\(([^)#\s]*)(?:#([^)]*))?\)", without_code(document))
+    return [(path, anchor) for path, anchor in found if "://" not in path]
+
+
+def without_code(document):
+    """Return a document's text without its blocks of code and its code in lines."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]+`", "", text)
+
+
+def anchors(document):
+    """Return the anchors of a document's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
