@@ -16,11 +16,13 @@ from lightning_plugins.checkpoints import read_manifest
 from lightning_plugins.checkpoints.record import read_record
 from lightning_plugins.cli import main
 from tests.support import ema_directories
+from tests.support.conditions import fsdp2_on_cpu
 from tests.support.ema_distributed import launch
 from tests.support.ema_runs import Net, regression, same
 from tests.support.ranks import ended_ranks
 
 FOLDER = "lightning_plugins_ema"
+pytestmark = fsdp2_on_cpu
 WHOLE = ["end", "full/epoch=2.ckpt", "full/last.ckpt", "pruned/last.ckpt", "steps/step=24.ckpt"]
 
 
