@@ -28,6 +28,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from lightning_plugins.core.append_only_file import AppendOnlyFile
 from lightning_plugins.core.files import is_full_disk
 from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.statistics.event_record import event_record
 from lightning_plugins.statistics.tfrecord import frame
 
 FILE_VERSION = "brain.Event:2"
@@ -78,14 +79,7 @@ class EventFile:
 
     def add(self, events: Sequence[Scalars]) -> None:
         """Append one event per step."""
-        records = []
-        for step, wall_time, scalars in events:
-            event = Event(wall_time=wall_time, step=step)
-            values = event.summary.value
-            for tag, value in scalars.items():
-                values.add(tag=tag, simple_value=value)
-            records.append(event.SerializeToString())
-        self._write(records)
+        self._write([event_record(*event) for event in events])
 
     def describe(self, step: int, wall_time: float, summary: Summary) -> None:
         """Append what a plugin shows of the run."""
