@@ -208,10 +208,14 @@ def _writes_into(optimizer: Any) -> int:
 
 
 def has_gradient(optimizer: Optimizer) -> bool:
-    """Return whether any parameter of ``optimizer`` has a gradient; stops at the first."""
+    """Return whether any parameter of ``optimizer`` has a gradient; stops at the first.
+
+    A rank on which FSDP1 has left no element of what is trained never has one, and is taken to step with the others.
+    """
     # loops: a generator is entered anew for every parameter
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 return True
-    return False
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return bool(trained) and not any(parameter.numel() for parameter in trained)

@@ -78,3 +78,14 @@ def test_restore_and_close():
     assert (clock.attempted, clock.applied) == (11, 9)
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_rank_without_an_element_of_what_is_trained_steps_with_the_others():
+    """FSDP1 may leave it frozen parts alone; it never has a gradient."""
+    frozen, trained = torch.nn.Parameter(torch.ones(2), requires_grad=False), torch.nn.Parameter(torch.empty(0))
+    clock = StepClock(torch.optim.SGD([frozen, trained], lr=0.1))
+    clock._optimizer.step()
+    assert clock.applied == 1
+    other = StepClock(torch.optim.SGD([frozen], lr=0.1))
+    other._optimizer.step()
+    assert other.applied == 0
