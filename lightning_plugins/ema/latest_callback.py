@@ -41,8 +41,8 @@ class LatestWeightAveraging(WeightAverage):
         snapshots are in full files, too, so that a resumed run goes on exactly: ``last`` times the weights.
 
     Distributed:
-        Under DDP every rank keeps the same snapshots, without communication; under FSDP2 its own share, and the whole
-        is gathered only to be saved.
+        Under DDP every rank keeps the same snapshots, without communication; under FSDP1 and FSDP2 its own share. In a
+        distributed checkpoint they stay shares; for a file the whole is gathered.
 
     Cost:
         ``last`` copies of the trainable weights in their own type, and 4 bytes per parameter for the mean. A step

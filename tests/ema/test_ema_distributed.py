@@ -4,13 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins import EMA, ConstantDecay, WarmupDecay, average_checkpoints, extract_weights, synthesize_ema
+from lightning_plugins import (
+    EMA,
+    ConstantDecay,
+    LatestWeightAveraging,
+    WarmupDecay,
+    average_checkpoints,
+    extract_weights,
+    synthesize_ema,
+)
 from tests.support import ema_distributed
 from tests.support.ema_distributed import launch
 from tests.support.ema_runs import Net, clone_state, regression, same, trainer
 
 
-def whole_run(decay, epochs, **kwargs):
+def whole_run(decay, epochs, *others, **kwargs):
     """The unsharded twin of the runs below: same data on both ranks, so the mean gradient is each rank's own."""
     torch.manual_seed(0)
     module = Net(width=5)
@@ -24,7 +32,7 @@ def whole_run(decay, epochs, **kwargs):
             seen["first"] = module(batch[0]).detach().clone()
 
     module.validation_step = validation_step
-    trainer(ema, max_epochs=epochs, **kwargs).fit(module, regression(), regression(n=8, seed=9))
+    trainer(ema, *others, max_epochs=epochs, **kwargs).fit(module, regression(), regression(n=8, seed=9))
     return ema, seen["first"]
 
 
@@ -59,9 +67,11 @@ def test_sharded_average_equals_the_unsharded_one(sharded):
     directory, ranks = sharded
     # uneven and empty shards are among them
     assert [rank["empty"] for rank in ranks] == {"fsdp1": [2, 1], "fsdp2": [0, 2]}[directory.name[:5]]
-    ema, seen = whole_run(ConstantDecay(0.8), 2)
+    latest = LatestWeightAveraging(**ema_distributed.LATEST)
+    ema, seen = whole_run(ConstantDecay(0.8), 2, latest)
     for rank in ranks:
         close(rank["average"], ema.average_state_dict())
+        close(rank["latest"], latest.average_state_dict())
         close(rank["raw"], ema.raw_state_dict())
         torch.testing.assert_close(rank["seen"], seen, rtol=1e-5, atol=1e-6)  # validation used the average
     assert same(ranks[0]["average"], ranks[1]["average"])
@@ -72,6 +82,7 @@ def test_sharded_files_hold_both_sets(sharded):
     for path in (directory / "end.ckpt", directory / "full" / "epoch=1.ckpt"):
         assert same(extract_weights(path), ranks[0]["average"])
         assert same(extract_weights(path, "raw"), ranks[0]["raw"])
+        assert same(extract_weights(path, name="lawa"), ranks[0]["latest"])
     (light,) = (directory / "weights").glob("epoch=1*.ckpt")
     assert same(extract_weights(light), ranks[0]["average"])
     with pytest.raises(ValueError, match="it is a weights-only file"):
@@ -81,6 +92,7 @@ def test_sharded_files_hold_both_sets(sharded):
 def test_sharded_resume_is_bit_for_bit(sharded):
     for rank in sharded[1]:
         assert same(rank["resumed_average"], rank["average"])
+        assert same(rank["resumed_latest"], rank["latest"])
         assert same(rank["resumed_raw"], rank["raw"])
 
 
@@ -129,6 +141,7 @@ def test_sharded_files_of_fsdp1_resume_bit_for_bit(sharded):
         for when in ("whole", "resumed"):
             assert same(found[f"{when}_average"], first["average"])
             assert same(found[f"{when}_raw"], first["raw"])
+            assert same(found[f"{when}_latest"], first["latest"])
     means = [average_checkpoints([directory / kind / f"epoch={n}.ckpt" for n in (0, 1)]) for kind in ("parts", "full")]
     assert same(*means)
 

@@ -107,6 +107,10 @@ def ddp(directory):
     )  # fmt: skip
 
 
+LATEST = {"last": 3, "every": 3, "evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
+"""Of 16 steps in two epochs, the snapshots of 9, 12 and 15: one of them and two older ones are in the first file."""
+
+
 def sharded_run(kind, max_epochs, *callbacks, ema=None, ckpt_path=None, strategy=None, **kwargs):
     from lightning_plugins import EMA, ConstantDecay
     from tests.support.ema_runs import regression
@@ -121,24 +125,27 @@ def fsdp(directory, kind):
     """A sharded run, its files, a resumed one; post-hoc snapshots; half precision."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from lightning_plugins import EMA, ConstantDecay, PostHocEMA
+    from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, PostHocEMA
     from lightning_plugins.core.lightning import MisconfigurationException
     from tests.support.ema_runs import regression
 
     full, light = Path(directory) / "full", Path(directory) / "weights"
+    latest, latest_again = (LatestWeightAveraging(**LATEST) for _ in range(2))
     fit, module, ema = sharded_run(
-        kind, 2,
+        kind, 2, latest,
         PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots"),
         ModelCheckpoint(full, filename="{epoch}", save_top_k=-1),
         ModelCheckpoint(light, filename="{epoch}", save_weights_only=True, save_top_k=-1, every_n_train_steps=16),
     )  # fmt: skip
     fit.save_checkpoint(Path(directory) / "end.ckpt")
     average, raw, seen = ema.average_state_dict(), ema.raw_state_dict(), module.seen
+    latest_state = latest.average_state_dict()
     empty = sum(getattr(p, "to_local", lambda p=p: p)().numel() == 0 for p in module.parameters())
     again_fit, again_module, resumed = sharded_run(
-        kind, 2, ema=EMA(ConstantDecay(0.8), after_fit="raw"), ckpt_path=full / "epoch=0.ckpt"
+        kind, 2, latest_again, ema=EMA(ConstantDecay(0.8), after_fit="raw"), ckpt_path=full / "epoch=0.ckpt"
     )
     resumed_average, resumed_raw = resumed.average_state_dict(), resumed.raw_state_dict()
+    resumed_latest = latest_again.average_state_dict()
     if kind == "fsdp2":  # Lightning cannot wrap a module of FSDP1 again
         again_module.seen = None
         again_fit.validate(again_module, regression(n=8, seed=9), verbose=False)  # on the average once more
@@ -175,6 +182,7 @@ def fsdp(directory, kind):
         crashed_raw, refused = {name: p.full_tensor().detach() for name, p in crashed.named_parameters()}, ""
     save(
         kind, directory, average=average, raw=raw, seen=seen, empty=empty,
+        latest=latest_state, resumed_latest=resumed_latest,
         resumed_average=resumed_average, resumed_raw=resumed_raw, validated=again_module.seen,
         validated_raw=resumed.raw_state_dict(),
         half_average=half_average, half_raw=half_raw, again_average=again.average_state_dict(),
@@ -191,12 +199,16 @@ def fsdp1(directory):
     """The same under FSDP1; then with files that all ranks write."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
+    from lightning_plugins import LatestWeightAveraging
+
     fsdp(directory, "fsdp1")
     parts, results = Path(directory) / "parts", {}
     for path, ckpt_path in (("whole", None), ("resumed", parts / "epoch=0.ckpt")):
         files = ModelCheckpoint(parts, filename="{epoch}", save_top_k=-1)
         strategy = sharded_strategy("fsdp1", state_dict_type="sharded")
-        _, _, ema = sharded_run("fsdp1", 2, files, strategy=strategy, ckpt_path=ckpt_path)
+        latest = LatestWeightAveraging(**LATEST)
+        _, _, ema = sharded_run("fsdp1", 2, files, latest, strategy=strategy, ckpt_path=ckpt_path)
+        results[f"{path}_latest"] = latest.average_state_dict()
         results |= {f"{path}_average": ema.average_state_dict(), f"{path}_raw": ema.raw_state_dict()}
     save("fsdp1-parts", directory, **results)
 
