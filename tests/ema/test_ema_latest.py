@@ -361,9 +361,9 @@ def test_pruning_that_is_made_permanent_prunes_the_snapshots():
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"last": 0}, ValueError, "`last` must be at least 1 snapshots, got 0"),
+        ({"last": 0}, ValueError, "`last` must be at least 1 snapshot, got 0"),
         ({"last": 1.5}, TypeError, "`last` must be a whole number of snapshots, got 1.5"),
-        ({"every": 0}, ValueError, "`every` must be at least 1 steps, got 0"),
+        ({"every": 0}, ValueError, "`every` must be at least 1 step, got 0"),
         ({"every": "often"}, ValueError, "`every` must be a duration, got 'often'"),
         ({"evaluate": "both"}, ValueError, "`evaluate` must be one of 'average', 'raw', got 'both'"),
         ({"name": ""}, ValueError, "`name` must be a word, got ''"),
