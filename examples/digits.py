@@ -36,6 +36,7 @@ from lightning_plugins import (
     WarmupCosine,
     extract_weights,
 )
+from lightning_plugins.statistics import plot_log
 
 # --- the network and its task ----------------------------------------------------------------------------------------
 
@@ -205,21 +206,21 @@ def main() -> None:
         tested = Classifier(**module.hparams)
         tested.load_state_dict(state)
         accuracy[name] = trainer.test(tested, test, verbose=False)[0]["test_accuracy"]
+    reading = ClassificationReport(10, digits=3, path=[folder / "report.txt", folder / "confusion.png"])
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(**trainer_options(options), **quiet, callbacks=[reading]).test(tested, test, verbose=False)
     if trainer.is_global_zero:
         schedule.plot(trainer.global_step, folder / "learning-rate.png", base_lr=options.lr)
-        reading = ClassificationReport(10, digits=3)
-        images, target = splits[2].tensors
-        with torch.no_grad():
-            reading.update(tested.to(images).eval()(images), target)
-        (folder / "report.txt").write_text(str(reading.compute()))
-        report(accuracy, str(reading.compute()), trainer.global_step, seconds, folder)
+        plot_log(folder / "log.csv", folder / "curves.png")
+        report(accuracy, trainer.global_step, seconds, folder)
 
 
-def report(accuracy: dict[str, float], reading: str, steps: int, seconds: float, folder: Path) -> None:
-    """Print the result and where everything is."""
-    print(f"\n{reading}\n{'weights':<20}{'test accuracy':>15}")
+def report(accuracy: dict[str, float], steps: int, seconds: float, folder: Path) -> None:
+    """Print the result, what to look at, and where everything is."""
+    print(f"\n{'weights':<20}{'test accuracy':>15}")
     for weights, value in accuracy.items():
         print(f"{weights:<20}{value:>15.4f}")
+    print("\nOpen curves.png for loss, accuracy and rate, confusion-test.png for which digit is taken for which.")
     print(f"\n{steps} steps in {seconds:.1f} seconds. Written:", *sorted(folder.iterdir()), sep="\n  ")
 
 

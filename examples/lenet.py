@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from _common import CommandLine, from_torchvision, make, trainer_options, unused_folder
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder
+from lightning_plugins.statistics import plot_log
 
 
 class LeNet(LightningModule):
@@ -98,6 +99,8 @@ def main() -> None:
         print(f"\n{folder / 'log.csv'}, {len(lines)} lines:", *lines[:4], "...", *lines[-3:], sep="\n")
         accuracy = float(trainer.callback_metrics["val_accuracy"])
         print(f"\ntest accuracy {accuracy:.4f} on {len(test)} images that were not trained on")
+        if options.layout == "numbers":  # the other one holds texts
+            print(f"Open {plot_log(folder / 'log.csv', folder / 'curves.png')} for loss and accuracy.")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from lightning_plugins import (
     Segments,
     StatisticsRecorder,
 )
+from lightning_plugins.statistics import plot_log
 
 HEADS = 4
 LONGEST = 64  # tokens of a sentence that are read
@@ -178,7 +179,9 @@ def main() -> None:
                 LearningRateScheduler(Segments([Segment(start=0, end=1, steps=10), Segment(end=0)])),
                 StatisticsRecorder(["accuracy", "matthews_correlation_coefficient"]),
                 CSVStatisticsLogger(folder / "log.csv"),
-                ClassificationReport(2, target_names=["shuffled", "intact"], path=folder / "report.txt"),
+                ClassificationReport(
+                    2, target_names=["shuffled", "intact"], path=[folder / "report.txt", folder / "confusion.png"]
+                ),
                 ModelCheckpoint(folder, "best", monitor="val_matthews_correlation_coefficient", mode="max"),
                 TQDMProgressBar(refresh_rate=10),
             ],
@@ -196,6 +199,8 @@ def main() -> None:
     if trainer.is_global_zero:
         print("\nThe first of the test:", *(f"{label}  {' '.join(tokens)}" for tokens, label in parts[2][:2]), sep="\n")
         report({name: float(value) for name, value in trainer.callback_metrics.items()}, parts[2])
+        plot_log(folder / "log.csv", folder / "curves.png")
+        print("\nOpen curves.png for loss, accuracy and rate, confusion-test.png for what is taken for what.")
         print(f"\n{trainer.global_step} steps. Written:", *sorted(folder.iterdir()), sep="\n  ")
 
 

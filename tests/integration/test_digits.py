@@ -86,16 +86,20 @@ def test_it_ends_with_a_table_and_the_paths_of_its_files(trial):
         "averaged.ckpt",
         "averaged_pool",
         "best.ckpt",
+        "confusion-test.png",
+        "curves.png",
         "last.ckpt",
         "learning-rate.png",
         "log.csv",
-        "report.txt",
+        "report-test.txt",
         "tensorboard",
     ]
     assert sorted(path.name for path in written.iterdir()) == names
     assert done.stdout.split("Written:")[1].split() == [f"runs/{written.name}/{name}" for name in names]
-    assert (written / "report.txt").read_text().strip() in done.stdout
-    assert (written / "learning-rate.png").read_bytes().startswith(b"\x89PNG")
+    assert (written / "report-test.txt").read_text().strip() in done.stdout
+    for picture in ("learning-rate", "curves", "confusion-test"):
+        assert (written / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert "Open curves.png" in done.stdout
 
 
 def test_the_console_shows_progress_and_the_schedule_but_no_warnings(trial):

@@ -92,7 +92,7 @@ def test_lenet_learns_and_shows_both_ends_of_its_log(lenet):
     accuracy = float(re.search(r"^test accuracy ([01]\.\d{4}) on 360 images", console, re.MULTILINE)[1])
     assert accuracy == pytest.approx(float(rows(written / "log.csv", "validation")[-1]["accuracy"]), abs=5e-5)
     assert accuracy > 0.6  # guessing gives 0.1
-    assert [path.name for path in written.iterdir()] == ["log.csv"]
+    assert sorted(path.name for path in written.iterdir()) == ["curves.png", "log.csv"]
 
 
 def test_lenet_logs_every_batch_of_both_phases(lenet):
@@ -153,7 +153,9 @@ def test_text_is_told_from_shuffled_text_better_than_by_guessing(text):
     accuracy, correlation = map(float, found["Transformer"].split())
     assert accuracy > 0.6
     assert correlation > 0.2
-    assert sorted(path.name for path in written.iterdir()) == ["best.ckpt", "log.csv", "report-test.txt", "report.txt"]
+    names = "best.ckpt confusion-test.png confusion.png curves.png log.csv report-test.txt report.txt"
+    assert sorted(path.name for path in written.iterdir()) == names.split()
+    assert "Open curves.png" in console
     assert (written / "report-test.txt").read_text().strip() in console
 
 
