@@ -28,7 +28,7 @@ demo: $(DEMO_STAMP)  ## train a network on handwritten digits, about half a minu
 test: $(STAMP)  ## the test suite, with branch coverage
 	$(BIN)/python $(SUITE) --cov --cov-report=term $(ARGS)
 
-torture: $(STAMP)  ## a thousand kills and ten thousand damaged files, from a new seed (or SEED=...)
+torture: $(STAMP)  ## a thousand kills, ten thousand damaged files and as many random runs, from a new seed (or SEED=...)
 	TORTURE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/resume tests/hostile $(ARGS)
 
 mutants: $(STAMP)  ## small faults in the package, each against the tests of its line: ARGS="--number 400 --seed 1"
