@@ -207,8 +207,14 @@ def main() -> None:
         tested.load_state_dict(state)
         accuracy[name] = trainer.test(tested, test, verbose=False)[0]["test_accuracy"]
     reading = ClassificationReport(10, digits=3, path=[folder / "report.txt", folder / "confusion.png"])
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    Trainer(**trainer_options(options), **quiet, callbacks=[reading]).test(tested, test, verbose=False)
+    Trainer(
+        **trainer_options(options),
+        callbacks=[reading],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).test(tested, test, verbose=False)
     if trainer.is_global_zero:
         schedule.plot(trainer.global_step, folder / "learning-rate.png", base_lr=options.lr)
         plot_log(folder / "log.csv", folder / "curves.png")
