@@ -15,6 +15,8 @@ from lightning_plugins.schedules.continuation import Course, resolve
 from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.time_budget import TimeBudget, resolve_in_time
 
+# seconds, some hundred years: more is no time that a run took
+_LONGEST_RUN = 1e10
 Schedules = Schedule | dict[str | int, Schedule]
 
 
@@ -229,7 +231,7 @@ class TimePlan(RunPlan):
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` has returned."""
         if "elapsed" in state:
-            self._elapsed = float(real_number("elapsed", state["elapsed"], at_least=0))
+            self._elapsed = float(real_number("elapsed", state["elapsed"], at_least=0, at_most=_LONGEST_RUN))
 
 
 def each_schedule(schedule: Schedules, function: Callable[[Schedule], Schedule]) -> Any:

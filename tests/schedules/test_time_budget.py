@@ -264,6 +264,21 @@ def test_a_second_fit_goes_on(tmp_path, clock):
     assert callback.lrs == pytest.approx([0.1 * (1 - second / 20) for second in range(12)])
 
 
+@pytest.mark.parametrize(
+    ("elapsed", "error", "message"),
+    [
+        (-1, ValueError, "`elapsed` must be at least 0"),
+        (float("nan"), ValueError, "`elapsed` must be finite"),
+        (1e300, ValueError, "`elapsed` must be at least 0 and at most"),
+        ("1", TypeError, "`elapsed` must be a number, got '1'"),
+        (None, TypeError, "`elapsed` must be a number, got None"),
+    ],
+)
+def test_times_that_no_run_took_are_refused(elapsed, error, message):
+    with pytest.raises(error, match=message):
+        timed(Linear(None, 1, 0)).load_state_dict({"version": 1, "elapsed": elapsed})
+
+
 # -- what cannot be meant
 
 
