@@ -185,6 +185,22 @@ def test_a_resume_on_as_many_ranks_is_bit_for_bit(written, resumed):
     assert synthesize_ema(before, 0.07).keys() == untrained().keys()
 
 
+def test_what_is_not_sharded_lies_beside_what_is(written, resumed):
+    for rank in resumed:
+        assert same(rank["partly_again"], rank["partly"])
+    path = written[0] / "partly" / "epoch=1.ckpt"
+    assert same(extract_weights(path), resumed[0]["partly"])
+    statistics = [extract_weights(path, which)["net.1.running_mean"] for which in ("average", "raw")]
+    assert not torch.equal(*statistics)
+
+
+def test_an_average_that_has_not_begun_has_no_set(written, resumed):
+    assert not (written[0] / "late" / "epoch=0.ckpt" / FOLDER).exists()
+    assert (written[0] / "late" / "epoch=1.ckpt" / FOLDER).exists()
+    for rank in resumed:
+        assert same(rank["late_again"], rank["late"])
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_resume_on_another_number_of_ranks(written, count):
     directory, ranks = written

@@ -13,12 +13,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, PostHocEMA
+from lightning_plugins.ema import shadow
 from tests.support.ema_distributed import save, sharded_net, trainer
-from tests.support.ema_runs import regression
+from tests.support.ema_runs import Net, regression
 
 RAW = {"evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
 
@@ -91,6 +93,14 @@ class Weights(lightning.Callback):
         self.seen.append(whole(pl_module))
 
 
+class PartlySharded(Net):
+    """Its batch normalization is whole on every rank; both see the same data."""
+
+    def configure_model(self):
+        for layer in (self.net[0], self.net[3]):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
 class SaveInMidValidation(lightning.Callback):
     """Saves while the average is in the module, and FSDP2 has gathered it."""
 
@@ -121,7 +131,10 @@ def write(directory):
     saving = SaveInMidValidation(directory / "mid")
     run, _ = fit(posthoc, slow, latest, ema, weights, saving, *files.values(), max_epochs=3)
     found = states(ema, slow, latest)
-    run.save_checkpoint(directory / "end")
+    with pytest.MonkeyPatch.context() as patch:
+        # nothing is brought to one place to be saved
+        patch.setattr(shadow, "gather", None)
+        run.save_checkpoint(directory / "end")
     run.save_checkpoint(directory / "end-weights", weights_only=True)
 
     counted, plain = CountCalls(), CountCalls()
@@ -173,6 +186,22 @@ def only_two(directory):
     weights = Weights()
     fit(added, weights, max_epochs=2, ckpt_path=directory / "plain" / "epoch=0.ckpt")
     found |= {"added": added.average_state_dict(), "added_steps": weights.seen, "added_from": whole(module)}
+
+    # parameters and averaged buffers that are not sharded lie beside those that are
+    def partly_sharded():
+        torch.manual_seed(0)
+        return {"module": PartlySharded(width=5), "max_epochs": 2}
+
+    first, again = (EMA(ConstantDecay(0.8), buffers="average") for _ in range(2))
+    fit(first, ModelCheckpoint(directory / "partly", filename="{epoch}", save_top_k=-1), **partly_sharded())
+    fit(again, ckpt_path=directory / "partly" / "epoch=0.ckpt", **partly_sharded())
+    found |= {"partly": first.average_state_dict(), "partly_again": again.average_state_dict()}
+
+    # before it begins an average has no set
+    late, later = (EMA(ConstantDecay(0.8), start_step=12) for _ in range(2))
+    fit(late, ModelCheckpoint(directory / "late", filename="{epoch}", save_top_k=-1), max_epochs=2)
+    fit(later, max_epochs=2, ckpt_path=directory / "late" / "epoch=0.ckpt")
+    found |= {"late": late.average_state_dict(), "late_again": later.average_state_dict()}
 
     # weights that are loaded in mid-fit bring their averages
     class Loading(lightning.Callback):
