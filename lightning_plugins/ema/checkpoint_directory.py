@@ -49,7 +49,7 @@ def read_directory(path: Path, rest: Mapping[str, Any], wanted: Callable[[Label]
         checkpoint["optimizer_states"] = [{} for _ in range(optimizers)]
     record = checkpoint.get(checkpoint_keys.EMA)
     if isinstance(record, dict):
-        record = checkpoint[checkpoint_keys.EMA] = {**record, "averages": {}}
+        record = checkpoint[checkpoint_keys.EMA] = {**record, "averages": dict(record.get("averages") or {})}
     posthoc: dict[str, list[dict[str, Tensor]]] = {}
     for number, label in enumerate(listing.labels if listing else ()):
         found = ShardedTensors(path / checkpoint_keys.SECOND_SETS_FOLDER, (str(number),))

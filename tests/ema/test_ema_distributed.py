@@ -142,8 +142,13 @@ def test_sharded_files_of_fsdp1_resume_bit_for_bit(sharded):
             assert same(found[f"{when}_average"], first["average"])
             assert same(found[f"{when}_raw"], first["raw"])
             assert same(found[f"{when}_latest"], first["latest"])
+        assert same(found["resumed_slow"], found["whole_slow"])
     means = [average_checkpoints([directory / kind / f"epoch={n}.ckpt" for n in (0, 1)]) for kind in ("parts", "full")]
     assert same(*means)
+    for kind in ("parts", "full"):
+        assert same(extract_weights(directory / kind / "epoch=1.ckpt"), ranks[0]["average"])
+        assert same(extract_weights(directory / kind / "epoch=1.ckpt", "raw"), ranks[0]["raw"])
+    assert same(extract_weights(directory / "parts" / "epoch=1.ckpt", name="slow"), found["whole_slow"])
 
 
 def test_sharded_snapshots_are_written_whole(sharded):

@@ -199,7 +199,7 @@ def fsdp1(directory):
     """The same under FSDP1; then with files that all ranks write."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from lightning_plugins import LatestWeightAveraging
+    from lightning_plugins import EMA, LatestWeightAveraging
 
     fsdp(directory, "fsdp1")
     parts, results = Path(directory) / "parts", {}
@@ -207,9 +207,11 @@ def fsdp1(directory):
         files = ModelCheckpoint(parts, filename="{epoch}", save_top_k=-1)
         strategy = sharded_strategy("fsdp1", state_dict_type="sharded")
         latest = LatestWeightAveraging(**LATEST)
-        _, _, ema = sharded_run("fsdp1", 2, files, latest, strategy=strategy, ckpt_path=ckpt_path)
+        slow = EMA(0.99, name="slow", evaluate="raw", checkpoint="raw", after_fit="raw")
+        _, _, ema = sharded_run("fsdp1", 2, files, latest, slow, strategy=strategy, ckpt_path=ckpt_path)
         results[f"{path}_latest"] = latest.average_state_dict()
         results |= {f"{path}_average": ema.average_state_dict(), f"{path}_raw": ema.raw_state_dict()}
+        results[f"{path}_slow"] = slow.average_state_dict()
     save("fsdp1-parts", directory, **results)
 
 
