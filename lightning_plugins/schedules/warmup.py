@@ -80,7 +80,8 @@ class WarmupCosine(_WarmupThenDecay, Schedule):
     The peak of 1 is used by step w. A warm-up from 0 makes the first step a step of rate 0; ``.shift(1)`` skips it.
 
     Args:
-        warmup: Duration of the warm-up. 5 % of the run is a usual choice.
+        warmup: Duration of the warm-up. 5 % of the run is a usual choice. A share is of the run, which the callback or
+            ``resolve`` knows, also where ``total`` is given.
         hold: Duration of the plateau at the peak.
         total: Duration of the whole schedule; ``None`` is the run. May be longer or shorter than the run.
         start: Factor of the first step, at least 0.
@@ -116,7 +117,7 @@ class WarmupLinear(_WarmupThenDecay, Schedule):
     ``end`` from t = N on.
 
     Args:
-        warmup: Duration of the warm-up.
+        warmup: Duration of the warm-up. A share is of the run, also where ``total`` is given.
         total: Duration of the whole schedule; ``None`` is the run.
         start: Factor of the first step, at least 0.
         end: Factor after the decay, at least 0.
@@ -149,7 +150,7 @@ class WarmupStableDecay(_WarmupThenDecay, Schedule):
     end + (1 - end) * (1 - sqrt(x)), ``"linear"`` end + (1 - end) * (1 - x), ``"cosine"`` half a cosine wave.
 
     Args:
-        warmup: Duration of the warm-up.
+        warmup: Duration of the warm-up. A share is of the run, also where ``total`` is given.
         decay: Duration of the decay; 10 to 20 % of the run is usual.
         total: Duration of the whole schedule; ``None`` is the run.
         shape: ``"1-sqrt"`` (the best of the three in the paper), ``"linear"`` or ``"cosine"``.
