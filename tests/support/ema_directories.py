@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, PostHocEMA
-from lightning_plugins.ema import shadow
 from tests.support.ema_distributed import save, sharded_net, trainer
 from tests.support.ema_runs import Net, regression
 
@@ -133,7 +132,7 @@ def write(directory):
     found = states(ema, slow, latest)
     with pytest.MonkeyPatch.context() as patch:
         # nothing is brought to one place to be saved
-        patch.setattr(shadow, "gather", None)
+        patch.setattr(DTensor, "full_tensor", None)
         run.save_checkpoint(directory / "end")
     run.save_checkpoint(directory / "end-weights", weights_only=True)
 
