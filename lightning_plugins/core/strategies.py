@@ -50,7 +50,9 @@ class Support:
 
 
 SUPPORTED: dict[str, Support] = {
-    "LearningRateScheduler": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
+    "LearningRateScheduler": Support(
+        {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, refuses=False
+    ),
     "EMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
     "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "PostHocEMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
@@ -69,11 +71,17 @@ SUPPORTED: dict[str, Support] = {
     'MicroBatching("auto")': Support(
         {ONE: "", DDP: ""}, dict.fromkeys((FSDP1, FSDP2, TENSOR), "MicroBatching(size)"), steers_windows=True
     ),
-    "StatisticsRecorder": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
-    "CSVStatisticsLogger": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
-    "TensorBoardStatisticsLogger": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
-    "ClassificationReport": Support({ONE: "", DDP: "", FSDP2: ""}, refuses=False),
-    "EventCallback": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, refuses=False),
+    "StatisticsRecorder": Support(
+        {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, refuses=False
+    ),
+    "CSVStatisticsLogger": Support(
+        {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, refuses=False
+    ),
+    "TensorBoardStatisticsLogger": Support(
+        {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, refuses=False
+    ),
+    "ClassificationReport": Support({ONE: "", DDP: "", FSDP2: "", DEEPSPEED: _ZERO}, refuses=False),
+    "EventCallback": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, refuses=False),
     "Cancelling": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}, steers_windows=True),
 }
 """Technique, or a mode of it, -> what was tested."""

@@ -22,6 +22,7 @@ from lightning_plugins.core.validation import (
     true_or_false,
     whole_number,
 )
+from lightning_plugins.core.zero import is_deepspeed
 from lightning_plugins.schedules.attached_schedulers import AttachedSchedulers
 from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
 from lightning_plugins.schedules.plot import draw_panels, drawn_steps
@@ -150,6 +151,7 @@ class LearningRateScheduler(Callback):
         self._run: RunPlan = (TimePlan if clock == "time" else StepPlan)(self.schedule, title)
         self._epoch_begins = True
         self._announces = False  # whether steps may be skipped unseen: manual optimization under a gradient scaler
+        self._by_batch = False  # whether the optimizer's own steps are none of the run's
         self._watch = None if plateau is None else PlateauWatch(plateau)
 
     @property
@@ -218,6 +220,12 @@ class LearningRateScheduler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget another run; a state of this one is loaded later."""
         super().setup(trainer, pl_module, stage)
+        counts = pl_module.automatic_optimization and self.clock == "attempted"
+        if stage == "fit" and is_deepspeed(trainer.strategy) and not counts:
+            raise MisconfigurationException(
+                "`clock` must be 'attempted' under DeepSpeed, in automatic optimization: its optimizer's own steps, "
+                f"one for each part of the weights, are none of the run's; got {self.clock!r}."
+            )
         if stage == "fit" and trainer.global_step == 0:
             self._run.forget()
             self._watch = None if self.plateau is None else PlateauWatch(self.plateau)
@@ -247,6 +255,8 @@ class LearningRateScheduler(Callback):
             self._start(scheduler, scheduler.position if scheduler.restored and not timed else stands, pl_module)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._epoch_begins, self._announces = True, scaled and not pl_module.automatic_optimization
+        # DeepSpeed steps an inner optimizer once for each part of the weights
+        self._by_batch = is_deepspeed(trainer.strategy)
         if self._watch is not None:
             self._watch.begin()
         self._plan(trainer, pl_module)
@@ -267,6 +277,8 @@ class LearningRateScheduler(Callback):
             self._follow_optimizers(trainer, pl_module)
         if self._run.sees_other_accumulation(trainer):
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
+        if self._by_batch:
+            return
         for scheduler in self._attached.schedulers:
             if not self._announces:
                 scheduler.expected = True

@@ -23,11 +23,12 @@ def twin():
     return net, names
 
 
-def full_batch_steps(windows, lr=0.1, clip=None):
-    """Train on windows, each a list of batches of all ranks; return the weights."""
+def full_batch_steps(windows, rates=None, clip=None):
+    """Train on windows, each a list of batches of all ranks, with the rate of each; return the weights."""
     net, names = twin()
-    optimizer = torch.optim.SGD(names.values(), lr=lr, momentum=0.9)
-    for window in windows:
+    optimizer = torch.optim.SGD(names.values(), lr=0.1, momentum=0.9)
+    for window, rate in zip(windows, rates or [0.1] * len(windows), strict=True):
+        optimizer.param_groups[0]["lr"] = rate
         x, y = (torch.cat(parts).double() for parts in zip(*window, strict=True))
         optimizer.zero_grad()
         nn.functional.mse_loss(net(x) + 0.25, y).backward()

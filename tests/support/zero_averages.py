@@ -12,7 +12,7 @@ from lightning_plugins import EMA, ConstantDecay, extract_weights
 from lightning_plugins.core.zero import held_part, zero_of
 from lightning_plugins.ema.zero_files import files_of
 from tests.deepspeed.references import recursion
-from tests.support.zero_runs import RANK, STAGES, Net, even_loader, masters, trainer
+from tests.support.zero_runs import RANK, STAGES, Net, even_loader, masters, same, trainer
 
 DECAY = 0.8
 
@@ -74,10 +74,6 @@ class Evaluated(Callback):
     def equal(self, first, second):
         """Whether the rank held the same then, bit for bit."""
         return all(map(torch.equal, self.held[first], self.held[second]))
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Collectives(TorchDispatchMode):

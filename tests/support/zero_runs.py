@@ -138,6 +138,10 @@ class AtTheEnd(Callback):
         self.masters = {name: value.clone() for name, value in masters(trainer).items()}
 
 
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def plain(tensors):
     return {name: value.double().tolist() for name, value in tensors.items()}
 
