@@ -36,8 +36,12 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print a line for each thing that is there, or for each checkpoint of a directory."""
     from lightning_plugins.core.sharded_directory import is_sharded_checkpoint  # noqa: PLC0415  # imports torch
+    from lightning_plugins.core.zero_directory import is_deepspeed_directory  # noqa: PLC0415  # likewise
 
     path = Path(arguments.path)
+    if is_deepspeed_directory(path):
+        _print(ema.describe_zero_directory(path), as_json=arguments.json)
+        return
     if path.is_dir() and not is_sharded_checkpoint(path):
         found = checkpoints.describe_directory(path)
         if not found:

@@ -29,5 +29,6 @@ if TYPE_CHECKING:
     from lightning_plugins.ema.posthoc import synthesize_ema as synthesize_ema
     from lightning_plugins.ema.posthoc_callback import PostHocEMA as PostHocEMA
     from lightning_plugins.ema.shadow import Shadow as Shadow
+    from lightning_plugins.ema.zero_files import describe_zero_directory as describe_zero_directory
 else:
     __all__, __getattr__, __dir__ = lazy_exports(__name__)

@@ -163,6 +163,28 @@ def _is_part(part: Any) -> bool:
     )
 
 
+def describe_zero_directory(directory: Path) -> dict[str, Any]:
+    """Return what a directory of DeepSpeed holds, without running what its files name.
+
+    Returns:
+        ``path``, ``file_bytes``, ``kind``, ``global_step``, and ``beside`` (averages -> bytes).
+
+    Raises:
+        ValueError: If a file is damaged, or the files of the ranks are of several steps.
+    """
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {
+        "path": str(directory),
+        "file_bytes": sum(path.stat().st_size for path in files),
+        "kind": "DeepSpeed",
+        "global_step": step_of(directory),
+        "beside": {
+            f"average of EMA {shown(name)}": sum(path.stat().st_size for path in paths)
+            for name, paths in files_of(directory).items()
+        },
+    }
+
+
 def extract(directory: Path, which: str, name: str, *, trust: bool) -> dict[str, Tensor]:
     """Return a complete set of weights of a directory of DeepSpeed.
 

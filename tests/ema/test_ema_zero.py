@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins import extract_weights
+from lightning_plugins import average_checkpoints, extract_weights
+from lightning_plugins.cli import main
 from lightning_plugins.core import zero as zero_module
 from lightning_plugins.core.zero import Zero, ZeroClock, load_full, zero_of
 from lightning_plugins.core.zero_directory import full_weights, is_deepspeed_directory, step_of
@@ -241,3 +242,19 @@ def test_what_is_not_zero_is_told_apart(ranks):
     engine.optimizer = SimpleNamespace()
     with pytest.raises(ValueError, match="must train with its ZeRO optimizer of stage 1, 2 or 3, got SimpleNamespace"):
         zero_of(SimpleNamespace(strategy=stand_ins.strategy_of(engine)))
+
+
+def test_the_command_line_opens_such_directories(ranks, tmp_path, capsys):
+    shadows, _ = trained(ranks)
+    directory = deepspeed_directory(tmp_path / "run")
+    written(directory, shadows)
+    assert main(["inspect", str(directory)]) == 0
+    said = capsys.readouterr().out
+    assert "DeepSpeed" in said
+    assert "average of EMA 'ema'" in said
+    assert main(["extract", str(directory), "--weights", "average", "--output", str(tmp_path / "ema.pt")]) == 0
+    found, expected = torch.load(tmp_path / "ema.pt"), extract_weights(directory)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"is a directory of DeepSpeed\. .*--weights raw --trust --output FILE.pt"):
+        average_checkpoints([directory, deepspeed_directory(tmp_path / "other")])

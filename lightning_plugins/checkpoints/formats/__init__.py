@@ -15,6 +15,7 @@ from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory
 from lightning_plugins.checkpoints.formats.torch_reader import TorchFile
 from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
+from lightning_plugins.core.zero_directory import is_deepspeed_directory
 
 
 def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
@@ -34,6 +35,11 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.is_dir():
+        if is_deepspeed_directory(path):
+            raise CheckpointError(
+                f"{path} is a directory of DeepSpeed. Where DeepSpeed is installed, `lightning-plugins extract {path} "
+                "--weights raw --trust --output FILE.pt` writes its weights into a file, which can be averaged."
+            )
         if not is_sharded_checkpoint(path):
             raise CheckpointError(f"{path} is a directory without a sharded checkpoint (no .metadata in it).")
         return ShardedDirectory(path, trust=trust)
