@@ -1,30 +1,30 @@
-"""Tests inside other people's libraries: collected only where those are installed (``make test-clients``).
+"""Tests inside other people's libraries: each folder is a group of them that can live in one environment.
 
-Where one of them is, all must be: a client that is missing then is an error, not a test that silently does not run.
+They are collected only where a folder is named (``make test-clients``), and there a library that is missing is an error,
+not a test that silently does not run.
 """
 
-import warnings
-from importlib.util import find_spec
+from pathlib import Path
 
-import pytest
 import torch
 
-CLIENTS = ("darts", "pytorch_forecasting")
-
-collect_ignore_glob = [] if any(find_spec(client) for client in CLIENTS) else ["test_*.py"]
+FOLDER = Path(__file__).resolve().parent
 
 torch.set_num_threads(1)  # for fixtures of a module too: they begin before the first test's
 
-if not collect_ignore_glob:
-    with warnings.catch_warnings():  # what they warn of while they are imported is theirs
-        warnings.simplefilter("ignore")
-        import pytorch_forecasting  # noqa: F401
+
+def _is_named(config):
+    named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    return any(path == FOLDER or FOLDER in path.parents for path in named)
 
 
-def pytest_collection_modifyitems(items):
-    """Let clients warn; a warning of our own stays an error."""
-    for item in items:
-        if "clients" in item.path.parts:
-            ours = "error::lightning_plugins.core.validation.LightningPluginsWarning"
-            item.add_marker(pytest.mark.filterwarnings("ignore"))
-            item.add_marker(pytest.mark.filterwarnings(ours))
+def pytest_configure(config):
+    """Let clients warn, also while they are imported; a warning of our own stays an error."""
+    if _is_named(config):
+        config.addinivalue_line("filterwarnings", "ignore")
+        config.addinivalue_line("filterwarnings", "error::lightning_plugins.core.validation.LightningPluginsWarning")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave a client's tests out of the suite."""
+    return None if _is_named(config) else True

@@ -91,7 +91,8 @@ class Watch(unified.Callback, classic.Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if not trainer.sanity_checking:
             self.validation_batches.append(batch)
-            self.validations.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
+            if outputs is not None:  # some clients only log
+                self.validations.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
 
     def on_train_end(self, trainer, pl_module):
         self._handle.remove()
