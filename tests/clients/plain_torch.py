@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import lightning.pytorch as unified
 import numpy as np
@@ -104,3 +105,9 @@ def distance(weights, truth, initial):
     apart = sum(float((weights[name].double() - tensor.double()).square().sum()) for name, tensor in truth.items())
     went = sum(float((initial[name].double() - tensor.double()).square().sum()) for name, tensor in truth.items())
     return math.sqrt(apart / went)
+
+
+def files(folder):
+    """The files below a folder, or the one file."""
+    folder = Path(folder)
+    return [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]

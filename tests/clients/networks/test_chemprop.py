@@ -14,7 +14,7 @@ from tests.clients.comparison import (
     assert_the_logs_are_the_clients,
     assert_the_same_steps,
 )
-from tests.clients.networks.fitting import fit
+from tests.clients.fitting import fit
 from tests.clients.stack import WINDOW, Stack
 
 LR, EPOCHS, BATCH = 0.01, 2, 4

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plugins import EMA, CSVStatisticsLogger, LearningRateScheduler, WarmupCosine, extract_weights
 from tests.clients import plain_torch
-from tests.clients.networks.fitting import fit
+from tests.clients.fitting import fit
 from tests.clients.stack import DECAY
 
 LR, BATCHES, EPOCHS, END = 0.1, 4, 6, 0.1

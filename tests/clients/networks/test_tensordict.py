@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from lightning_plugins import MicroBatching, TensorBoardStatisticsLogger, Tokens
 from tests.clients import plain_torch
 from tests.clients.comparison import assert_the_logs_are_the_clients, assert_the_same_steps
-from tests.clients.networks.fitting import Module, fit
+from tests.clients.fitting import Module, fit
 from tests.clients.stack import Stack, chart
 
 LR, EPOCHS, NUMBER, BATCH = 0.1, 2, 27, 4

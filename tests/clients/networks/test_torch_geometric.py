@@ -13,7 +13,7 @@ from tests.clients.comparison import (
     assert_the_logs_are_the_clients,
     assert_the_same_steps,
 )
-from tests.clients.networks.fitting import Module, fit
+from tests.clients.fitting import Module, fit
 from tests.clients.stack import Stack, chart
 
 LR, EPOCHS, NUMBER, BATCH = 0.2, 2, 27, 4

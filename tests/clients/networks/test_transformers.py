@@ -15,7 +15,7 @@ from tests.clients.comparison import (
     assert_the_logs_are_the_clients,
     assert_the_same_steps,
 )
-from tests.clients.networks.fitting import fit
+from tests.clients.fitting import fit
 from tests.clients.networks.transformers_models import (
     Wrapped,
     bert,

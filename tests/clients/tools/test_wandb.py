@@ -1,0 +1,94 @@
+"""Weights & Biases without a network: what its offline file records of a run, and its watching of gradients."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import wandb
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import WandbLogger
+from wandb.proto.wandb_internal_pb2 import Record
+
+from tests.clients import plain_torch
+from tests.clients.comparison import assert_the_same_steps, rates
+from tests.clients.stack import Stack
+from tests.clients.tools import small
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("wandb")
+    logger = WandbLogger(project="small", save_dir=path, offline=True)
+    stack, watch, module = Stack(path, warmup=2), plain_torch.Watch(), small.Network()
+    logger.watch(module, log="all", log_freq=1)
+    trainer = pl.Trainer(
+        max_epochs=small.EPOCHS,
+        accelerator="cpu",
+        logger=logger,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=path,
+        callbacks=[*stack.callbacks, LearningRateMonitor(logging_interval="step"), watch],
+    )
+    trainer.fit(module, small.loader(), small.validation())
+    wandb.finish()
+    return stack, watch, module, history(path)
+
+
+def records(content, header=7, block=32768):
+    """What a file of LevelDB's log format holds, in which wandb writes: chunks of blocks, each with its kind."""
+    place, parts = header, []
+    while place + 7 <= len(content):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts.append(content[place + 7 : place + 7 + length])
+        place += 7 + length
+        if kind in {1, 4}:  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
+
+
+def history(path):
+    """The rows that the offline file holds."""
+    (file,) = path.rglob("*.wandb")
+    rows = []
+    for content in records(file.read_bytes()):
+        record = Record.FromString(content)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_every_step_is_the_one_that_plain_torch_takes(run):
+    stack, watch, module = run[:3]
+    kind = {"loss_of": small.loss_of, "join": small.join}
+    assert_the_same_steps(stack, watch, module, **kind, lr=small.LR, epochs=small.EPOCHS)
+
+
+def test_its_record_has_the_rate_of_each_step_and_the_losses_of_the_average(run):
+    stack, _, _, rows = run
+    recorded = {row["trainer/global_step"]: row["lr-SGD"] for row in rows if "lr-SGD" in row}
+    assert [recorded[step] for step in sorted(recorded)] == pytest.approx(rates(small.LR, 6), abs=1e-12)
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert len(losses) == small.EPOCHS
+    assert losses[-1] == pytest.approx(small.loss_on_validation(stack.ema.average_state_dict()), rel=1e-5)
+
+
+def test_the_weights_that_it_watches_are_the_trained_ones(run):
+    """It looks at them in the forward pass of training, where nothing is swapped."""
+    stack, _, _, rows = run
+    watched = [row for row in rows if any("parameters/net.2.bias" in key for key in row)]
+    assert watched
+    (key,) = (key for key in watched[-1] if "parameters/net.2.bias" in key)
+    edges = watched[-1][key]["bins"]
+    # seen in the last batch, before the last step, whose rate is about a fourteenth of the peak
+    raw = float(stack.ema.raw_state_dict()["net.2.bias"])
+    average = float(stack.ema.average_state_dict()["net.2.bias"])
+    seen = (edges[0] + edges[-1]) / 2
+    assert abs(seen - raw) < abs(seen - average)
+    assert not torch.isnan(torch.tensor(seen))
