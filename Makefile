@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo
 DOCS_STAMP := $(VENV)/.docs
-CLIENTS := .venv-clients
+# one environment for each group of clients that can live together: .venv-clients-GROUP, constraints/clients-GROUP.txt
+CLIENTS := $(patsubst constraints/clients-%.txt,%,$(wildcard constraints/clients-*.txt))
 DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
@@ -35,8 +36,10 @@ mutants: $(STAMP)  ## small faults in the package, each against the tests of its
 	$(BIN)/python $(SUITE) --cov --cov-context=test --cov-report=
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-test-clients: $(CLIENTS)/.installed  ## the callbacks inside pytorch-forecasting and darts
-	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
+test-clients: $(CLIENTS:%=test-clients-%)  ## the callbacks inside the software that people use them with; RECORD=1 keeps what ran
+
+test-clients-%: .venv-clients-%/.installed
+	.venv-clients-$*/bin/python -m pytest tests/clients/$* $(if $(RECORD),--record docs/compatibility/clients-$*.json) $(ARGS)
 
 test-deepspeed: $(DEEPSPEED)/.installed  ## the callbacks under DeepSpeed's ZeRO, on two CPU processes
 	$(DEEPSPEED)/bin/python -m pytest tests/deepspeed $(ARGS)
@@ -80,7 +83,7 @@ peers: $(STAMP)  ## install the libraries that bench compares with
 	$(BIN)/python $(PIP_INSTALL) -c constraints/tested.txt -e '.[bench]'
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(CLIENTS) $(DEEPSPEED) $(LOWEST) $(NEWEST) $(RELEASE) $(WHEEL) dist runs site site-pictures \
+	rm -rf $(VENV) .venv-clients-* $(DEEPSPEED) $(LOWEST) $(NEWEST) $(RELEASE) $(WHEEL) dist runs site site-pictures \
 		.coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(DEMO_STAMP): pyproject.toml constraints/tested.txt
@@ -100,9 +103,10 @@ $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python $(PIP_INSTALL) -c constraints/tested.txt -e '.[docs]'
 	touch $@
 
-$(CLIENTS)/.installed: pyproject.toml constraints/clients.txt
-	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python $(PIP_INSTALL) -c constraints/clients.txt -e . darts hypothesis pytest pytorch-forecasting
+.PRECIOUS: .venv-clients-%/.installed
+.venv-clients-%/.installed: pyproject.toml constraints/clients-%.txt
+	$(PYTHON) -m venv .venv-clients-$*
+	.venv-clients-$*/bin/python $(PIP_INSTALL) -r constraints/clients-$*.txt -e .
 	touch $@
 
 # Without its C++: on a CPU nothing of it is used. What it needs is installed first, as its setup asks for torch.

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from importlib.machinery import SourceFileLoader
 
 import pytest
@@ -15,8 +16,17 @@ from packaging.version import Version
 from tests.support import conditions, expected_warnings, record
 from tests.support.snippets import ROOT, python_path
 
+
+
+def _client(path):
+    """Return the library that a file of tests is named for."""
+    return path.stem.removeprefix("test_").replace("_", "-")
+
+
 PROJECT = (ROOT / "pyproject.toml").read_text()
-SETS = ("tested", "lowest", "clients", "deepspeed")
+GROUPS = sorted({path.parent for path in (ROOT / "tests" / "clients").glob("*/test_*.py")})
+CLIENTS = {group.name: {_client(path) for path in group.glob("test_*.py")} for group in GROUPS}
+SETS = ("tested", "lowest", "deepspeed", *(f"clients-{group}" for group in CLIENTS))
 FLOOR = {"torch": "2.6", "lightning": "2.5.0", "torchmetrics": "1.4", "tensorboard": "2.18"}
 
 
@@ -31,7 +41,8 @@ PYTHONS = re.findall(r"Python :: (3\.\d+)", PROJECT)
 
 def pins(name):
     lines = (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
-    return {name.lower(): version for name, _, version in (line.partition("==") for line in lines) if version}
+    found = {name.lower(): version for name, _, version in (line.partition("==") for line in lines) if version}
+    return {name.replace("_", "-"): version for name, version in found.items()}
 
 
 def lower(requirement):
@@ -81,10 +92,13 @@ def test_the_lowest_set_has_the_lowest_versions():
 
 
 def test_every_set_that_is_installed_from_exists():
-    used = set(re.findall(r"constraints/([\w.]+)", (ROOT / "Makefile").read_text()))
-    assert used == {path.name for path in (ROOT / "constraints").iterdir() if path.suffix in {".txt", ".py"}}
+    used = set(re.findall(r"constraints/([\w.%-]+)", (ROOT / "Makefile").read_text())) - {"clients-"}
+    patterns = [name.replace("%", "*") for name in used]
+    names = [path.name for path in (ROOT / "constraints").iterdir() if path.suffix in {".txt", ".py"}]
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in names)
+    assert all(any(fnmatch(name, pattern) for name in names) for pattern in patterns)
     for document in ("README.md", "CONTRIBUTING.md"):
-        for path in re.findall(r"constraints/[\w.]+", (ROOT / document).read_text()):
+        for path in re.findall(r"constraints/[\w.-]+", (ROOT / document).read_text()):
             assert (ROOT / path).exists(), (document, path)
 
 
@@ -107,6 +121,16 @@ def test_a_record_is_of_the_versions_that_it_stands_for():
                 name,
                 requirement,
             )
+
+
+@pytest.mark.parametrize("group", CLIENTS)
+def test_a_row_for_each_client_is_of_the_pinned_version(group):
+    """Its tests stand in a file of its name, in the folder of the group whose set has it."""
+    pinned, ran = pins(f"clients-{group}"), records()[f"clients-{group}"]["inside"]
+    assert set(ran) == CLIENTS[group]
+    for client, found in ran.items():
+        assert found["version"] == pinned[client], client
+        assert found["passed"] > 0 == found["failed"] == found["error"] == found["skipped"], client
 
 
 def test_a_record_holds_what_was_run(tmp_path):
@@ -162,7 +186,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", ["lowest", "tested", "clients-science"])
 def test_pip_changes_no_pinned_package_for_the_wheel(name, wheel, tmp_path):
     for package, version in pins(name).items():
         stand_in(tmp_path / "site", package, version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -57,6 +58,16 @@ class Tokens:
         return f"Tokens({self.key!r}, ignore_index={self.ignore_index})"
 
 
+@dataclass(frozen=True)
+class _CountOf:
+    """What a function of the batch counts. Clients pickle callbacks in a fit, so it is one that can be pickled."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, batch: Any) -> Count:
+        return as_count(self.function(batch))
+
+
 def counter(
     count: str | Callable[[Any], Any], *, module: Any = None, full: int | None = None
 ) -> Callable[[Any], Count]:
@@ -77,8 +88,7 @@ def counter(
         if not _takes_a_batch(own):
             return SampleCounter(full)
         count = own
-    function = takes("count", count, "batch", what='"samples", Tokens(key) or a function')
-    return lambda batch: as_count(function(batch))
+    return _CountOf(takes("count", count, "batch", what='"samples", Tokens(key) or a function'))
 
 
 def _takes_a_batch(function: Any) -> bool:

@@ -1,5 +1,7 @@
 """The arithmetic of windows, counts and plans, without a Trainer."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,11 @@ def test_counters_that_there_are_not(count, error, message):
         counter(count)
     with pytest.raises(error, match=message):
         GradientAccumulation(2, count=count)
+
+
+def test_what_counts_can_be_pickled_in_a_fit():
+    """neuralforecast keeps its callbacks in every checkpoint that it writes."""
+    assert pickle.loads(pickle.dumps(counter(len)))([1, 2, 3]) == 3
 
 
 class TestCountCheck:

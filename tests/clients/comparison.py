@@ -3,11 +3,13 @@
 import copy
 from itertools import chain
 
+import lightning.pytorch as unified
 import numpy as np
 import pytest
+import pytorch_lightning as classic
 import torch
 
-from lightning_plugins import synthesize_ema
+from lightning_plugins import extract_weights, synthesize_ema
 from tests.clients import plain_torch
 from tests.clients.stack import DECAY, SIGMA_REL, WINDOW
 
@@ -94,8 +96,6 @@ def assert_the_logs_are_the_clients(stack, watch, *, lr, epochs):
 
 def assert_the_file_holds_both(path, stack, **options):
     """A checkpoint of the run's end: Lightning reads the average from it, and we the raw weights."""
-    from lightning_plugins import extract_weights
-
     for which, weights in (("average", stack.ema.average_state_dict()), ("raw", stack.ema.raw_state_dict())):
         extracted = extract_weights(path, which, **options)
         assert all(torch.equal(extracted[name], tensor) for name, tensor in weights.items()), which
@@ -103,3 +103,12 @@ def assert_the_file_holds_both(path, stack, **options):
 
 def _trainable(net, named=False):
     return [(name, p) if named else p for name, p in net.named_parameters() if p.requires_grad]
+
+
+class Keep(unified.Callback, classic.Callback):
+    """Keeps the module of a fit, for clients that make it themselves."""
+
+    module = None
+
+    def on_fit_start(self, trainer, pl_module):
+        self.module = pl_module

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import lightning.pytorch as unified
 import numpy as np
@@ -77,10 +76,10 @@ class Watch(unified.Callback, classic.Callback):
             self.initial = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
 
     def on_train_start(self, trainer, pl_module):
-        note = self.rates.append
-        self._handle = trainer.optimizers[0].register_step_pre_hook(
-            lambda optimizer, args, kwargs: note(float(optimizer.param_groups[0]["lr"]))
-        )
+        self._handle = trainer.optimizers[0].register_step_pre_hook(self._note)
+
+    def _note(self, optimizer, args, kwargs):
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append(batch)
@@ -92,8 +91,9 @@ class Watch(unified.Callback, classic.Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
         if not trainer.sanity_checking:
             self.validation_batches.append(batch)
-            if outputs is not None:  # some clients only log
-                self.validations.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if isinstance(loss, torch.Tensor):  # some clients only log
+                self.validations.append(float(loss))
 
     def on_train_end(self, trainer, pl_module):
         self._handle.remove()
@@ -105,9 +105,3 @@ def distance(weights, truth, initial):
     apart = sum(float((weights[name].double() - tensor.double()).square().sum()) for name, tensor in truth.items())
     went = sum(float((initial[name].double() - tensor.double()).square().sum()) for name, tensor in truth.items())
     return math.sqrt(apart / went)
-
-
-def files(folder):
-    """The files below a folder, or the one file."""
-    folder = Path(folder)
-    return [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]

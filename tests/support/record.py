@@ -18,7 +18,6 @@ from typing import Any
 from tests.support.snippets import ROOT
 
 PACKAGES = ("torch", "lightning", "pytorch-lightning", "torchmetrics", "tensorboard", "numpy", "jsonargparse")
-CLIENTS = ("pytorch-forecasting", "darts", "deepspeed")
 COUNTED = ("passed", "failed", "error", "skipped", "xfailed")
 
 
@@ -38,12 +37,29 @@ def write(path: Path, stats: dict[str, list[Any]]) -> None:
         "commit": _commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: version for name in PACKAGES + CLIENTS if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "counts": {outcome: len(stats.get(outcome, ())) for outcome in COUNTED},
         "skipped": dict(sorted(skipped.items())),
+        "inside": _inside(stats),
         "seconds": round(time.time() - _BEGAN),
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _inside(stats: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Return the libraries inside which tests ran, by name: their versions, and how many tests ended how."""
+    ran = {outcome: Counter(_client(report) for report in stats.get(outcome, ())) for outcome in COUNTED}
+    clients = sorted({client for counts in ran.values() for client in counts if client})
+    return {
+        client: {"version": _version(client), **{outcome: counts[client] for outcome, counts in ran.items()}}
+        for client in clients
+    }
+
+
+def _client(report: Any) -> str:
+    """Return the library that a test is of, which its file or folder is named for; an empty text for none."""
+    found = re.match(r"tests/(?:clients/\w+/test_(\w+)\.py|(deepspeed)/)", report.nodeid)
+    return (found[1] or found[2]).replace("_", "-") if found else ""
 
 
 def _reason(report: Any) -> str:

@@ -135,9 +135,9 @@ class Rates(plain_torch.Watch):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.optimizers[0] is not self._taken_by:
             self._taken_by = trainer.optimizers[0]
-            self._taken_by.register_step_pre_hook(self._note)
+            self._taken_by.register_step_pre_hook(self._note_all)
 
-    def _note(self, optimizer, args, kwargs):
+    def _note_all(self, optimizer, args, kwargs):
         self.used.append([float(group["lr"]) for group in optimizer.param_groups])
 
 

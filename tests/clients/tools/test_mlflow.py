@@ -1,5 +1,7 @@
 """MLflow: what its logger and its automatic logging record of a run, in a local database."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import mlflow
 import pytest
@@ -58,10 +60,9 @@ def test_its_record_has_the_rate_of_each_step_and_the_losses_of_the_average(run)
 
 def test_the_checkpoint_among_its_artifacts_holds_both_weights(run, tmp_path):
     stack, _, _, client, run_id = run
-    folders = [artifact.path for artifact in client.list_artifacts(run_id, "model/checkpoints")]
-    last = next(folder for folder in folders if "epoch=1" in folder)
+    (last,) = (found.path for found in client.list_artifacts(run_id) if "epoch=1" in found.path)
     downloaded = client.download_artifacts(run_id, last, str(tmp_path))
-    (checkpoint,) = (path for path in plain_torch.files(downloaded) if path.suffix == ".ckpt")
+    (checkpoint,) = Path(downloaded).glob("*.ckpt")
     assert_the_file_holds_both(checkpoint, stack)
 
 
