@@ -17,7 +17,6 @@ from tests.support import conditions, expected_warnings, record
 from tests.support.snippets import ROOT, python_path
 
 
-
 def _client(path):
     """Return the library that a file of tests is named for."""
     return path.stem.removeprefix("test_").replace("_", "-")

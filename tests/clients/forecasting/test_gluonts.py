@@ -1,4 +1,4 @@
-"""All techniques in gluonts: an estimator that makes the module and the Trainer itself, and loads its best checkpoint."""
+"""All techniques in gluonts: an estimator that makes module and Trainer itself, and loads its best checkpoint."""
 
 import numpy as np
 import pandas as pd

@@ -7,6 +7,7 @@ import torch
 from neuralforecast import NeuralForecast
 from neuralforecast.models import MLP
 
+from lightning_plugins import EMA
 from tests.clients import plain_torch
 from tests.clients.comparison import (
     Keep,
@@ -69,7 +70,10 @@ def run(tmp_path_factory):
     )
     forecasts = NeuralForecast([model], freq="D")
     forecasts.fit(table())
-    return stack, watch, keep.module, forecasts
+    # the client trains a copy of the model, with copies of the callbacks
+    copies = {type(callback): callback for callback in forecasts.models[0].trainer_kwargs["callbacks"]}
+    stack.ema = copies[EMA]
+    return stack, copies[plain_torch.Watch], copies[Keep].module, forecasts
 
 
 def test_every_step_is_the_one_that_plain_torch_takes(run):

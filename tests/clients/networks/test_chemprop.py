@@ -53,7 +53,7 @@ def network():
 
 
 def loss_of(net, batch):
-    graphs, v, x, targets, weights, lower, greater = batch
+    graphs, v, x, targets = batch[:4]
     predicted = net.predictor.train_step(net.fingerprint(graphs, v, x))
     known = targets.isfinite()
     return ((predicted - targets.nan_to_num()) ** 2)[known].mean()

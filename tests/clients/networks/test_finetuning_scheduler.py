@@ -1,4 +1,4 @@
-"""EMA and schedules beside finetuning-scheduler: three phases, the best checkpoint restored between them, a new optimizer."""
+"""EMA and schedules beside finetuning-scheduler: three phases, the best checkpoint restored, a new optimizer."""
 
 import copy
 import csv
@@ -80,16 +80,13 @@ def by_plain_torch(new_optimizer):
     optimizer, step, best = None, 0, None
     for epoch in range(EPOCHS):
         if epoch in JOINS_AT:
-            parts = PARTS[: 1 + JOINS_AT.index(epoch)]
-            groups = [{"params": list(getattr(net, part).parameters())} for part in parts]
-            before, optimizer = optimizer, torch.optim.SGD(groups, lr=LR, momentum=0.9)
-            if epoch:
-                weights, momenta, kept, averages.n = copy.deepcopy(best)
-                net.load_state_dict(weights)
-                averages.kept = kept
-                if not (new_optimizer and epoch == JOINS_AT[-1]):
-                    for parameter in before.state:
-                        optimizer.state[parameter]["momentum_buffer"] = momenta[parameter_name(net, parameter)]
+            before, optimizer = optimizer, optimizer_at(net, epoch)
+        if epoch in JOINS_AT[1:]:
+            weights, momenta, averages.kept, averages.n = copy.deepcopy(best)
+            net.load_state_dict(weights)
+            kept = [] if new_optimizer and epoch == JOINS_AT[-1] else before.state
+            for parameter in kept:
+                optimizer.state[parameter]["momentum_buffer"] = momenta[parameter_name(net, parameter)]
         for batch in loader():
             for group, rate in zip(optimizer.param_groups, rates(epoch, step), strict=True):
                 group["lr"] = rate
@@ -102,6 +99,13 @@ def by_plain_torch(new_optimizer):
             momenta = {parameter_name(net, p): state["momentum_buffer"] for p, state in optimizer.state.items()}
             best = copy.deepcopy((net.state_dict(), momenta, averages.kept, averages.n))
     return net.state_dict(), averages.kept["ema"]
+
+
+def optimizer_at(net, epoch):
+    """A group for each part that is trained from this epoch on."""
+    parts = PARTS[: 1 + JOINS_AT.index(epoch)]
+    groups = [{"params": list(getattr(net, part).parameters())} for part in parts]
+    return torch.optim.SGD(groups, lr=LR, momentum=0.9)
 
 
 def parameter_name(net, parameter):

@@ -1,4 +1,4 @@
-"""All techniques in pytorch_tabular: the other name of Lightning, batches of named columns, losses that are only logged."""
+"""All techniques in pytorch_tabular: the other name of Lightning, named columns, losses that are only logged."""
 
 import numpy as np
 import pandas as pd

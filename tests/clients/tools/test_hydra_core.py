@@ -1,4 +1,4 @@
-"""Hydra: a program whose callbacks come from its configuration, in its default conversion, and a sweep over one of them."""
+"""Hydra: a program whose callbacks come from its configuration, converted by default, and a sweep over one."""
 
 import os
 import subprocess
