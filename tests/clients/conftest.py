@@ -1,7 +1,6 @@
 """Tests inside other people's libraries: each folder is a group of them that can live in one environment.
 
-They are collected only where a folder is named (``make test-clients``), and a library that is missing there is an error, not
-a test that silently does not run.
+They are collected only where a folder is named (``make test-clients``); a library that is missing there is an error.
 """
 
 from pathlib import Path
