@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo
 DOCS_STAMP := $(VENV)/.docs
-# one environment for each group of clients that can live together: .venv-clients-GROUP, constraints/clients-GROUP.txt
+# one environment for each group of clients that can live together, .venv-clients-%
 CLIENTS := $(patsubst constraints/clients-%.txt,%,$(wildcard constraints/clients-*.txt))
 DEEPSPEED := .venv-deepspeed
 LOWEST := .venv-lowest
