@@ -26,7 +26,9 @@ ignore_missing_imports = True
 """
 HEAD = """
 from collections.abc import Callable
+from typing import Any
 import lightning_plugins as lp
+optimizer: Any = None
 """
 RIGHT = """
 lp.EMA(0.9)
@@ -46,6 +48,9 @@ lp.Plateau("val_loss", "max")
 lp.StatisticsRecorder(["accuracy"], every="epoch")
 lp.WarmupCosine(100, hold=0.1, total="2ep")
 lp.WarmupStableDecay(warmup=10, decay="20%", shape="linear")
+lp.WarmupCosineLR(optimizer, 10, 100, end_factor=0.1)
+lp.WarmupCosineLR(optimizer, warmup="5%", total=100, end=0.1)
+lp.NoamLR(optimizer, 512, warmup=4000)
 warmup: lp.Duration = "5%"
 lp.WarmupCosine(warmup)
 lp.Segments([lp.Segment(end=1, steps=10), lp.Segment("cosine", end=0)])
@@ -67,6 +72,9 @@ lp.EMA(decays=0.9)
 lp.EMA(evaluate="both")
 lp.EMA(len)
 lp.EMA(start_step=None)
+lp.WarmupCosineLR(optimizer, 10)
+lp.WarmupCosineLR(optimizer, warmup="5%", total="2ep")
+lp.NoamLR(optimizer, 512)
 lp.LatestWeightAveraging("5")
 lp.LatestWeightAveraging(evaluate="both")
 lp.EventCallback(3)

@@ -134,6 +134,20 @@ CASES = [
     ),
     (lambda: WarmupCosineLR(optimizer(), -1, 5), ValueError, r"`warmup_steps` must be at least 0 steps, got -1"),
     (lambda: WarmupCosineLR(optimizer(), 1, 5, end_factor=-1), ValueError, r"`end_factor` must be at least 0, got -1"),
+    (lambda: WarmupCosineLR(optimizer(), 10), TypeError, r"`total_steps` must be given"),
+    (
+        lambda: WarmupCosineLR(optimizer(), 1, 5, warmup=1),
+        TypeError,
+        r"`warmup` and `warmup_steps` are two words for one",
+    ),
+    (lambda: WarmupCosineLR(optimizer(), warmup=1, total=5, end=-1), ValueError, r"`end` must be at least 0, got -1"),
+    (
+        lambda: WarmupCosineLR(optimizer(), warmup="5%", total="9%"),
+        TypeError,
+        r"`total` must be a whole number of steps",
+    ),
+    (lambda: NoamLR(optimizer(), 4, 5, warmup=5), TypeError, r"`warmup` and `warmup_steps` are two words for one"),
+    (lambda: NoamLR(optimizer(), 4), TypeError, r"`warmup_steps` must be given"),
     (lambda: NoamLR(optimizer(), 0, 5), ValueError, r"`model_dim` must be at least 1, got 0"),
     (
         lambda: NoamLR(optimizer(), 4, 5, step_duration=0),

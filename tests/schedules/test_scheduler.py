@@ -214,6 +214,14 @@ def test_warmup_cosine_lr():
     assert used(optimizer) == [0.3 * value for value in WarmupCosine(4, 2, 20, 0.1, 0.05).preview(25)]
 
 
+@pytest.mark.parametrize("lengths", [{"warmup": 4, "hold": 2}, {"warmup": "20%", "hold": 0.1}])
+def test_ready_made_forms_take_the_words_of_their_schedules(lengths):
+    optimizer = RecordingSGD(weights(), lr=0.3)
+    train(optimizer, WarmupCosineLR(optimizer, total=20, start=0.1, end=0.05, **lengths), 25)
+    assert used(optimizer) == [0.3 * value for value in WarmupCosine(4, 2, 20, 0.1, 0.05).preview(25)]
+    assert NoamLR(optimizer, 16, warmup=8).get_last_lr() == NoamLR(optimizer, 16, 8).get_last_lr()
+
+
 @pytest.mark.parametrize(
     ("start_step", "step_duration", "min_lr"), [(0, 1, 0.0), (5, 1, 0.0), (3, 4, 0.0), (0, 1, 0.1)]
 )

@@ -158,7 +158,8 @@ VALUES = {
         (
             None,
             {"optimizer": None, "model_dim": 4, "warmup_steps": 2, "start_step": 0, "step_duration": 1, "min_lr": 0.0},
-        )
+        ),
+        (None, {"optimizer": None, "model_dim": 4, "warmup": 2}),
     ),
     "ScheduleLR": calls(
         (
@@ -184,7 +185,8 @@ VALUES = {
                 "start_factor": 0.0,
                 "end_factor": 0.0,
             },
-        )
+        ),
+        (None, {"optimizer": None, "warmup": "20%", "total": 10, "hold": 1, "start": 0.1, "end": 0.0}),
     ),
     "on_events": calls((None, {"events": "batchEnd"})),
 }
