@@ -17,7 +17,7 @@ examples:
   lightning-plugins schedule "WarmupCosine(warmup='5%', hold='5%')" --total 9000
   lightning-plugins schedule "Noam(768, 4000)" "Noam(768, 8000).delay(100)" \\
       --total 20000 --output noam.png
-  lightning-plugins schedule "lr/backbone=WarmupCosine('10%')" "lr/head=OneCycle()" \\
+  lightning-plugins schedule "lr/body=Linear('9%', 0, 1)" "lr/head=OneCycle()" \\
       "weight_decay=Cosine(None, 0.04, 0.4)" --total 10000 --output run.png
 """
 
@@ -27,14 +27,14 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "schedule",
         help="draw learning-rate schedules",
-        description="Draw schedules: as text, or into a picture with --output, where each parameter has a panel.",
+        description="Draw schedules as text, or with --output as a picture with a panel a parameter.",
         epilog=_EPILOG,
     )
     parser.add_argument(
         "expressions",
         nargs="+",
-        metavar="[PARAMETER[/GROUP]=]SCHEDULE",
-        help="a schedule as written in Python, with literal arguments; parsed, never evaluated",
+        metavar="SCHEDULE",
+        help="a schedule as written in Python, with literal arguments, after PARAMETER= or PARAMETER/GROUP= if wanted",
     )
     parser.add_argument("--total", type=int, required=True, metavar="STEPS", help="optimizer steps to draw")
     parser.add_argument("--steps-per-epoch", type=float, metavar="STEPS", help="for durations such as '2ep'")

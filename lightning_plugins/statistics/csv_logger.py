@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
-from lightning_plugins.core.validation import a_list, a_path, one_of, real_number, shown
+from lightning_plugins.core.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_plugins.core.validation import (
+    LightningPluginsWarning,
+    a_list,
+    a_path,
+    did_you_mean,
+    one_of,
+    real_number,
+    shown,
+)
 from lightning_plugins.core.writable import check_writable
 from lightning_plugins.statistics.csv_file import (
     LAYOUTS,
@@ -99,6 +112,9 @@ class CSVStatisticsLogger(RowWriter):
         self._validation: StatisticsRow | None = None
         # the row of an epoch that has not ended
         self._pending: dict[str, str] = {}
+        # the chosen columns without a value so far, and the names that had one
+        self._empty = set(self.columns or ())
+        self._filled: set[str] = set()
 
     # hooks, in the order in which they fire
 
@@ -132,7 +148,7 @@ class CSVStatisticsLogger(RowWriter):
     def write(self, rows: Sequence[StatisticsRow]) -> None:
         """Append rows of batches."""
         if self._file is not None and self.every == "batch":
-            self._file.add(list(map(LAYOUTS[self.layout], rows)))
+            self._add(list(map(LAYOUTS[self.layout], rows)))
 
     def phase_end(self, row: StatisticsRow) -> None:
         """Keep what the epoch's row needs."""
@@ -155,6 +171,11 @@ class CSVStatisticsLogger(RowWriter):
         """Write what is left."""
         self._end_epoch()
         super().on_train_end(trainer, pl_module)
+        for name in sorted(self._empty) if self._filled else ():
+            rank_zero_warn(
+                f"`columns` names {shown(name)}, but nothing of that name was logged{did_you_mean(name, self._filled)}",
+                category=LightningPluginsWarning,
+            )
 
     def close(self) -> None:
         """Write what is left and close the file; a second fit opens it again."""
@@ -200,9 +221,17 @@ class CSVStatisticsLogger(RowWriter):
         for line in self._file.resume(restored):
             rank_zero_info(f"CSVStatisticsLogger: {line}")
 
+    def _add(self, rows: list[dict[str, str]]) -> None:
+        if self._file is not None:
+            self._file.add(rows)
+        # without a recorder the names are not known before something has been logged
+        if self._empty:
+            self._filled.update(*rows)
+            self._empty -= self._filled
+
     def _end_epoch(self) -> None:
         if self._pending and self._file is not None:
-            self._file.add([self._pending])
+            self._add([self._pending])
         self._pending, self._train, self._validation = {}, None, None
 
     def _upload(self) -> None:
@@ -216,10 +245,9 @@ class CSVStatisticsLogger(RowWriter):
         known = (batch_columns if self.every == "batch" else epoch_columns)(names, self.layout)
         for name in self.columns:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
                 raise MisconfigurationException(
-                    f"`columns` must name some of {', '.join(map(repr, known))}, got {shown(name)}{hint}"
+                    f"`columns` must name some of {', '.join(map(repr, known))}, got {shown(name)}"
+                    f"{did_you_mean(name, known)}"
                 )
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder
 from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.statistics_runs import (
     Classifier,
     expected_rows,
@@ -136,6 +137,13 @@ def test_columns_that_the_recorder_does_not_have_are_refused_with_the_nearest():
     with pytest.raises(MisconfigurationException, match=r"'val_top5Accuracy', .*got 'zzz'\."):
         fit([StatisticsRecorder(METRICS), logger])
     assert not Path("log.csv").exists()
+
+
+def test_a_column_that_stays_empty_is_said_at_the_end():
+    """Without a recorder the names are not known before the module has logged them."""
+    with pytest.warns(LightningPluginsWarning, match=r"`columns` names 'losss', .* logged; did you mean 'loss'\?"):
+        fit([CSVStatisticsLogger("log.csv", columns=["loss", "losss"])])
+    assert read("log.csv")[0]["loss"]
 
 
 def test_without_a_recorder_there_is_the_loss_and_what_the_module_logs():
