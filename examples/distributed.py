@@ -45,6 +45,7 @@ from lightning_plugins import (
     WarmupCosine,
     extract_weights,
 )
+from lightning_plugins.statistics import plot_log
 
 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # a later run replaces it
 
@@ -171,6 +172,7 @@ def main() -> None:
             weights["averaged (EMA)"] = Classifier.load_from_checkpoint(averaging.path).state_dict()
         report(ranks, {name: tested(state, held_out) for name, state in weights.items()})
         steps = f"{trainer.global_step} steps of {trainer.world_size} processes in {seconds:.1f} seconds"
+        print(f"\nOpen {plot_log(folder / 'log.csv', folder / 'curves.png')} for loss, accuracy and rate.")
         print(f"\n{steps}. Written:", *sorted(folder.iterdir()), sep="\n  ")
     if distributed.is_initialized():
         distributed.barrier()  # who leaves first would end the others' group

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from _common import CommandLine, make, trainer_options, unused_folder
 from lightning_plugins import (
     EMA,
+    CSVStatisticsLogger,
     GradientAccumulation,
     LearningRateScheduler,
     Noam,
@@ -34,6 +35,7 @@ from lightning_plugins import (
     TensorBoardStatisticsLogger,
     Tokens,
 )
+from lightning_plugins.statistics import plot_log
 
 HEADS = 4
 IGNORED = -100  # the target behind a sequence's end
@@ -178,6 +180,7 @@ def main() -> None:
                 LearningRateScheduler(Noam(options.width, warmup="10%")),  # peak: lr / sqrt(width * warm-up steps)
                 ema,
                 StatisticsRecorder(["perplexity"]),
+                CSVStatisticsLogger(folder / "log.csv"),
                 TensorBoardStatisticsLogger(folder / "tensorboard"),
                 ModelCheckpoint(folder, "last"),
                 TQDMProgressBar(refresh_rate=10),
@@ -202,6 +205,7 @@ def main() -> None:
         for name, value in perplexity.items():
             print(f"{name:<30}{value:8.2f}")
         print("\nIt writes:\n", tested.cpu().eval().write(b"\0The ", 300), sep="\n")
+        print(f"\nOpen {plot_log(folder / 'log.csv', folder / 'curves.png')} for perplexity and rate.")
         print(f"\n{trainer.global_step} steps. Written:", *sorted(folder.iterdir()), sep="\n  ")
 
 

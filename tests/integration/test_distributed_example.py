@@ -45,7 +45,7 @@ def test_both_processes_have_the_same_and_rank_zero_writes_it_once(tmp_path, str
     assert all(0.5 < float(value) <= 1 for value in accuracy.values())  # a tenth is chance
 
     folder = tmp_path / "runs" / "distributed" / strategy
-    names = {"averaged.ckpt", "averaged_pool", "best.ckpt", "last.ckpt", "log.csv", "tensorboard"}
+    names = {"averaged.ckpt", "averaged_pool", "best.ckpt", "curves.png", "last.ckpt", "log.csv", "tensorboard"}
     assert {path.name for path in folder.iterdir()} == names
     with (folder / "log.csv").open() as file:
         rows = list(csv.DictReader(file))

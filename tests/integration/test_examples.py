@@ -218,7 +218,8 @@ def test_model_beats_the_frequencies_of_bytes_and_writes(model):
     assert found["any byte"] == 256
     assert max(found["raw weights"], found["EMA"]) < found["bytes by frequency"]
     assert re.search(r"^It writes:\n\nThe .+?^100 steps\. Written:$", console, re.MULTILINE | re.DOTALL)
-    assert sorted(path.name for path in written.iterdir()) == ["last.ckpt", "tensorboard"]
+    assert sorted(path.name for path in written.iterdir()) == ["curves.png", "last.ckpt", "log.csv", "tensorboard"]
+    assert f"Open runs/{written.name}/curves.png" in console
 
 
 def test_model_perplexities_are_those_of_its_checkpoint_byte_by_byte(model):
