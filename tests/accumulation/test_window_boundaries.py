@@ -293,7 +293,10 @@ def test_another_loader_has_another_number_of_batches(caplog):
 def test_says_how_many_samples_all_processes_take(ranks):
     accumulation = GradientAccumulation(3)
     trainer = SimpleNamespace(
-        world_size=ranks, train_dataloader=SimpleNamespace(batch_size=4, batch_sampler=None), callbacks=[]
+        world_size=ranks,
+        distributed_sampler_kwargs=None,
+        train_dataloader=SimpleNamespace(batch_size=4, batch_sampler=None),
+        callbacks=[],
     )
     each = " on each of 2 processes" if ranks == 2 else ""
     line = f"3 batches of 4 samples{each} per optimizer step (effective batch size {12 * ranks})"

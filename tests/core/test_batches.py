@@ -166,7 +166,7 @@ def test_a_field_is_found(batch, key):
     [
         ({"x": 1, "y": 2}, "z", r"got 'z'\. This dict has: 'x', 'y'\."),
         ((1, 2), 2, r"got 2\. This tuple has: 0, 1\."),
-        ((1, 2), "x", r"got 'x'\. This tuple has: none that has a name\."),
+        ((1, 2), "x", r"got 'x'\. This tuple has: only places, 0 to 1: give the number\."),
         (Holder(), "label", r"got 'label'\. This Holder has: 'labels'\."),
         (Pair(1, 2), "text", r"got 'text'\. This Pair has: 'image', 'label'\."),
         (Slotted(1, 2), "text", r"got 'text'\. This Slotted has: 'image', 'label'\."),

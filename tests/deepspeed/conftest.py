@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-collect_ignore_glob = [] if find_spec("deepspeed") else ["test_*.py"]
+collect_ignore_glob = [] if find_spec("deepspeed") else ["*.py"]
 
 torch.set_num_threads(1)  # for fixtures of a module too: they begin before the first test's
 

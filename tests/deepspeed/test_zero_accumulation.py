@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.deepspeed import zero_runs
 from tests.deepspeed.references import full_batch_steps, windows_of
-from tests.support import zero_runs
 from tests.support.ranks import run_ranks
 
 UNEQUAL = [zero_runs.Batches(sizes, seed=rank).batches for rank, sizes in enumerate(zero_runs.SIZES)]

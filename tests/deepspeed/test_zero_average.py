@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support import zero_averages, zero_runs
+from tests.deepspeed import zero_averages, zero_runs
 from tests.support.ranks import run_ranks
 
 CASES = [f"{stage} {precision}" for stage in zero_runs.STAGES for precision in ("bf16-true", "32-true")]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from tests.deepspeed import zero_runs, zero_stack
 from tests.deepspeed.references import full_batch_steps, windows_of
-from tests.support import zero_runs, zero_stack
 from tests.support.ranks import run_ranks
 
 TRAINED = [zero_runs.Batches(sizes, seed=rank).batches for rank, sizes in enumerate(zero_runs.SIZES)]

@@ -189,4 +189,4 @@ def test_the_module_is_not_kept_alive(name):
     assert (alive() is not None) == (name in KEEPERS)
 
 
-KEEPERS = {"EMA", "PostHocEMA", STACK}  # they go on averaging in a second fit of the module
+KEEPERS = {"EMA", "LatestWeightAveraging", "PostHocEMA", STACK}  # they go on averaging in a second fit of the module

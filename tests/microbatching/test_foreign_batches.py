@@ -152,7 +152,7 @@ def test_the_argument_that_helps_is_named(arguments, error, message):
 
 
 def test_split_must_be_a_function():
-    with pytest.raises(TypeError, match=r"`split` must be a function \(batch, sizes\) -> pieces, or None, got 3\."):
+    with pytest.raises(TypeError, match=r"`split` must be None or a function of \(batch, sizes\), got 3\."):
         MicroBatching(2, split=3)
 
 

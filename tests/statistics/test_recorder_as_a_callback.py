@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
 
 def test_wrong_arguments_are_refused_at_construction():
     with pytest.raises(
-        TypeError, match=r"`predictions` must be a key, a function of \(outputs, batch\) or None, got 3"
+        TypeError, match=r"`predictions` must be None, a key or a function of \(outputs, batch\), got 3"
     ):
         StatisticsRecorder(predictions=3)
     with pytest.raises(TypeError, match="`targets` must be"):

@@ -18,7 +18,7 @@ from lightning_plugins import (
     WarmupCosine,
     extract_weights,
 )
-from tests.support.zero_runs import (
+from tests.deepspeed.zero_runs import (
     RANK,
     SIZES,
     STAGES,

@@ -12,7 +12,7 @@ from lightning_plugins import EMA, ConstantDecay, extract_weights
 from lightning_plugins.core.zero import held_part, zero_of
 from lightning_plugins.ema.zero_files import files_of
 from tests.deepspeed.references import recursion
-from tests.support.zero_runs import RANK, STAGES, Net, even_loader, masters, same, trainer
+from tests.deepspeed.zero_runs import RANK, STAGES, Net, even_loader, masters, same, trainer
 
 DECAY = 0.8
 
