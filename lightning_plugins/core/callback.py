@@ -12,17 +12,6 @@ from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.private_names import check_names
 from lightning_plugins.core.validation import check_state_version
 
-_HOOKS_OF_BATCHES = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-)
-
 
 class Stage(IntEnum):
     """The place of a callback among ours, from first to last within every hook."""
@@ -96,7 +85,6 @@ class Callback(CallbackOfBoth):
         if type(profiler).__name__ == "PassThroughProfiler" and "profile" not in vars(profiler):
             # it does nothing, but by a generator: a microsecond and more for every hook of every callback
             self.patches.replace(profiler, "profile", contextlib.nullcontext)
-        self.pass_by(trainer, CallbackOfBoth)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything: Lightning calls no ``teardown`` after an exception or Ctrl-C."""
@@ -112,9 +100,6 @@ class Callback(CallbackOfBoth):
         finally:
             self._remaining_end = None
             self.patches.undo()
-            for name in _HOOKS_OF_BATCHES:
-                if vars(self).get(name, self) is None:
-                    del vars(self)[name]
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undo what :attr:`patches` does not know of. May be called twice, and before anything was begun."""
@@ -142,21 +127,6 @@ class Callback(CallbackOfBoth):
         self.set_state(check_state_version(type(self).__name__, state_dict, self.state_version))
 
     # -- for subclasses
-
-    def pass_by(self, trainer: Trainer, base: type) -> None:
-        """Let the Trainer pass by the hooks of batches that do nothing here, until the run ends.
-
-        Calling them costs it a microsecond each, and a stack of callbacks has dozens. It leaves out a hook that is not
-        callable. A callback that is no member of its list, but called by one, keeps all of them.
-
-        Args:
-            trainer: The Trainer, at setup.
-            base: The class whose hooks do nothing; what a subclass of it defines is called.
-        """
-        if any(found is self for found in trainer.callbacks):  # type: ignore[attr-defined]
-            for name in _HOOKS_OF_BATCHES:
-                if getattr(type(self), name) is getattr(base, name):
-                    vars(self).setdefault(name, None)
 
     def when_nothing_is_left(self, trainer: Trainer, finish: Callable[[], None]) -> None:
         """Call ``finish`` in a fit that finds nothing left to train, where Lightning calls no hook.

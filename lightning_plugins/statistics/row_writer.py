@@ -65,8 +65,6 @@ class RowWriter(RecordingCallback):
         if first is self:
             self._records = self._own
             self._recording.setup(trainer, pl_module, stage)
-        else:
-            self.pass_by(trainer, RecordingCallback)
 
     @property
     def recording(self) -> Recording:
