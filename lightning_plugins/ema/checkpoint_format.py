@@ -338,8 +338,8 @@ def load_checkpoint(
     directory = is_sharded_checkpoint(path)
     if not path.is_file() and not directory:
         raise ValueError(
-            f"`checkpoint_path` must be a checkpoint file, got {str(path)!r}, which is neither one nor the directory "
-            "of a distributed checkpoint."
+            f"`checkpoint_path` must be a checkpoint file, got {shown(str(path))}, which is neither one nor the "
+            "directory of a distributed checkpoint."
         )
     file = path / "meta.pt" if directory else path
     if not file.is_file():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core.progress import with_progress
-from lightning_plugins.core.validation import a_path, shortened, whole_number
+from lightning_plugins.core.validation import a_path, shortened, shown, whole_number
 from lightning_plugins.ema.power_exponent import power_exponent
 from lightning_plugins.ema.snapshots import SnapshotFile, list_snapshots, read_frozen
 
@@ -89,7 +89,7 @@ def synthesize_ema(
     sigma_rel = float(sigma_rel)
     snapshots = list_snapshots(a_path("dirpath", dirpath))
     if not snapshots:
-        raise ValueError(f"`dirpath` must be a directory with snapshots of PostHocEMA, got {str(dirpath)!r}.")
+        raise ValueError(f"`dirpath` must be a directory with snapshots of PostHocEMA, got {shown(str(dirpath))}.")
     there = [snapshot.step for snapshot in snapshots]
     end = there[-1] if step is None else whole_number("step", step, at_least=1, unit="steps")
     if end not in there:
