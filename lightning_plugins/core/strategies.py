@@ -62,7 +62,7 @@ SUPPORTED: dict[str, Support] = {
     ),
     # no DeepSpeed checkpoint has the gradients of an open window
     "GradientAccumulation(carry=True)": Support(
-        {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""},
+        {ONE: "", DDP: "", FSDP1: "not with torch 2.6", FSDP2: "", TENSOR: ""},
         {DEEPSPEED: "GradientAccumulation without carry"},
         steers_windows=True,
     ),

@@ -11,6 +11,8 @@ from tests.support.accumulation_runs import errors_of
 from tests.support.mesh_worker import CANCELLED, DECAY, RANKS, SETUPS, case_of, every_setup
 from tests.support.ranks import run_ranks
 
+# the window of every setup is carried into the second epoch
+pytestmark = conditions.carry_under_fsdp1
 NAMES = [name for name in SETUPS if conditions.HAS_FSDP2_ON_CPU or name.startswith("fsdp1")]
 MORE = ["effective_batch_size", "cancelled"] if conditions.HAS_FSDP2_ON_CPU else []
 RESUMED = [name for name in NAMES if name != "activation checkpointing"]

@@ -31,6 +31,9 @@ def _needs(what, *, there):
 HAS_FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 fsdp2_on_cpu = _needs("FSDP2 on CPU", there=HAS_FSDP2_ON_CPU)
 
+# torch 2.6's FSDP1 refuses gradients that wait for a later epoch: "Cannot writeback when the gradient shape changes"
+carry_under_fsdp1 = _needs("carried windows under FSDP1", there=installed("torch") >= (2, 7))
+
 HAS_EMA_WEIGHT_AVERAGING = hasattr(callbacks, "EMAWeightAveraging")
 ema_weight_averaging = _needs("Lightning's EMAWeightAveraging", there=HAS_EMA_WEIGHT_AVERAGING)
 
