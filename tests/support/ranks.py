@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import socket
 import tempfile
 import warnings
@@ -34,8 +35,8 @@ def run_ranks(function, *arguments, world_size=2, timeout=180):
     The function must be importable by name. Lightning sees ranks that another program has started.
     """
     ranks = ended_ranks(function, *arguments, world_size=world_size, timeout=timeout)
-    # what the first to fail says is why the others failed
-    for rank in sorted(ranks, key=lambda rank: rank.code != 1):
+    # what the first to fail says is why the others failed, or waited for it and were killed
+    for rank in sorted(ranks, key=lambda rank: (rank.code == -signal.SIGKILL, rank.code != 1)):
         assert rank.code == 0, f"exit code {rank.code}:\n{rank.output[-6000:]}"
     return [rank.result for rank in ranks]
 
