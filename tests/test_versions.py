@@ -113,7 +113,8 @@ def test_a_record_is_of_the_versions_that_it_stands_for():
             assert found[name]["versions"][requirement].split("+")[0] == pins(name)[requirement], (name, requirement)
     for name, run in found.items():
         assert run["counts"]["failed"] == run["counts"]["error"] == 0, name
-        assert all(reason.startswith(conditions.NEEDS) for reason in run["skipped"]), name
+        # the second is of a test that stood in some runs where it does not apply
+        assert all(reason.startswith(conditions.NEEDS) or reason == "its own test" for reason in run["skipped"]), name
         assert ".".join(run["python"].split(".")[:2]) in PYTHONS, name
         for requirement in REQUIREMENTS.values():
             assert requirement.specifier.contains(run["versions"][requirement.name], prereleases=True), (

@@ -131,11 +131,10 @@ def test_hidden_parameters_are_refused_by_name(sharded):
     assert all(named in rank["refused"] for rank in ranks)
 
 
+@pytest.mark.parametrize("sharded", ["fsdp1"], indirect=True)
 def test_sharded_files_of_fsdp1_resume_bit_for_bit(sharded):
     """Every rank writes its part of the average; the raw weights lie beside it."""
     directory, ranks = sharded
-    if directory.name[:5] == "fsdp2":
-        pytest.skip("its own test")
     for rank, first in enumerate(ranks):
         found = torch.load(directory / f"fsdp1-parts-{rank}.pt", weights_only=True)
         for when in ("whole", "resumed"):
