@@ -45,6 +45,8 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # a cell is put at its mean, not drawn around it: drawn numbers depend on what is drawn at once
         patch.setattr(torch.distributions.Normal, "rsample", mean)
+        # its checkpoint callback writes into `scvi_log` in the working directory
+        patch.chdir(path)
         model.train(
             max_epochs=EPOCHS,
             accelerator="cpu",
