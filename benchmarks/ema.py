@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import absentees, interleaved, quiet, report, table, why_absent
+from benchmarks import whole_stack
+from benchmarks.harness import Seconds, absentees, interleaved, quiet, report, table, why_absent
+from lightning_plugins import EMA, LatestWeightAveraging
+from lightning_plugins.ema.latest_shadow import LatestShadow
 from lightning_plugins.ema.shadow import Shadow
 
 CHUNK = 2**18  # elements of a mebibyte of float32
+LAST, EVERY = 5, 100  # the defaults, in a run of 10,000 steps
 MODULES = {"timm": "timm.utils.model_ema", "ema-pytorch": "ema_pytorch"}
 Methods = dict[str, Callable[[], object]]
 
@@ -141,24 +147,88 @@ def lightning_swap(module: nn.Module) -> Methods:
     return {"Lightning EMAWeightAveraging": lambda: callback._swap_models(module)}
 
 
-def extra_memory(module: nn.Module) -> str:
-    """Return what an update and two swaps allocate beyond the average itself."""
+def latest_methods(module: nn.Module) -> Methods:
+    """Return ways to take a snapshot of the weights and average the last ones, each with all of its snapshots."""
+    mean, weights, copies = flat(module), flat(module), deque(flat(module) for _ in range(LAST))
+    shadow = LatestShadow(module, last=LAST)
+    methods = {"lightning_plugins": shadow.update, "plain torch: a deque of copies": plain_latest(module)}
+    for method in methods.values():
+        for _ in range(LAST):
+            method()
+
+    def chunked() -> None:
+        copies.rotate(-1)
+        copies[-1].copy_(weights)
+        for target, first, *others in zip(*(torch.split(flat, CHUNK) for flat in (mean, *copies)), strict=True):
+            target.copy_(first)
+            for part in others:
+                target.add_(part)
+            target.div_(LAST)
+
+    return {"floor: flat copy and chunked mean": chunked, **methods}
+
+
+def plain_latest(module: nn.Module) -> Callable[[], None]:
+    copies: deque[list[Tensor]] = deque(maxlen=LAST)
+    average: list[Tensor] = []
+
+    def update() -> None:
+        copies.append([parameter.detach().clone() for parameter in module.parameters()])
+        average[:] = [sum(parts) / len(parts) for parts in zip(*copies, strict=True)]
+
+    return update
+
+
+def extra_memory(module: nn.Module) -> list[str]:
+    """Return how much is allocated at once beyond averages and snapshots, as sentences."""
     shadow = Shadow(perturbed(module))
-    with torch.profiler.profile(profile_memory=True) as profile:
+
+    def update_and_swap() -> None:
         shadow.update(0.999)
         shadow.swap_in()
         shadow.swap_out()
-    extra = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
-    return f"Allocated by one update and two swaps, beyond the average: {extra / 1e6:.2f} MB."
+
+    # before anything of them is made, the latest
+    update = f"Allocated by one update and two swaps, beyond the average: {allocated(update_and_swap)} MB."
+    _, ours, plain = (allocated(method) for method in latest_methods(module).values())
+    beyond = f"beyond the last {LAST} and their mean"
+    return [update, f"Allocated by one snapshot, {beyond}: {ours} MB (a deque of copies: {plain} MB)."]
 
 
-TABLES: list[tuple[str, Callable[[nn.Module], Methods], Callable[[], nn.Module], int]] = [
-    ("update, 101 M in 148 tensors, float32", update_methods, transformer, 21),
-    ("update, 5 M in 1000 tensors, float32", update_methods, many_small, 61),
-    ("update, 101 M in 148 tensors, bfloat16 into float32", half_methods, transformer, 21),
-    ("swap, 101 M in 148 tensors, float32", swap_methods, transformer, 21),
-    ("swap, 5 M in 1000 tensors, float32", swap_methods, many_small, 61),
-]
+def allocated(work: Callable[[], object]) -> str:
+    """Return how many megabytes more than before ``work`` holds at its height."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return f"{max(accumulate(event.self_cpu_memory_usage for event in events)) / 1e6:.2f}"
+
+
+def trainer_steps(*, quick: bool) -> Seconds:
+    """Return seconds per step of a tiny model, with and without an average."""
+    callbacks: dict[str, Callable[[], list]] = {
+        whole_stack.BARE: list,
+        "EMA": lambda: [EMA(0.9999)],
+        f"LatestWeightAveraging({LAST}, every={EVERY})": lambda: [LatestWeightAveraging(LAST, every=EVERY)],
+    }
+    makes = {
+        name: lambda folder, make=make: (whole_stack.Tiny, {"callbacks": make()}) for name, make in callbacks.items()
+    }
+    return whole_stack.measure(makes, *((20, 2) if quick else (1000, 15)))[0]
+
+
+TABLES: list[tuple[str, Callable[[nn.Module], Methods], Callable[[], nn.Module], int, int]] = [
+    ("update, 101 M in 148 tensors, float32", update_methods, transformer, 21, 1),
+    ("update, 5 M in 1000 tensors, float32", update_methods, many_small, 61, 1),
+    ("update, 101 M in 148 tensors, bfloat16 into float32", half_methods, transformer, 21, 1),
+    ("swap, 101 M in 148 tensors, float32", swap_methods, transformer, 21, 1),
+    ("swap, 5 M in 1000 tensors, float32", swap_methods, many_small, 61, 1),
+    (f"a step with the mean of the latest {LAST}, one in {EVERY} steps; 101 M in 148 tensors, float32",
+     latest_methods, transformer, 21, EVERY),
+    (f"a step with the mean of the latest {LAST}, one in {EVERY} steps; 5 M in 1000 tensors, float32",
+     latest_methods, many_small, 61, EVERY),
+]  # fmt: skip
+"""Title, what takes turns, on which module, in how many rounds, and the steps that one call is for."""
+STEP = "a Trainer step of 4 x Linear(8, 8)"
 SMALL = {transformer: partial(transformer, 8), many_small: partial(many_small, 4)}
 
 
@@ -168,16 +238,19 @@ def main(*, quick: bool = False, threads: int = 1, only: str = "") -> None:
     quiet()
     clock = time.perf_counter if threads > 1 else time.process_time
     tables, data = [], {}
-    for title, methods, module, rounds in TABLES:
+    for title, methods, module, rounds, steps in TABLES:
         if only not in title:
             continue
         candidates = methods((SMALL[module] if quick else module)())
         with torch.no_grad():
             data[title] = interleaved(candidates, rounds=2 if quick else rounds, clock=clock)
         head = f"{title}, {threads} thread" + "s" * (threads > 1)
-        tables.append(table(head, data[title], base=next(iter(candidates)), unit="ms"))
+        tables.append(table(head, data[title], base=next(iter(candidates)), per=steps, unit="ms"))
         tables.append("best times: " + best(data[title]))
-    tables += [extra_memory(SMALL[transformer]() if quick else transformer()), *absentees(MODULES)]
+    if only in STEP:
+        data[STEP] = trainer_steps(quick=quick)
+        tables.append(table(STEP, data[STEP], base=whole_stack.BARE))
+    tables += [*extra_memory(SMALL[transformer]() if quick else transformer()), *absentees(MODULES)]
     report("ema", tables, data, keep=not quick)
 
 

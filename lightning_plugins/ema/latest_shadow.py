@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.core.sharding import collected, local, scatter
 from lightning_plugins.ema.shadow import Shadow
-from lightning_plugins.ema.tensor_groups import plain_tensors
-
-_PIECE = 2**20
-"""Elements of a tensor that are added up at a time."""
+from lightning_plugins.ema.tensor_groups import copy, plain_tensors
 
 
 class LatestShadow(Shadow):
@@ -138,23 +135,48 @@ class LatestShadow(Shadow):
         history.append(oldest.copy_(weight, non_blocking=True))
 
     def _average(self) -> None:
-        for number, history in enumerate(self._histories):
-            if history:
-                group, position = self._where[number]
-                mean_into(self._shadows[number], history, group.weights[position].device)
+        devices = [self._where[number][0].weights[self._where[number][1]].device for number in range(len(self))]
+        for device in dict.fromkeys(devices):
+            numbers = [n for n, found in enumerate(devices) if found == device and self._histories[n]]
+            means_into([self._shadows[n] for n in numbers], [self._histories[n] for n in numbers], device)
 
 
-def mean_into(target: Tensor, snapshots: Sequence[Tensor], device: torch.device) -> None:
-    """Write the mean of ``snapshots`` into ``target``, added in float64 and rounded once.
+def means_into(targets: Sequence[Tensor], histories: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+    """Write the mean of each history into its target, added in float64 and rounded once.
 
-    Nothing waits for ``device``, where the sum is made piece by piece, wherever the tensors lie. Apple's GPUs, which
+    Nothing waits for ``device``, where the sums are made piece by piece, wherever the tensors lie. Apple's GPUs, which
     have no float64, add in float32.
     """
-    dtype = torch.promote_types(target.dtype, torch.float32 if device.type == "mps" else torch.float64)
-    flat = all(tensor.is_contiguous() for tensor in (target, *snapshots))
-    rows = [torch.split(tensor.view(-1), _PIECE) if flat else (tensor,) for tensor in (target, *snapshots)]
-    for piece, *parts in zip(*rows, strict=True):
-        total = parts[0].to(device, dtype, copy=True, non_blocking=True)
-        for part in parts[1:]:
-            total += part.to(device, non_blocking=True)
-        piece.copy_(total.div_(len(parts)), non_blocking=True)
+    # a mebibyte of sums stays in a processor's cache; a GPU needs more to hide the launch of a kernel
+    limit = 2**17 if device.type == "cpu" else 2**22
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    batch: list[tuple[Tensor, ...]] = []
+    size = 0
+    for target, history in zip(targets, histories, strict=True):
+        for row in _pieces((target, *history), limit):
+            size += row[0].numel()
+            if batch and (size > limit or len(row) != len(batch[0])):
+                _mean_of_rows(batch, device, wide)
+                batch, size = [], row[0].numel()
+            batch.append(row)
+    if batch:
+        _mean_of_rows(batch, device, wide)
+
+
+def _pieces(tensors: tuple[Tensor, ...], limit: int) -> Iterable[tuple[Tensor, ...]]:
+    if tensors[0].numel() <= limit or not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    return zip(*(torch.split(tensor.view(-1), limit) for tensor in tensors), strict=True)
+
+
+def _mean_of_rows(rows: list[tuple[Tensor, ...]], device: torch.device, wide: torch.dtype) -> None:
+    """Write into the first of each row the mean of the others."""
+    targets, first, *others = map(list, zip(*rows, strict=True))
+    totals = [
+        part.to(device, torch.promote_types(target.dtype, wide), copy=True, non_blocking=True)
+        for target, part in zip(targets, first, strict=True)
+    ]
+    for parts in others:
+        torch._foreach_add_(totals, [part.to(device, non_blocking=True) for part in parts])
+    torch._foreach_div_(totals, len(others) + 1)
+    copy(targets, totals)

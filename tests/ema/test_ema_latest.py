@@ -14,7 +14,7 @@ from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, average
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema import describe_checkpoint
-from lightning_plugins.ema.latest_shadow import LatestShadow
+from lightning_plugins.ema.latest_shadow import LatestShadow, means_into
 from tests.support.ema_runs import (
     NAMESPACES,
     THETA,
@@ -77,6 +77,22 @@ def test_a_thousand_snapshots_do_not_drift_from_numpys_mean(shape, memory_format
     snapshots = latest.collect_snapshots()
     assert len(snapshots) == last
     assert all(np.array_equal(one["weight"].numpy(), two) for one, two in zip(snapshots, seen[-last:], strict=True))
+
+
+def test_tensors_of_all_sizes_and_ages_have_their_own_means_bit_for_bit():
+    """Large ones come in pieces, small ones together; those of a parameter that joined later have fewer snapshots."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(7, 3), (3 * 2**17 + 5,), (0,), (2**17 - 2,), (), (11,), (500, 300), (9,)]
+    histories = [
+        [torch.randn(size, generator=generator) for _ in range(2 if number in (5, 6) else 5)]
+        for number, size in enumerate(sizes)
+    ]
+    histories[0] = [snapshot.t() for snapshot in histories[0]]
+    targets = [torch.full_like(history[0], torch.nan) for history in histories]
+    means_into(targets, histories, torch.device("cpu"))
+    for target, history in zip(targets, histories, strict=True):
+        expected = np.mean([snapshot.numpy().astype(np.float64) for snapshot in history], axis=0).astype(np.float32)
+        assert np.array_equal(target.numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
