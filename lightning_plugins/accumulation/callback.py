@@ -15,6 +15,7 @@ from lightning_plugins.accumulation.zero_windows import ZeroWindows
 from lightning_plugins.core.automatic_optimization import check_automatic
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter, wide
+from lightning_plugins.core.distributed_sets import refuse_cut_off
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -153,7 +154,9 @@ class GradientAccumulation(Callback):
             self.patches.wrap(trainer.fit_loop, "setup_data", lambda original: self._load_data(trainer, original))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the windows; the loader is known now."""
+        """Fix the windows, the loader is known now; refuse a directory that was cut off before it is read."""
+        if self.carry:
+            refuse_cut_off(self.patches, trainer.strategy)
         if any(isinstance(optimizer, LBFGS) for optimizer in torch_optimizers(trainer)):
             raise MisconfigurationException(
                 "GradientAccumulation does not work with LBFGS, which runs the last batch of a window several times "
@@ -248,7 +251,13 @@ class GradientAccumulation(Callback):
         if self._carried is not None and self._carried.is_open(trainer):
             shared = trainer.world_size / data_ranks(trainer)
             total = float(_sum(trainer, self._window.total)) / shared
-            checkpoint["callbacks"][self.state_key]["carried"] = self._carried.state(trainer, pl_module, total)
+            state = self._carried.state(trainer, pl_module, total, checkpoint)
+            checkpoint["callbacks"][self.state_key]["carried"] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the gradients of an open window that lie beside a distributed checkpoint; every rank takes part."""
+        if self._carried is not None and self._holds:
+            self._carried.read_beside(trainer, pl_module, checkpoint)
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the Trainer as it was."""

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core import flat_shards
+from lightning_plugins.core.checkpoint_keys import SECOND_SETS_FOLDER
 from lightning_plugins.core.counting import Count
+from lightning_plugins.core.distributed_sets import is_distributed, open_sets, put_beside
 from lightning_plugins.core.lightning import LightningModule, Trainer, sum_over_ranks
 from lightning_plugins.core.loaders import data_ranks
 from lightning_plugins.core.module_state import clean_name
 from lightning_plugins.core.patching import Patches
-from lightning_plugins.core.sharding import full_shape, gather, is_sharded, local, scatter
+from lightning_plugins.core.second_sets import Label
+from lightning_plugins.core.sharding import collected, full_shape, is_sharded, local, placed_as, scatter
 from lightning_plugins.core.validation import real_number, shown, whole_number
+
+_GRADIENTS: Label = ("gradients",)
+"""What the gradients of an open window are listed as in the folder of a distributed checkpoint."""
 
 
 class CarriedWindows:
@@ -36,6 +42,8 @@ class CarriedWindows:
         self._place = 0
         self._zeroed = False
         self._loaded: dict[str, Any] | None = None
+        # gradients from a distributed checkpoint
+        self._beside: dict[str, Tensor] | None = None
 
     def take_over(self, trainer: Trainer, patches: Patches) -> None:
         """Take over the two decisions."""
@@ -78,13 +86,32 @@ class CarriedWindows:
         """Return whether the window waits for further batches."""
         return not self.stepped and 0 < self.done(trainer) < trainer.accumulate_grad_batches
 
-    def state(self, trainer: Trainer, pl_module: LightningModule, total: float) -> dict[str, Any]:
-        """Return the open window: its batches, its count, its gradients, and what these are to be multiplied by."""
+    def state(
+        self, trainer: Trainer, pl_module: LightningModule, total: float, checkpoint: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the open window: its batches, its count, its gradients, and what these are to be multiplied by.
+
+        Gradients that FSDP2 or tensor parallelism has sharded go beside a ``checkpoint`` that is distributed, each
+        rank's shares; then they are ``None`` here.
+        """
+        state: dict[str, Any] = {"position": self.done(trainer), "total": total, "gradients": {}, "ranks": 1}
         means = is_sharded(pl_module) and not flat_shards.are_in(pl_module)
-        ranks = data_ranks(trainer) if means else 1
-        collect = _gathered_gradients if means else _summed_gradients
-        gradients = collect(trainer, pl_module) if self._zeroed else {}
-        return {"position": self.done(trainer), "total": total, "gradients": gradients, "ranks": ranks}
+        if means:
+            state["ranks"] = data_ranks(trainer)
+        if not self._zeroed:
+            return state
+        if not means:
+            return {**state, "gradients": _summed_gradients(trainer, pl_module)}
+        shares = is_distributed(checkpoint)
+        gradients = _sharded_gradients(trainer, pl_module, shares=shares)
+        if shares and gradients:
+            put_beside(trainer.strategy, checkpoint, {_GRADIENTS: gradients})
+        return {**state, "gradients": None if shares and gradients else gradients}
+
+    def read_beside(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the gradients that lie beside a distributed checkpoint; every rank must call it."""
+        sets = open_sets(checkpoint, trainer.ckpt_path, pl_module)
+        self._beside = None if sets is None else sets.read(_GRADIENTS)
 
     def load(self, state: Any) -> None:
         """Keep an open window until the model is on its device.
@@ -99,10 +126,11 @@ class CarriedWindows:
             whole_number("state['carried']['position']", state["position"], at_least=1, unit="batches")
             real_number("state['carried']['total']", state["total"], at_least=0)
             whole_number("state['carried']['ranks']", state.get("ranks", 1), at_least=1, unit="ranks")
-            gradients = state["gradients"]
-            if not isinstance(gradients, Mapping) or not all(isinstance(value, Tensor) for value in gradients.values()):
+            # those in a folder are read by now, if they are there; an evaluation does not need them
+            gradients, self._beside = self._beside if state["gradients"] is None else state["gradients"], None
+            if gradients is not None and not _are_tensors(gradients):
                 raise TypeError(f"`state['carried']['gradients']` must map names to tensors, got {shown(gradients)}.")
-            state = dict(state)
+            state = {**state, "gradients": gradients}
         self._loaded = state
 
     def resume(self, trainer: Trainer, pl_module: LightningModule) -> Count:
@@ -112,9 +140,15 @@ class CarriedWindows:
         taken after each backward, every rank takes its share of it.
 
         Raises:
-            ValueError: If a gradient does not fit its parameter.
+            ValueError: If a gradient does not fit its parameter, or the folder with the gradients is not there.
         """
         loaded, self._loaded, self.stepped = self._loaded, None, False
+        if loaded is not None and loaded["gradients"] is None:
+            raise ValueError(
+                "The gradients of a carried window must lie beside the checkpoint, in its folder "
+                f"{SECOND_SETS_FOLDER}, but it was put together from a directory without it. Resume from the "
+                "directory, or from an epoch whose last window was full."
+            )
         self._begin = _started(trainer) - (loaded["position"] if loaded else 0)
         self._zeroed = bool(loaded and loaded["gradients"])
         if loaded is None:
@@ -129,6 +163,10 @@ class CarriedWindows:
         # ranks that share a batch count it each
         total: float = loaded["total"] * (trainer.world_size / data_ranks(trainer))
         return total if trainer.is_global_zero else 0
+
+
+def _are_tensors(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values())
 
 
 def _started(trainer: Trainer) -> int:
@@ -180,17 +218,17 @@ def _summed_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str,
     return gradients
 
 
-def _gathered_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-    """Return the same of sharded gradients, whole, on the first rank."""
+def _sharded_gradients(trainer: Trainer, pl_module: LightningModule, *, shares: bool) -> dict[str, Tensor]:
+    """Return the same of sharded gradients: this rank's shares, or whole ones on the first rank."""
     parameters, gradients = _named_parameters(pl_module), {}
     for name in _used(trainer, parameters):
-        parameter = parameters[name]
-        part = torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
-        # the gradient of a DTensor may be placed in another way than it is
-        like = parameter if parameter.grad is None or not is_sharded(parameter.grad) else parameter.grad
-        whole = gather(part.detach(), like)
-        if trainer.is_global_zero:
-            gradients[name] = whole.to("cpu", copy=True)
+        parameter = parameters[name].detach()
+        grad = parameters[name].grad
+        part = torch.zeros_like(local(parameter)) if grad is None else local(placed_as(grad.detach(), parameter))
+        found = collected(part, parameter, keep=shares or trainer.is_global_zero, shares=shares)
+        if found is not None:
+            # the next batch adds to it
+            gradients[name] = found if shares else found.to("cpu", copy=True)
     return gradients
 
 

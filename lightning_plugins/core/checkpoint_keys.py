@@ -18,7 +18,7 @@ POSTHOC_EMA = "lightning_plugins_posthoc_ema"
 """Sets of weights that a callback goes on with, by its key: post-hoc EMA's averages, the latest snapshots."""
 
 SECOND_SETS = "lightning_plugins_second_sets"
-"""In ``meta.pt`` of a distributed checkpoint: which sets of weights lie in the folder beside it."""
+"""In ``meta.pt`` of a distributed checkpoint: which sets of tensors lie in the folder beside it."""
 
 SECOND_SETS_FOLDER = "lightning_plugins_ema"
 """That folder's name, in the checkpoint's directory."""

@@ -60,6 +60,11 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ("torchmetrics.MeanMetric()", "_computed", "the value that was computed from its states"),
         ("torchmetrics.MeanMetric()", "_forward_cache", "the value of the last batch"),
         ("torchmetrics.MeanMetric()", "_cache _is_synced", "a metric's own states while it is synced"),
+        (
+            "trainer.strategy",
+            "save_checkpoint load_checkpoint",
+            "what lies beside a distributed checkpoint is written before it, and one that was cut off is refused",
+        ),
         ("lightning.pytorch.strategies.ModelParallelStrategy", "_device_mesh", "ranks that see different data"),
         (
             "deepspeed.runtime.engine.DeepSpeedEngine",
@@ -169,7 +174,11 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
     ),
     *_of(
         "ema",
-        ("torch", "_foreach_copy_ _foreach_lerp_", "one kernel updates all tensors"),
+        (
+            "torch",
+            "_foreach_add_ _foreach_copy_ _foreach_div_ _foreach_lerp_",
+            "one kernel updates all tensors",
+        ),
         ("torch.Tensor", "_version", "whether a tensor was written to since"),
         ("torch.nn.Module()", "_modules", "whether a part that has averaged tensors was exchanged"),
         (

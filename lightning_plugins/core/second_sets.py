@@ -1,10 +1,10 @@
-"""Whether the folder with further sets of weights in a distributed checkpoint belongs to the checkpoint around it.
+"""Whether the folder with further sets of tensors in a distributed checkpoint belongs to the checkpoint around it.
 
 A directory of ``torch.distributed.checkpoint`` holds one set of weights. Further ones, such as the trained weights
-beside their average, lie in a folder of their own inside of it, ``lightning_plugins_ema/``, which is such a directory
-again. A distributed checkpoint is not written in one step, and one that replaces another does so file by file: so what
-belongs together says so. ``sets.json``, written last in the folder, and ``meta.pt``, written last of all, hold the same
-listing:
+beside their average, and the gradients of an open window lie in a folder of their own inside of it,
+``lightning_plugins_ema/``, which is such a directory again. A distributed checkpoint is not written in one step, and
+one that replaces another does so file by file: so what belongs together says so. ``sets.json``, written last in the
+folder, and ``meta.pt``, written last of all, hold the same listing:
 
     version   1
     save      a text that no other save has

@@ -147,6 +147,8 @@ class ShardedTensors:
                     raise UnreadableError(f"its index has `{shortened(name)}` twice")
                 spec = TensorSpec(_dtype(fields["properties"]), _numbers(fields["size"]))
                 parts = [_part(key, chunk, places, spec) for chunk in fields["chunks"]]
+                # tensor parallelism and FSDP2 together share rows out by turns
+                parts.sort(key=lambda part: part.offsets)
                 if not covers(spec.shape, [(part.offsets, part.sizes) for part in parts]):
                     raise UnreadableError(f"the parts of `{shortened(name)}` do not make up the whole")
                 self.specs[name], self._parts[name] = spec, parts

@@ -79,6 +79,13 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return ``tensor`` spread over ranks as ``like`` is; a collective where a gradient is spread in another way."""
+    if not _is_dtensor(tensor) or cast(Any, tensor).placements == cast(Any, like).placements:
+        return tensor
+    return cast(Tensor, cast(Any, tensor).redistribute(placements=cast(Any, like).placements))
+
+
 def gather(part: Tensor, like: Tensor) -> Tensor:
     """Return the full tensor of which ``part`` is this rank's share; a collective when ``like`` is sharded."""
     if (flat := flat_shards.of(like)) is not None:

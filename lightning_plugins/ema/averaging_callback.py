@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from lightning_plugins.core.callback import Callback, Stage
+from lightning_plugins.core.distributed_sets import DistributedSets, open_sets
 from lightning_plugins.core.durations import RunLengthUnknownError
 from lightning_plugins.core.lightning import (
     LightningModule,
@@ -25,7 +26,6 @@ from lightning_plugins.core.strategies import check_strategy, learn_shards
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.core.zero import ZeroClock, clock_of
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
-from lightning_plugins.ema.distributed_files import DistributedSets, open_sets
 from lightning_plugins.ema.pace import Pace
 from lightning_plugins.ema.shadow import Shadow, showing
 from lightning_plugins.ema.watched_files import watch_files

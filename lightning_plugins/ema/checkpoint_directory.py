@@ -58,7 +58,7 @@ def read_directory(path: Path, rest: Mapping[str, Any], wanted: Callable[[Label]
             posthoc.setdefault(label[1], []).append(tensors)
         elif record is not None and label == RAW:
             record["raw"] = tensors
-        elif record is not None:
+        elif record is not None and label[0] == "average":
             record["averages"][label[1]] = tensors
     return {**checkpoint, checkpoint_keys.POSTHOC_EMA: posthoc} if posthoc else checkpoint
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_plugins.core.distributed_sets import is_distributed
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.module_state import fill, load_named
 from lightning_plugins.core.second_sets import check_whole
@@ -24,12 +25,11 @@ from lightning_plugins.ema.checkpoint_format import (
     record,
     replace_raw,
 )
+from lightning_plugins.ema.checkpoint_sets import add_sets, move_sets
 from lightning_plugins.ema.decay import DecayRule, UpdateCounter
-from lightning_plugins.ema.distributed_files import add_sets, is_distributed
 from lightning_plugins.ema.master_shadow import MasterShadow
 from lightning_plugins.ema.ownership import Roles, assign_roles, refuse_other_averages
 from lightning_plugins.ema.shadow import showing
-from lightning_plugins.ema.watched_files import write_once
 from lightning_plugins.ema.zero_saves import ZeroSaves
 
 
@@ -109,8 +109,7 @@ class AverageInCheckpoints(AveragingCallback):
             found["raw"] = shadow.collect("raw", keep=keep, shares=distributed) if self._owns_files else None
         if not self._owns_files or (shadow.sharded and shadow.rounds and not distributed):
             found["averages"][self.name] = shadow.collect("average", keep=keep, shares=distributed)
-        if not self._file_patches:
-            write_once(trainer.strategy, checkpoint)
+        move_sets(trainer.strategy, checkpoint)
 
     # -- what files get
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.distributed_sets import is_distributed
 from lightning_plugins.core.lightning import LightningModule, Trainer
 from lightning_plugins.core.validation import shown, whole_number
 from lightning_plugins.ema.checkpoint_directory import posthoc_label
@@ -18,8 +19,8 @@ from lightning_plugins.ema.checkpoint_format import (
     technique_of,
     tensors_by_name,
 )
+from lightning_plugins.ema.checkpoint_sets import move_sets
 from lightning_plugins.ema.decay import ConstantDecay, UpdateCounter, interval
-from lightning_plugins.ema.distributed_files import is_distributed
 from lightning_plugins.ema.latest_shadow import LatestShadow
 from lightning_plugins.ema.weight_average import WeightAverage
 
@@ -115,6 +116,7 @@ class LatestWeightAveraging(WeightAverage):
             snapshots = shadow.collect_snapshots(keep=trainer.is_global_zero or shares, shares=shares)
             checkpoint.setdefault(_KEY, {})[self.state_key] = snapshots
             name_technique(checkpoint, self.name, self.technique)
+            move_sets(trainer.strategy, checkpoint)
 
     def _label(self, checkpoint: dict[str, Any]) -> None:
         super()._label(checkpoint)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
+from lightning_plugins.core.distributed_sets import is_distributed
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -25,8 +26,8 @@ from lightning_plugins.core.writable import check_writable
 from lightning_plugins.ema.averaging_callback import AveragingCallback
 from lightning_plugins.ema.checkpoint_directory import posthoc_label
 from lightning_plugins.ema.checkpoint_format import check_fit, follow_pruning, tensors_by_name
+from lightning_plugins.ema.checkpoint_sets import move_sets
 from lightning_plugins.ema.decay import PowerDecay, UpdateCounter
-from lightning_plugins.ema.distributed_files import is_distributed
 from lightning_plugins.ema.power_exponent import check_sigma_rel
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.ema.snapshots import (
@@ -38,7 +39,6 @@ from lightning_plugins.ema.snapshots import (
     write_frozen,
     write_snapshot,
 )
-from lightning_plugins.ema.watched_files import write_once
 
 POSTHOC_KEY = checkpoint_keys.POSTHOC_EMA
 _FOLDER = "posthoc_ema"
@@ -174,8 +174,7 @@ class PostHocEMA(AveragingCallback):
             keep = trainer.is_global_zero or shares
             averages = [shadow.collect("average", keep=keep, shares=shares) for shadow in self._shadows]
             checkpoint.setdefault(POSTHOC_KEY, {})[self.state_key] = averages
-            if not self._file_patches:
-                write_once(trainer.strategy, checkpoint)
+            move_sets(trainer.strategy, checkpoint)
             self._report()
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:

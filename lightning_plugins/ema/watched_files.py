@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
+from lightning_plugins.core.distributed_sets import refuse_cut_off, write_beside
 from lightning_plugins.core.patching import Patches
-from lightning_plugins.core.second_sets import check_whole
-from lightning_plugins.ema.distributed_files import is_distributed, write_beside
 
 
 def watch_files(
@@ -37,11 +35,11 @@ def watch_files(
 
     def save(original: Callable[..., None], checkpoint: dict[str, Any], filepath: Any, *rest: Any, **more: Any) -> None:
         before_writing(checkpoint)
-        _write_beside(strategy, checkpoint, filepath)
+        # also where there are no sets: those of an earlier file of that name must go
+        write_beside(strategy, checkpoint, filepath)
         original(checkpoint, filepath, *rest, **more)
 
     def read(original: Callable[..., Any], checkpoint_path: Any, *rest: Any, **more: Any) -> Any:
-        check_whole(checkpoint_path)
         before_reading(checkpoint_path)
         return original(checkpoint_path, *rest, **more)
 
@@ -56,28 +54,6 @@ def watch_files(
     patches.undo()
     patches.wrap(strategy, "save_checkpoint", save)
     patches.wrap(strategy, "load_checkpoint", read)
+    refuse_cut_off(patches, strategy)
     patches.wrap(strategy, "load_model_state_dict", load)
     patches.wrap(strategy, "teardown", tear_down)
-
-
-def write_once(strategy: Any, checkpoint: dict[str, Any]) -> None:
-    """Write the sets of a distributed ``checkpoint`` when the strategy saves it, which it is about to do.
-
-    After a fit nothing watches the strategy any more; this does, for one call.
-    """
-    patches = Patches()
-
-    def save(original: Callable[..., None], saved: dict[str, Any], filepath: Any, *rest: Any, **more: Any) -> None:
-        patches.undo()
-        if saved is checkpoint:
-            _write_beside(strategy, saved, filepath)
-        original(saved, filepath, *rest, **more)
-
-    if is_distributed(checkpoint):
-        patches.wrap(strategy, "save_checkpoint", save)
-
-
-def _write_beside(strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> None:
-    """Write the sets of a distributed checkpoint to the one path that all ranks take, the first rank's."""
-    if is_distributed(checkpoint):
-        write_beside(checkpoint, Path(strategy.broadcast(filepath)), is_global_zero=strategy.is_global_zero)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -258,6 +259,16 @@ def test_parts_of_rows_are_mapped_one_by_one(directories):
     assert checkpoint.flat("empty", 0, 0).shape == (0,)
 
 
+def test_parts_are_put_together_by_their_places_not_by_their_order_in_the_index(directories, tmp_path):
+    """Under tensor parallelism and FSDP2 together the rows of ranks alternate."""
+    place = shutil.copytree(directories / "0.ckpt", tmp_path / "x.ckpt")
+    index = pickle.loads((place / ".metadata").read_bytes())
+    index.state_dict_metadata["state_dict.rows"].chunks.reverse()
+    (place / ".metadata").write_bytes(pickle.dumps(index))
+    whole_rows = load_state(directories.parent / "whole0.pt")["rows"].flatten()
+    assert torch.equal(open_checkpoint(place).flat("rows", 4, 12), whole_rows[4:12])
+
+
 class Evil:
     def __reduce__(self):
         import os
@@ -266,8 +277,6 @@ class Evil:
 
 
 def test_damaged_and_malicious_directories_are_refused(directories, tmp_path, monkeypatch):
-    import pickle
-
     monkeypatch.chdir(tmp_path)
     good = directories / "0.ckpt"
 

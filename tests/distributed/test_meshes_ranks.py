@@ -18,7 +18,7 @@ MORE = ["effective_batch_size", "cancelled"] if conditions.HAS_FSDP2_ON_CPU else
 RESUMED = [name for name in NAMES if name != "activation checkpointing"]
 # parameters and activations in bfloat16
 BOUND = dict.fromkeys(NAMES, 1e-13) | {"mixed precision": 0.02}
-DATA_RANKS = {"fsdp2 x tensor parallel": 2, "tensor parallel": 1}
+DATA_RANKS = {"fsdp2 x tensor parallel": 2, "tensor parallel": 1, "distributed checkpoints": 2}
 
 
 @pytest.fixture(scope="module")

@@ -11,50 +11,19 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from torch import nn
 
-from lightning_plugins import average_checkpoints, extract_weights, synthesize_ema
+from lightning_plugins import GradientAccumulation, average_checkpoints, extract_weights, synthesize_ema
 from lightning_plugins.checkpoints import read_manifest
 from lightning_plugins.checkpoints.record import read_record
 from lightning_plugins.cli import main
 from tests.support import ema_directories
 from tests.support.conditions import fsdp2_on_cpu
+from tests.support.ema_directories import FOLDER, mixtures, plain_steps, recursion, untrained
 from tests.support.ema_distributed import launch
-from tests.support.ema_runs import Net, regression, same
+from tests.support.ema_runs import Net, regression, same, trainer
 from tests.support.ranks import ended_ranks
 
-FOLDER = "lightning_plugins_ema"
 pytestmark = fsdp2_on_cpu
 WHOLE = ["end", "full/epoch=2.ckpt", "full/last.ckpt", "pruned/last.ckpt", "steps/step=24.ckpt"]
-
-
-def plain_steps(epochs):
-    """The weights after every step of a plain loop on one process."""
-    torch.manual_seed(0)
-    module = Net(width=5)
-    module.net[1] = nn.Identity()
-    optimizer = module.configure_optimizers()
-    steps = []
-    for _ in range(epochs):
-        for batch in regression():
-            optimizer.zero_grad()
-            module.training_step(batch, 0).backward()
-            optimizer.step()
-            steps.append({name: value.detach().clone() for name, value in module.named_parameters()})
-    return module, steps
-
-
-def recursion(start, steps, decay):
-    """The average in float64."""
-    shadow = {name: value.double() for name, value in start.items()}
-    for weights in steps:
-        shadow = {name: decay * value + (1 - decay) * weights[name].double() for name, value in shadow.items()}
-    return shadow
-
-
-def untrained():
-    torch.manual_seed(0)
-    module = Net(width=5)
-    module.net[1] = nn.Identity()
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
 def close(a, b, tolerance=1e-6):
@@ -207,7 +176,7 @@ def test_a_resume_on_another_number_of_ranks(written, count):
     found = launch(ema_directories.resume, directory, str(count), ranks=count, timeout=300)
     assert len(found) == count
     for rank in found:
-        for key in ("average", "slow", "latest", "raw"):
+        for key in ("average", "slow", "latest", "raw", "carried"):
             close(rank[key], ranks[0][key])
     shared = directory / str(count) / "snapshots" / "step=0000000024.pt"
     pairs = zip(
@@ -216,6 +185,56 @@ def test_a_resume_on_another_number_of_ranks(written, count):
     )
     for pair in pairs:
         close(*pair)
+
+
+# -- the gradients of a window that an epoch's end leaves open
+
+
+def test_windows_over_the_ends_of_epochs_are_those_of_one_process(written):
+    torch.manual_seed(0)
+    module = Net(width=5)
+    module.net[1] = nn.Identity()
+    optimizer, batches = module.configure_optimizers(), [*regression()] * 3
+    for begin in range(0, len(batches), 3):
+        window = [torch.cat(values) for values in zip(*batches[begin : begin + 3], strict=True)]
+        optimizer.zero_grad()
+        module.training_step(window, 0).backward()
+        optimizer.step()
+    for rank in written[1]:
+        close(rank["carried"], dict(module.named_parameters()))
+        assert same(rank["carried_ema"], rank["carried"])
+
+
+def test_a_directory_holds_the_gradients_of_an_open_window_in_shares(written):
+    """Two batches of the window are done after eight, one after sixteen, none after all."""
+    for epoch, sets in ((0, [["gradients"]]), (1, [["gradients"]]), (2, [])):
+        place = written[0] / "carried" / f"epoch={epoch}.ckpt"
+        meta = torch.load(place / "meta.pt", weights_only=True)
+        assert meta.get("lightning_plugins_second_sets", {}).get("sets", []) == sets
+        (window,) = (state.get("carried") for state in meta["callbacks"].values() if "reference" in state)
+        assert (window is not None) == bool(sets)
+        assert window is None or (window["gradients"], window["total"]) == (None, {0: 8.0, 1: 4.0}[epoch])
+        assert (place / FOLDER).is_dir() == bool(sets)
+    both = written[0] / "carried-ema" / "epoch=1.ckpt"
+    listing = json.loads((both / FOLDER / "sets.json").read_text())
+    assert sorted(listing["sets"]) == [["gradients"], ["raw"]]
+    assert len(list((both / FOLDER).glob("*.distcp"))) == 2
+    assert same(extract_weights(both, "raw"), extract_weights(written[0] / "carried" / "epoch=1.ckpt", "raw"))
+
+
+def test_a_resume_in_mid_window_on_as_many_ranks_is_bit_for_bit(written, resumed):
+    for first, rank in zip(written[1], resumed, strict=True):
+        assert same(rank["carried"], first["carried"])
+        assert same(rank["carried_ema"], first["carried_ema"])
+
+
+def test_a_file_that_was_put_together_without_the_gradients_is_refused(written, tmp_path):
+    checkpoint = _load_distributed_checkpoint(written[0] / "carried" / "epoch=0.ckpt")
+    [state] = (state for state in checkpoint["callbacks"].values() if "carried" in state)
+    accumulation = GradientAccumulation(3, carry=True)
+    accumulation.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"must lie beside the checkpoint, in its folder lightning_plugins_ema, but"):
+        trainer(accumulation).fit(Net(), regression())
 
 
 def test_removing_the_average_trains_on_from_it(written, resumed):
@@ -301,30 +320,11 @@ def test_the_commands_open_directories(written, tmp_path, capsys):
 # -- killed
 
 
-def mixtures(old, new, target):
-    """Directories as a kill leaves them while ``new`` replaces ``old``, in the order in which files are written."""
-    rank_files = [path.name for path in sorted(new.glob("*.distcp"))]
-    stages = {"0-no-folder": [], "1-folder": [FOLDER], "2-one-rank": [FOLDER, rank_files[0]]}
-    stages["3-all-ranks"] = [FOLDER, *rank_files]
-    stages["4-index"] = [FOLDER, *rank_files, ".metadata"]
-    for stage, names in stages.items():
-        shutil.copytree(old, target / stage)
-        shutil.rmtree(target / stage / FOLDER)
-        for name in names:
-            copy = shutil.copytree if (new / name).is_dir() else shutil.copy
-            copy(new / name, target / stage / name)
-    shutil.copytree(new, target / "5-half-a-rest")
-    content = (new / "meta.pt").read_bytes()
-    (target / "5-half-a-rest" / "meta.pt").write_bytes(content[: len(content) // 2])
-    # where nothing was before
-    shutil.copytree(new, target / "6-fresh")
-    (target / "6-fresh" / "meta.pt").unlink()
-
-
 def test_what_a_kill_leaves_is_refused(written, tmp_path):
     directory = written[0]
     old, new, whole = (directory / "full" / f"epoch={n}.ckpt" for n in range(3))
     mixtures(old, new, tmp_path / "cut")
+    mixtures(*(directory / "carried" / f"epoch={n}.ckpt" for n in range(2)), tmp_path / "cut-carried")
     places = sorted((tmp_path / "cut").iterdir())
     for place in places:
         for read in (extract_weights, lambda path: average_checkpoints([path, whole])):
@@ -336,7 +336,7 @@ def test_what_a_kill_leaves_is_refused(written, tmp_path):
             read_record(place)
     launch(ema_directories.refused, tmp_path, ranks=1, timeout=300)
     messages = json.loads((tmp_path / "refused.json").read_text())
-    assert list(messages) == [place.name for place in places]
+    assert list(messages) == [f"{kind}/{place.name}" for kind in ("cut", "cut-carried") for place in places]
     for place, message in messages.items():
         assert message.startswith("CheckpointError: "), place
         assert "is incomplete: its folder" in message or "meta.pt cannot be read as a checkpoint" in message, message

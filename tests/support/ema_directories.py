@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -13,14 +14,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
-from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, PostHocEMA
+from lightning_plugins import EMA, ConstantDecay, GradientAccumulation, LatestWeightAveraging, PostHocEMA
+from lightning_plugins.accumulation import carried_windows as accumulated
+from lightning_plugins.core.sharding import collected
 from tests.support.ema_distributed import save, sharded_net, trainer
 from tests.support.ema_runs import Net, regression
 
+FOLDER = "lightning_plugins_ema"
 RAW = {"evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
 
 
@@ -32,12 +38,21 @@ def callbacks(directory):
     return EMA(ConstantDecay(0.8)), slow, latest, posthoc
 
 
-def fit(*others, max_epochs=2, ckpt_path=None, module=None, **kwargs):
+def fit(*others, max_epochs=2, ckpt_path=None, module=None, data=None, **kwargs):
     strategy = ModelParallelStrategy(data_parallel_size=int(os.environ["RANKS_OF_TEST"]), tensor_parallel_size=1)
     module = module or sharded_net()
     run = trainer(strategy, *others, max_epochs=max_epochs, **kwargs)
-    run.fit(module, regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
+    run.fit(module, data or regression(), regression(n=8, seed=9), ckpt_path=ckpt_path)
     return run, module
+
+
+def carried(*others, ckpt_path=None, max_epochs=3):
+    """Three epochs of eight batches in windows of three, each batch shared out to the ranks."""
+    rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["RANKS_OF_TEST"])
+    shares = [tuple(values[rank::ranks] for values in batch) for batch in regression()]
+    data = DataLoader(shares, batch_size=None)
+    accumulation = GradientAccumulation(3, carry=True)
+    return whole(fit(accumulation, *others, max_epochs=max_epochs, ckpt_path=ckpt_path, data=data)[1])
 
 
 def states(ema, slow, latest):
@@ -80,6 +95,12 @@ class CountCalls(lightning.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.is_last_batch:
             self.mode.__exit__(None, None, None)
+
+
+def kept_in_shares(part, like, *, keep, shares):
+    """Instead of what gathers gradients: those of a directory are not brought to one place."""
+    assert shares
+    return collected(part, like, keep=keep, shares=shares)
 
 
 class Weights(lightning.Callback):
@@ -143,6 +164,13 @@ def write(directory):
 
     half, half_files = EMA(0.9), ModelCheckpoint(directory / "half", filename="{epoch}", save_top_k=-1)
     fit(half, half_files, SaveInMidValidation(directory / "half-mid"), max_epochs=2, precision="bf16-true")
+    windows = ModelCheckpoint(directory / "carried", filename="{epoch}", save_top_k=-1)
+    both = ModelCheckpoint(directory / "carried-ema", filename="{epoch}", save_top_k=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulated, "collected", kept_in_shares)
+        found["carried"] = carried(windows)
+    found["carried_ema"] = carried(EMA(ConstantDecay(0.8), after_fit="raw"), both)
+
     save(
         "write", directory, **found,
         steps=weights.seen, raw_average=raw.average_state_dict(), raw_raw=raw.raw_state_dict(),
@@ -157,6 +185,7 @@ def resume(directory, ranks="2"):
     ema, slow, latest, posthoc = callbacks(directory / ranks)
     fit(ema, slow, latest, posthoc, max_epochs=3, ckpt_path=directory / "full" / "epoch=0.ckpt")
     found = states(ema, slow, latest)
+    found["carried"] = carried(ckpt_path=directory / "carried" / "epoch=0.ckpt")
     if ranks == "2":
         found |= only_two(directory)
     save("resume", directory / ranks, **found)
@@ -167,6 +196,8 @@ def only_two(directory):
     half = EMA(0.9)
     fit(half, max_epochs=2, precision="bf16-true", ckpt_path=directory / "half" / "epoch=0.ckpt")
     found = {"half": half.average_state_dict(), "half_raw": half.raw_state_dict()}
+    ema = EMA(ConstantDecay(0.8), after_fit="raw")
+    found["carried_ema"] = carried(ema, ckpt_path=directory / "carried-ema" / "epoch=1.ckpt")
 
     raw = EMA(ConstantDecay(0.8), checkpoint="average")
     fit(raw, max_epochs=1, ckpt_path=directory / "raw" / "epoch=0.ckpt")
@@ -228,10 +259,11 @@ def refused(directory):
     """Resume from directories that were cut off; note what is said."""
     directory = Path(directory)
     messages = {}
-    for place in sorted((directory / "cut").iterdir()):
-        with pytest.raises(ValueError, match=str(place)) as error:
-            fit(EMA(0.8), max_epochs=1, ckpt_path=place)
-        messages[place.name] = f"{type(error.value).__name__}: {error.value}"
+    for kind, resumed in (("cut", lambda **options: fit(EMA(0.8), **options)), ("cut-carried", carried)):
+        for place in sorted((directory / kind).iterdir()):
+            with pytest.raises(ValueError, match=str(place)) as error:
+                resumed(max_epochs=1, ckpt_path=place)
+            messages[f"{kind}/{place.name}"] = f"{type(error.value).__name__}: {error.value}"
     (directory / "refused.json").write_text(json.dumps(messages))
 
 
@@ -249,3 +281,54 @@ def killed(directory):
     torch.save = dying
     files = ModelCheckpoint(Path(directory) / "killed", filename="same", enable_version_counter=False)
     fit(EMA(0.8), files, max_epochs=2)
+
+
+def plain_steps(epochs):
+    """The weights after every step of a plain loop on one process."""
+    torch.manual_seed(0)
+    module = Net(width=5)
+    module.net[1] = nn.Identity()
+    optimizer = module.configure_optimizers()
+    steps = []
+    for _ in range(epochs):
+        for batch in regression():
+            optimizer.zero_grad()
+            module.training_step(batch, 0).backward()
+            optimizer.step()
+            steps.append({name: value.detach().clone() for name, value in module.named_parameters()})
+    return module, steps
+
+
+def recursion(start, steps, decay):
+    """The average in float64."""
+    shadow = {name: value.double() for name, value in start.items()}
+    for weights in steps:
+        shadow = {name: decay * value + (1 - decay) * weights[name].double() for name, value in shadow.items()}
+    return shadow
+
+
+def untrained():
+    torch.manual_seed(0)
+    module = Net(width=5)
+    module.net[1] = nn.Identity()
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def mixtures(old, new, target):
+    """Directories as a kill leaves them while ``new`` replaces ``old``, in the order in which files are written."""
+    rank_files = [path.name for path in sorted(new.glob("*.distcp"))]
+    stages = {"0-no-folder": [], "1-folder": [FOLDER], "2-one-rank": [FOLDER, rank_files[0]]}
+    stages["3-all-ranks"] = [FOLDER, *rank_files]
+    stages["4-index"] = [FOLDER, *rank_files, ".metadata"]
+    for stage, names in stages.items():
+        shutil.copytree(old, target / stage)
+        shutil.rmtree(target / stage / FOLDER)
+        for name in names:
+            copy = shutil.copytree if (new / name).is_dir() else shutil.copy
+            copy(new / name, target / stage / name)
+    shutil.copytree(new, target / "5-half-a-rest")
+    content = (new / "meta.pt").read_bytes()
+    (target / "5-half-a-rest" / "meta.pt").write_bytes(content[: len(content) // 2])
+    # where nothing was before
+    shutil.copytree(new, target / "6-fresh")
+    (target / "6-fresh" / "meta.pt").unlink()

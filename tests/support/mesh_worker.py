@@ -105,8 +105,8 @@ def nothing(module):
     pass
 
 
-def mesh(data=4, tensor=1):
-    return lambda: ModelParallelStrategy(data, tensor, save_distributed_checkpoint=False)
+def mesh(data=4, tensor=1, *, directories=False):
+    return lambda: ModelParallelStrategy(data, tensor, save_distributed_checkpoint=directories)
 
 
 SETUPS = {
@@ -115,6 +115,7 @@ SETUPS = {
     "hsdp": (hybrid, mesh(), True),
     "fsdp2 x tensor parallel": (tensor, mesh(2, 2), True),
     "tensor parallel": (tensor, mesh(1, 4), True),
+    "distributed checkpoints": (tensor, mesh(2, 2, directories=True), True),
     "activation checkpointing": (checkpointed_and_sharded, mesh(), False),
     "cpu offload": (offloaded, mesh(), False),
     "mixed precision": (mixed, mesh(), False),

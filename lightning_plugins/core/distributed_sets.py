@@ -1,4 +1,4 @@
-"""Sets of weights in distributed checkpoints: written and read by all ranks, each its shares.
+"""Sets of tensors in distributed checkpoints: written and read by all ranks, each its shares.
 
 Lightning puts a checkpoint's ``state_dict`` and optimizer states into a directory of ``torch.distributed.checkpoint``
 and takes all else from rank 0, whose shares are not the whole. So the sets beside the ``state_dict`` go into a folder
@@ -9,7 +9,7 @@ own shares, also when there are more or fewer ranks than there were.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.module_state import clean_name, named_tensors
+from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.second_sets import (
     Label,
     SecondSets,
     belonging,
+    check_whole,
     listed,
     new_listing,
     rest_digest,
@@ -29,10 +31,10 @@ from lightning_plugins.core.second_sets import (
 )
 from lightning_plugins.core.sharded_directory import ShardedTensors, is_sharded_checkpoint
 from lightning_plugins.core.sharding import any_sharded
-from lightning_plugins.ema.checkpoint_directory import RAW, average_label, posthoc_label
-from lightning_plugins.ema.checkpoint_format import RECORD_VERSION_BESIDE, Contents
 
 _FOLDER = checkpoint_keys.SECOND_SETS_FOLDER
+# in a checkpoint that is being made: label -> tensors
+_WAITING = "lightning_plugins_waiting_sets"
 
 
 # -- writing
@@ -43,24 +45,42 @@ def is_distributed(checkpoint: Mapping[str, Any]) -> bool:
     return any_sharded(checkpoint.get("state_dict", {}).values())
 
 
-def write_beside(checkpoint: dict[str, Any], path: Path, *, is_global_zero: bool) -> None:
-    """Move the sharded sets of a checkpoint, which is about to be written, into the folder; every rank must call it.
-
-    What an earlier checkpoint of that name has there is removed. There is no collective but those of
-    ``torch.distributed.checkpoint``, and nothing happens when it was done.
+def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, Mapping[str, Tensor]]) -> None:
+    """Let sharded sets be written beside a distributed ``checkpoint``, which the strategy is about to save.
 
     Args:
-        checkpoint: What is written. Its listing takes the place of the sets.
-        path: The checkpoint's directory.
-        is_global_zero: Whether this is the first rank.
+        strategy: The Trainer's; it is watched for one call.
+        checkpoint: What is saved; on every rank alike. Its listing takes the place of the sets.
+        sets: Label -> this rank's shares.
     """
-    if checkpoint_keys.SECOND_SETS in checkpoint:
+    if not sets:
         return
-    replaces = rest_digest(path) if is_global_zero else None
-    if is_global_zero:
-        # first: what is there must not seem to belong to what comes
+    if _WAITING not in checkpoint:
+        patches = Patches()
+
+        def save(original: Callable[..., None], saved: dict[str, Any], path: Any, *rest: Any, **more: Any) -> None:
+            patches.undo()
+            if saved is checkpoint:
+                write_beside(strategy, saved, path)
+            original(saved, path, *rest, **more)
+
+        patches.wrap(strategy, "save_checkpoint", save)
+    checkpoint.setdefault(_WAITING, {}).update(sets)
+
+
+def write_beside(strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> None:
+    """Write the sets of a distributed checkpoint, which is about to be written, into its folder, once.
+
+    What an earlier checkpoint of that name has there is removed. Every rank must call it; there is no collective but
+    that for the path, the first rank's, and those of ``torch.distributed.checkpoint``.
+    """
+    if checkpoint_keys.SECOND_SETS in checkpoint or not is_distributed(checkpoint):
+        return
+    path, sets, first = Path(strategy.broadcast(filepath)), checkpoint.pop(_WAITING, {}), strategy.is_global_zero
+    replaces = rest_digest(path) if first else None
+    if first:
+        # before all else: what is there must not seem to belong to what comes
         shutil.rmtree(path / _FOLDER, ignore_errors=True)
-    sets = _taken(checkpoint)
     if not sets:
         return
     if path.is_file():
@@ -72,33 +92,26 @@ def write_beside(checkpoint: dict[str, Any], path: Path, *, is_global_zero: bool
 
     by_number = {str(number): tensors for number, tensors in enumerate(sets.values())}
     state_dict_saver.save(by_number, checkpoint_id=path / _FOLDER)
-    if is_global_zero:
+    if first:
         write_listing(path, listing, replaces)
     checkpoint[checkpoint_keys.SECOND_SETS] = listing.plain()
-
-
-def _taken(checkpoint: dict[str, Any]) -> dict[Label, dict[str, Tensor]]:
-    """Take the sharded sets out of a checkpoint."""
-    if not is_distributed(checkpoint):
-        return {}
-    sets: dict[Label, dict[str, Tensor]] = {}
-    record = checkpoint.get(checkpoint_keys.EMA)
-    if record is not None:
-        if record["raw"] is not None:
-            sets[RAW] = record["raw"]
-        sets.update({average_label(name): average for name, average in record["averages"].items()})
-        if sets:
-            record.update(version=RECORD_VERSION_BESIDE, raw=None, averages={})
-    for key, averages in checkpoint.pop(checkpoint_keys.POSTHOC_EMA, {}).items():
-        sets.update({posthoc_label(key, number): average for number, average in enumerate(averages)})
-    return sets
 
 
 # -- reading
 
 
+def refuse_cut_off(patches: Patches, strategy: Any) -> None:
+    """Let a strategy refuse a directory that was not written completely, before it reads it."""
+
+    def load(original: Callable[..., Any], path: Any, *rest: Any, **more: Any) -> Any:
+        check_whole(path)
+        return original(path, *rest, **more)
+
+    patches.wrap(strategy, "load_checkpoint", load)
+
+
 class DistributedSets:
-    """The sets of weights in a distributed checkpoint, for a module whose tensors are spread over ranks.
+    """The sets in a distributed checkpoint, for a module whose tensors are spread over ranks.
 
     Args:
         path: The directory.
@@ -147,24 +160,6 @@ class DistributedSets:
         if wanted:
             state_dict_loader.load({root: wanted}, checkpoint_id=path)
         return targets
-
-
-def add_sets(contents: Contents, sets: DistributedSets, name: str, *, raw: bool) -> None:
-    """Read into ``contents`` what a directory has beside its ``state_dict``; every rank must call it.
-
-    Args:
-        contents: What the checkpoint's record says.
-        sets: The directory's.
-        name: The EMA whose average is read: from the ``state_dict`` if it owns it, whose precision the module's own
-            tensors, which have been loaded from it, may not have.
-        raw: Whether the trained weights are read, too.
-    """
-    if contents.owns_state_dict(name) and RAW in sets:
-        contents.averages[name] = sets.read_state_dict(sets.names(RAW))
-    elif (average := sets.read(average_label(name))) is not None:
-        contents.averages[name] = average
-    if raw:
-        contents.raw = sets.read(RAW)
 
 
 def open_sets(checkpoint: Mapping[str, Any], path: Any, module: nn.Module) -> DistributedSets | None:
