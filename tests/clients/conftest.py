@@ -5,6 +5,7 @@ They are collected only where a folder is named (``make test-clients``); a libra
 
 from pathlib import Path
 
+import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parent
@@ -27,3 +28,11 @@ def pytest_configure(config):
 def pytest_ignore_collect(collection_path, config):
     """Leave a client's tests out of the suite."""
     return None if _is_named(config) else True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_a_folder_of_its_own(tmp_path_factory):
+    """Some clients write beside the program, whatever they are told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
+        yield

@@ -43,6 +43,7 @@ def run(tmp_path_factory):
         return self.loc.expand(*sample_shape, *self.loc.shape)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scvi.settings, "logging_dir", path)  # it makes a folder there for every run, asked or not
         # a cell is put at its mean, not drawn around it: drawn numbers depend on what is drawn at once
         patch.setattr(torch.distributions.Normal, "rsample", mean)
         # its checkpoint callback writes into `scvi_log` in the working directory

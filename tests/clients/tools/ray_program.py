@@ -32,16 +32,32 @@ class Die(pl.Callback):
 
 
 def work(config):
-    """Fit, going on from what Ray kept of an earlier try; each rank leaves what it did in a file of its own."""
+    """Fit once to the end by itself; then a run with Ray's reports that dies, and in its second try goes on.
+
+    Each rank leaves what it did in a file of its own.
+    """
     torch.set_num_threads(1)
     path, rank = Path(config["path"]), ray.train.get_context().get_world_rank()
     kept = ray.train.get_checkpoint()
+    if kept is None:
+        fit(path / "whole", rank, config["epochs"])
+        fit(path / "lost", rank, config["epochs"], RayTrainReportCallback(), Die())
+    with kept.as_directory() as folder:
+        # it is read here, while the folder is there
+        resumed = path / f"resume-{rank}.ckpt"
+        resumed.write_bytes((Path(folder) / RayTrainReportCallback.CHECKPOINT_NAME).read_bytes())
+    fit(path / "lost", rank, config["epochs"], RayTrainReportCallback(), ckpt_path=resumed)
+
+
+def fit(path, rank, epochs, *more, **options):
+    """A fit under Ray's strategy, which writes into ``path``."""
+    path.mkdir(exist_ok=True)
     ema, watch = EMA(DECAY), plain_torch.Watch()
     data = small.loader().dataset
     sampler = DistributedSampler(data, WORKERS, rank, shuffle=False, drop_last=True)
     trainer = prepare_trainer(
         pl.Trainer(
-            max_epochs=config["epochs"],
+            max_epochs=epochs,
             accelerator="cpu",
             devices="auto",
             strategy=RayDDPStrategy(),
@@ -59,17 +75,10 @@ def work(config):
                 StatisticsRecorder(),
                 CSVStatisticsLogger(path / "log.csv"),
                 watch,
-                RayTrainReportCallback(),
-                *([Die()] if config["die"] and kept is None else []),
+                *more,
             ],
         )
     )
-    options = {}
-    if kept is not None:
-        with kept.as_directory() as folder:
-            # it is read here, while the folder is there
-            options["ckpt_path"] = path / f"resume-{rank}.ckpt"
-            options["ckpt_path"].write_bytes((Path(folder) / RayTrainReportCallback.CHECKPOINT_NAME).read_bytes())
     trainer.fit(small.Network(), DataLoader(data, small.BATCH, sampler=sampler), small.validation(), **options)
-    done = {"raw": ema.raw_state_dict(), "average": ema.average_state_dict(), "resumed": kept is not None}
+    done = {"raw": ema.raw_state_dict(), "average": ema.average_state_dict()}
     torch.save({**done, "rates": watch.rates, "batches": watch.batches}, path / f"rank{rank}.pt")

@@ -66,8 +66,7 @@ def test_the_checkpoint_among_its_artifacts_holds_both_weights(run, tmp_path):
     assert_the_file_holds_both(checkpoint, stack)
 
 
-def test_the_model_that_its_automatic_logging_keeps_is_the_average(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_model_that_its_automatic_logging_keeps_is_the_average(tmp_path):
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     mlflow.pytorch.autolog(log_every_n_epoch=1, checkpoint=False)

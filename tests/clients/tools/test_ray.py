@@ -25,18 +25,22 @@ EPOCHS = 3
 @pytest.fixture(scope="module")
 def cluster():
     before = dict(os.environ)
-    environment = {"env_vars": {"PYTHONPATH": python_path()}}
-    ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    os.environ["PYTHONPATH"] = python_path()
+    ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+    assert ray.util.get_node_ip_address() == "127.0.0.1"
     yield
     ray.shutdown()
     os.environ.clear()
     os.environ.update(before)
 
 
-def run(path, *, die):
+@pytest.fixture(scope="module")
+def runs(cluster, tmp_path_factory):
+    """A run to the end, and one that lost its workers: for each its folder and what its ranks did; Ray's result."""
+    path = tmp_path_factory.mktemp("ray")
     trainer = TorchTrainer(
         work,
-        train_loop_config={"path": str(path), "epochs": EPOCHS, "die": die},
+        train_loop_config={"path": str(path), "epochs": EPOCHS},
         scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(
             name="run",
@@ -46,22 +50,14 @@ def run(path, *, die):
         ),
     )
     result = trainer.fit()
-    ranks = [torch.load(path / f"rank{rank}.pt", weights_only=False) for rank in range(WORKERS)]
-    return path, result, ranks
+    return [
+        (folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORKERS)])
+        for folder in (path / "whole", path / "lost")
+    ], result
 
 
-@pytest.fixture(scope="module")
-def whole(cluster, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("whole"), die=False)
-
-
-@pytest.fixture(scope="module")
-def lost(cluster, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("lost"), die=True)
-
-
-def test_two_workers_take_the_steps_that_plain_torch_takes_with_the_batches_of_both(whole):
-    _, _, ranks = whole
+def test_two_workers_take_the_steps_that_plain_torch_takes_with_the_batches_of_both(runs):
+    (_, ranks), (_, resumed) = runs[0]
     windows = [windows_of(found["batches"], EPOCHS) for found in ranks]
     both = [small.join([*first, *second]) for first, second in zip(*windows, strict=True)]
     lrs = rates(small.LR, len(both))
@@ -75,14 +71,14 @@ def test_two_workers_take_the_steps_that_plain_torch_takes_with_the_batches_of_b
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=small.LR, momentum=0.9),
         lrs=lrs,
     )
-    for found in ranks:
-        assert found["rates"] == pytest.approx(lrs, abs=1e-12)
+    for found in (*ranks, *resumed):
+        assert found["rates"] == pytest.approx(lrs[-len(found["rates"]) :], abs=1e-12)
         assert plain_torch.distance(found["raw"], truth["raw"], initial) < 1e-5
         assert plain_torch.distance(found["average"], truth["ema"], initial) < 1e-5
 
 
-def test_what_it_is_reported_is_of_the_average_and_its_checkpoint_holds_both(whole):
-    _, result, ranks = whole
+def test_what_it_is_reported_is_of_the_average_and_its_checkpoint_holds_both(runs):
+    (_, (_, ranks)), result = runs
     assert result.metrics["val_loss"] == pytest.approx(small.loss_on_validation(ranks[0]["average"]), rel=1e-5)
     file = Path(result.checkpoint.path) / RayTrainReportCallback.CHECKPOINT_NAME
     for which in ("raw", "average"):
@@ -90,16 +86,15 @@ def test_what_it_is_reported_is_of_the_average_and_its_checkpoint_holds_both(who
         assert all(torch.equal(extracted[name], tensor) for name, tensor in ranks[0][which].items())
 
 
-def test_a_run_that_lost_its_workers_ends_as_the_uninterrupted_one(whole, lost):
-    assert not any(found["resumed"] for found in whole[2])
-    assert all(found["resumed"] for found in lost[2])
-    for rank, other in zip(whole[2], lost[2], strict=True):
+def test_a_run_that_lost_its_workers_ends_as_the_uninterrupted_one(runs):
+    whole, lost = runs[0]
+    for rank, other in zip(whole[1], lost[1], strict=True):
         for which in ("raw", "average"):
             assert all(torch.equal(rank[which][name], tensor) for name, tensor in other[which].items())
         assert rank["rates"][-len(other["rates"]) :] == other["rates"]
         assert len(other["rates"]) == 2 * len(rank["rates"]) // EPOCHS
     rows = []
-    for path in (whole[0], lost[0]):
+    for path, _ in (whole, lost):
         with (path / "log.csv").open() as file:
             rows.append([{**row, "time": ""} for row in csv.DictReader(file)])
     assert rows[0] == rows[1]
