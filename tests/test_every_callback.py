@@ -19,6 +19,7 @@ from lightning_plugins.core.callback import Callback
 from lightning_plugins.core.lightning import MisconfigurationException
 from tests.support.callback_runs import fit, same
 from tests.support.cases import CALLBACKS, callback_names, kind_of, make
+from tests.support.training import loader, make_module, make_trainer
 from tests.support.value_cases import VALUES
 
 NAMES = sorted(CALLBACKS)
@@ -76,6 +77,18 @@ def test_two_have_different_keys_and_copies_the_same(name):
         assert type(twin) is type(first)
         assert twin.state_key == first.state_key
         assert twin.state_dict() == first.state_dict()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_of_one_key_are_refused_in_both_namespaces_in_words(name, namespace, tmp_path):
+    """Not by Lightning when the Trainer is made, which cannot name an argument."""
+    run = make_trainer(tmp_path, namespace, callbacks=[make(name), make(name)])
+    if name in {"ClassificationReport", "EventCallback"}:
+        # they have no state
+        return
+    key = re.escape(make(name).state_key)
+    with pytest.raises(MisconfigurationException, match=rf"callbacks, got {key} twice\. (Give|Remove) .*it\.$"):
+        run.fit(make_module(namespace), loader(1))
 
 
 @pytest.mark.parametrize("name", NAMES)

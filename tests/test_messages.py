@@ -97,7 +97,7 @@ def refuses(loop, event):
 @pytest.mark.parametrize(
     ("callbacks", "options", "message"),
     [
-        ([lp.EMA(0.9), lp.EMA(0.99)], {}, "more than one stateful callback of type `EMA`"),  # Lightning's own
+        ([lp.EMA(0.9), lp.EMA(0.99)], {}, "`name` must differ.*got EMA.name='ema'. twice. Give one of them another"),
         ([lp.EMA(0.9), lp.EMA(0.99, name="b")], {}, "at most one EMA.*evaluate='raw'"),
         ([lp.LearningRateScheduler(lp.Constant())], {"module": Scheduled}, "already scheduled.*existing='replace'"),
         ([lp.LearningRateScheduler(lp.WarmupCosine("5%"))], {"module": Manual}, "'5%' of the run.*`max_steps`"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, ClassVar
 
-from lightning_plugins.core.lightning import CallbackOfBoth, LightningModule, Trainer
+from lightning_plugins.core.lightning import CallbackOfBoth, LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.private_names import check_names
 from lightning_plugins.core.validation import check_state_version
@@ -53,13 +55,6 @@ class Callback(CallbackOfBoth):
     stage: ClassVar[Stage]
     state_version: ClassVar[int] = 1
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Leave a class without a state with Lightning's own ``state_dict``, so that several may have one key."""
-        super().__init_subclass__(**options)
-        stateful, stateless = Callback.state_dict, CallbackOfBoth.state_dict
-        if cls.state_dict in (stateful, stateless):
-            cls.state_dict = stateless if cls.get_state is Callback.get_state else stateful  # type: ignore[method-assign]
-
     def __init__(self, **identity: Any) -> None:
         """Remember what tells two instances apart.
 
@@ -70,14 +65,20 @@ class Callback(CallbackOfBoth):
         told = ", ".join(f"{name}={value!r}" for name, value in identity.items())
         # not by assignment, which a subclass with a property of its own would refuse
         vars(self)["state_key"] = f"{type(self).__qualname__}({told})"
+        self._told_apart_by = tuple(identity)
         self.patches = Patches()
         self._remaining_end: Callable[[], None] | None = None
 
     # -- hooks, in the order in which they fire
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look up the foreign names that are needed, and take the place in the order."""
+        """Look up the foreign names that are needed, refuse a second one of its key, and take the place in the order.
+
+        Raises:
+            MisconfigurationException: If the Trainer has two callbacks whose states a checkpoint could not tell apart.
+        """
         check_names(trainer, _technique(type(self)))
+        self._refuse_twin(trainer.callbacks)  # type: ignore[attr-defined]
         callbacks = in_order(trainer.callbacks, trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
         if callbacks != trainer.callbacks:  # type: ignore[attr-defined]
             trainer.callbacks = callbacks  # type: ignore[attr-defined]  # a new list: Lightning is going through the old one
@@ -85,6 +86,15 @@ class Callback(CallbackOfBoth):
         if type(profiler).__name__ == "PassThroughProfiler" and "profile" not in vars(profiler):
             # it does nothing, but by a generator: a microsecond and more for every hook of every callback
             self.patches.replace(profiler, "profile", contextlib.nullcontext)
+
+    def _refuse_twin(self, callbacks: list[Any]) -> None:
+        stateless = type(self).get_state is Callback.get_state and type(self).state_dict is Callback.state_dict
+        if stateless or [getattr(found, "state_key", "") for found in callbacks].count(self.state_key) < 2:
+            return
+        arguments = [f"`{name}`" for name in self._told_apart_by if name in inspect.signature(type(self)).parameters]
+        rule = f"{arguments[0]} must differ" if arguments else "There must be one callback of a kind"
+        other = f"Give one of them another {' or '.join(arguments)}, or remove" if arguments else "Remove"
+        raise MisconfigurationException(f"{rule} among a Trainer's callbacks, got {self.state_key} twice. {other} it.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything: Lightning calls no ``teardown`` after an exception or Ctrl-C."""
@@ -117,6 +127,10 @@ class Callback(CallbackOfBoth):
         """Return the state and its version."""
         state = self.get_state()
         return {"version": self.state_version, **state} if state else {}
+
+    # Lightning takes it for its own then, and leaves it to `setup` to refuse two of one key: in its words, and for
+    # callbacks without a state not at all
+    functools.update_wrapper(state_dict, CallbackOfBoth.state_dict, assigned=(), updated=())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state.

@@ -47,7 +47,9 @@ def assign_roles(averages: Sequence[T]) -> Roles[T]:
     names = [average.name for average in averages]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"`name` must differ between the EMAs of one Trainer, got {twice[0]!r} twice.")
+        raise ValueError(
+            f"`name` must differ among the averages of a Trainer, got {twice[0]!r} twice. Give one of them another."
+        )
     evaluators = [average for average in averages if average.evaluate == "average"]
     owners = [average for average in averages if average.checkpoint == "average"]
     for claim, claimants, what in (

@@ -55,8 +55,8 @@ def test_two_instances_need_different_outputs(tmp_path):
     trainer(tmp_path, callbacks=list(both)).fit(Regressor(), loader(), **VALIDATION)
     assert [len(sources(averaging.path)) for averaging in both] == [2, 3]
     twins = [CheckpointAveraging(last=2), CheckpointAveraging(last=3)]
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        trainer(tmp_path, callbacks=twins)
+    with pytest.raises(MisconfigurationException, match=r"another `output`, or remove it"):
+        trainer(tmp_path, callbacks=twins).fit(Regressor(), loader(), **VALIDATION)
     disguised = [CheckpointAveraging(last=2), CheckpointAveraging(last=3, output="./averaged.ckpt")]
     with pytest.raises(MisconfigurationException, match=r"callbacks would write averaged\.ckpt; give"):
         trainer(tmp_path, callbacks=disguised).fit(Regressor(), loader(), **VALIDATION)

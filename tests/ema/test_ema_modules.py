@@ -4,7 +4,7 @@ import lightning.pytorch as unified
 import pytest
 import torch
 
-from lightning_plugins import EMA, ConstantDecay, PowerDecay
+from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, PowerDecay
 from lightning_plugins.core.lightning import MisconfigurationException
 from tests.support import conditions
 from tests.support.ema_runs import (
@@ -189,11 +189,11 @@ def test_claims_of_two_are_refused_at_setup(second, message):
 
 
 def test_two_of_one_name_are_refused():
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `EMA`"):
-        trainer(EMA(0.9), EMA(0.5))
-    fit = trainer(EMA(0.9))
-    fit.callbacks.append(EMA(0.9))
-    with pytest.raises(
-        MisconfigurationException, match="`name` must differ between the EMAs of one Trainer, got 'ema'"
-    ):
-        fit.fit(Scripted(), numbers(1))
+    twice = r"`name` must differ among a Trainer's callbacks, got EMA\(name='ema'\) twice\. Give one of them another"
+    ema = EMA(0.9)
+    for second in (EMA(0.5), ema):
+        with pytest.raises(MisconfigurationException, match=twice):
+            trainer(ema, second).fit(Scripted(), numbers(1))
+    both = (EMA(0.9, name="x"), LatestWeightAveraging(name="x", evaluate="raw", checkpoint="raw", after_fit="raw"))
+    with pytest.raises(MisconfigurationException, match="`name` must differ among the averages of a Trainer, got 'x'"):
+        trainer(*both).fit(Scripted(), numbers(1))

@@ -331,7 +331,7 @@ def test_validations_of_other_callbacks_are_not_cancelled(tmp_path):
 
 
 def test_two_that_call_the_same_function_stand_side_by_side(namespace, tmp_path):
-    """They have one key, which Lightning admits for callbacks without a state alone."""
+    """They have one key, which callbacks without a state may have."""
     seen = []
     first, second = (EventCallback(lambda loop, event: seen.append(event), events=["fitStart"]) for _ in range(2))
     assert first.state_key == second.state_key
