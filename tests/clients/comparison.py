@@ -94,6 +94,32 @@ def assert_the_logs_are_the_clients(stack, watch, *, lr, epochs):
     ]
 
 
+def assert_the_validation_is_logged(stack, watch, *, epochs):
+    """The last row of each epoch's validation has the mean of the client's losses, and so has the chart."""
+    rows, batches = stack.rows("validation"), len(watch.validations) // epochs
+    assert len(rows) == len(watch.validations)
+    ends = [float(row["loss"]) for row in rows[batches - 1 :: batches]]
+    assert ends == pytest.approx(np.reshape(watch.validations, (epochs, batches)).mean(1), rel=1e-6)
+    steps = len(watch.rates) // epochs
+    assert stack.chart("validation") == [
+        (steps * (epoch + 1), pytest.approx(end, rel=1e-6)) for epoch, end in enumerate(ends)
+    ]
+
+
+def assert_the_events_came(stack, watch, *, epochs):
+    """Each as often as the run had something of its kind, and with the client's losses."""
+    validations = len(watch.validation_batches)
+    assert stack.diary.heard == {
+        **dict.fromkeys(("fitStart", "fitEnd"), 1),
+        **dict.fromkeys(("epochStart", "trainingStart", "trainingEnd", "validationStart"), epochs),
+        **dict.fromkeys(("validationEnd", "epochEnd"), epochs),
+        **dict.fromkeys(("batchStart", "batchEnd"), len(watch.batches) + validations),
+        "updateStart": len(watch.rates),
+        "inferencePredictionEnd": validations,
+    }
+    assert stack.diary.losses == pytest.approx(watch.losses, rel=1e-6)
+
+
 def assert_the_file_holds_both(path, stack, **options):
     """A checkpoint of the run's end: Lightning reads the average from it, and we the raw weights."""
     for which, weights in (("average", stack.ema.average_state_dict()), ("raw", stack.ema.raw_state_dict())):

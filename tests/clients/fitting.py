@@ -23,16 +23,19 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
-def fit(module, path, callbacks, train, validation=None, epochs=2, **options):
-    trainer = pl.Trainer(
+def quiet(path, callbacks, epochs=2, **options):
+    """A Trainer that writes into ``path`` and says nothing."""
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=path,
         callbacks=callbacks,
-        **options,
+        **{**silent, **options},
     )
+
+
+def fit(module, path, callbacks, train, validation=None, epochs=2, **options):
+    trainer = quiet(path, callbacks, epochs, **options)
     trainer.fit(module, train, validation)
     return trainer

@@ -18,8 +18,12 @@ NEEDS = "needs "
 
 
 def installed(package):
-    """Return the version of an installed package as numbers: (2, 6, 0)."""
-    return tuple(int(part) for part in metadata.version(package).split("+")[0].split(".")[:3] if part.isdigit())
+    """Return the version of an installed package as numbers: (2, 6, 0); nothing for one that is not there."""
+    try:
+        version = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ()
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
 
 
 def _needs(what, *, there):

@@ -20,12 +20,11 @@ from lightning_plugins import (
     TensorBoardStatisticsLogger,
     Tokens,
     extract_weights,
-    synthesize_ema,
 )
-from tests.clients import plain_torch
-from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack, chart
+from tests.clients import comparison, plain_torch
+from tests.clients.stack import DECAY, Stack, chart
 
-BATCH, LR, TOTAL = 16, 0.05, 6  # 90 samples: 6 batches, the last of 10, and so 2 steps an epoch, 3 epochs
+BATCH, LR, EPOCHS, TOTAL = 16, 0.05, 3, 6  # 90 samples: 6 batches, the last of 10, and so 2 steps an epoch, 3 epochs
 SGD = {"optimizer_cls": torch.optim.SGD, "optimizer_kwargs": {"lr": LR, "momentum": 0.9}}
 CHUNKS = {"input_chunk_length": 12, "output_chunk_length": 3}
 MODELS = {
@@ -53,7 +52,7 @@ def series(length):
 TRAIN, VALIDATION = series(90 + 14), series(150)[-40:]  # 26 samples of validation: 2 batches
 
 
-def make(kind, path, callbacks, *, epochs=3, **options):
+def make(kind, path, callbacks, *, epochs=EPOCHS, **options):
     model, arguments = MODELS[kind]
     return model(
         **CHUNKS,
@@ -83,24 +82,14 @@ def loss_of(net, batch):
     return (predicted - batch.future_target).square().mean()
 
 
-def rates(steps=range(TOTAL), total=TOTAL):
-    return [LR * plain_torch.warmup_cosine(step, warmup=2, total=total) for step in steps]
+def by_plain_torch(net, watch, windows, lrs):
+    """The weights and both averages after ``windows`` of the run's own batches."""
+    batches = map(whole, windows)
+    return comparison.by_plain_torch(net, watch.initial, batches, loss_of=loss_of, optimizer=sgd, lrs=lrs)
 
 
-def by_plain_torch(net, watch, lrs, windows=None):
-    """Train ``net`` from the run's initial weights on the run's own batches, every window in one pass."""
-    if windows is None:
-        windows = [watch.batches[first : first + WINDOW] for first in range(0, len(watch.batches), WINDOW)]
-    net = copy.deepcopy(net)
-    net.load_state_dict(watch.initial)
-    rules = {
-        "ema": lambda n: plain_torch.ema_decay(n, DECAY),
-        "power": lambda n: plain_torch.power_decay(n, SIGMA_REL),
-    }
-    averages = plain_torch.Averages(net, rules)
-    optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
-    plain_torch.train(net, map(whole, windows), loss_of, optimizer, lrs, averages)
-    return {"raw": {name: parameter.detach() for name, parameter in net.named_parameters()}, **averages.kept}
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9)
 
 
 def loss_in_plain_torch(net, state, batches):
@@ -129,45 +118,19 @@ def values(model, n=5):
 
 def test_every_step_is_the_one_that_plain_torch_takes(run):
     model, stack, watch, _ = run
-    assert len(watch.batches) == 3 * 6
-    assert watch.rates == pytest.approx(rates(), abs=1e-12)
-    truth = by_plain_torch(model.model, watch, rates())
-    assert plain_torch.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
-    assert plain_torch.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5
-    synthesized = synthesize_ema(stack.path / "posthoc", SIGMA_REL)
-    assert plain_torch.distance(synthesized, truth["power"], watch.initial) < 1e-5
+    assert len(watch.batches) == EPOCHS * 6
+    comparison.assert_the_same_steps(stack, watch, model.model, loss_of=loss_of, join=whole, lr=LR, epochs=EPOCHS)
 
 
 def test_the_logs_hold_the_losses_that_the_client_computed(run):
     _, stack, watch, _ = run
-    train, validation = stack.rows("train"), stack.rows("validation")
-    assert len(train) == 3 * 6
-    assert len(validation) == 3 * 2
-    for epoch in range(3):
-        running = np.cumsum(watch.losses[6 * epoch :][:6]) / np.arange(1, 7)
-        assert [float(row["loss"]) for row in train[6 * epoch :][:6]] == pytest.approx(running, rel=1e-6)
-        seen = watch.validations[2 * epoch :][:2]
-        assert float(validation[2 * epoch + 1]["loss"]) == pytest.approx(np.mean(seen), rel=1e-6)
-    assert [float(row["lr"]) for row in train] == pytest.approx(np.repeat(rates(), WINDOW), abs=1e-12)
-    assert stack.chart("train") == [
-        (2 * (epoch + 1), pytest.approx(float(train[6 * epoch + 5]["loss"]), rel=1e-6)) for epoch in range(3)
-    ]
-    assert stack.chart("validation") == [
-        (2 * (epoch + 1), pytest.approx(float(validation[2 * epoch + 1]["loss"]), rel=1e-6)) for epoch in range(3)
-    ]
+    assert len(watch.validations) == EPOCHS * 2
+    comparison.assert_the_logs_are_the_clients(stack, watch, lr=LR, epochs=EPOCHS)
+    comparison.assert_the_validation_is_logged(stack, watch, epochs=EPOCHS)
 
 
 def test_events_come_as_often_as_they_should(run):
-    stack, watch = run[1:3]
-    assert stack.diary.heard == {
-        **dict.fromkeys(("fitStart", "fitEnd"), 1),
-        **dict.fromkeys(("epochStart", "trainingStart", "trainingEnd", "validationStart"), 3),
-        **dict.fromkeys(("validationEnd", "epochEnd"), 3),
-        **dict.fromkeys(("batchStart", "batchEnd"), 3 * (6 + 2)),
-        "updateStart": 3 * 2,
-        "inferencePredictionEnd": 3 * 2,
-    }
-    assert stack.diary.losses == pytest.approx(watch.losses, rel=1e-6)
+    comparison.assert_the_events_came(*run[1:3], epochs=EPOCHS)
 
 
 def test_validation_and_predictions_are_of_the_average(run):
@@ -257,7 +220,7 @@ def test_a_second_fit_goes_on_averaging_and_schedules_its_own_steps(tmp_path):
     second, taken = plain_torch.Watch(), len(watch.rates)
     model.trainer_params["callbacks"].append(second)
     model.fit(TRAIN, val_series=VALIDATION, epochs=1)
-    assert watch.rates[taken:] == second.rates == pytest.approx(rates(range(2)), abs=1e-12)
+    assert watch.rates[taken:] == second.rates == pytest.approx(comparison.rates(LR, TOTAL)[:2], abs=1e-12)
     assert all(torch.equal(second.initial[name], tensor) for name, tensor in raw.items())
     # the first step has rate 0, the second moves the weights: two updates of the average, its 7th and 8th
     now = stack.ema.raw_state_dict()
@@ -307,7 +270,7 @@ def test_its_batches_are_counted_by_the_name_of_a_field(tmp_path):
     model = make("NBEATS", tmp_path, [stack.accumulation, stack.scheduler, stack.ema, watch], epochs=2)
     model.fit(TRAIN)
     # every sample has the 3 values of the output chunk, so values weigh as samples do
-    truth = by_plain_torch(model.model, watch, rates(range(4)))
+    truth = by_plain_torch(model.model, watch, comparison.windows_of(watch.batches, 2), comparison.rates(LR, TOTAL)[:4])
     assert plain_torch.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
 
 
@@ -324,6 +287,6 @@ def test_a_cancelled_batch_is_left_out_of_its_window(tmp_path):
     model.fit(TRAIN)
     windows = [window for epoch in range(3) for window in ([0, 1, 2], [3, 5])]
     batches = [[watch.batches[6 * (index // 2) + batch] for batch in window] for index, window in enumerate(windows)]
-    truth = by_plain_torch(model.model, watch, rates(), batches)
+    truth = by_plain_torch(model.model, watch, batches, comparison.rates(LR, TOTAL))
     assert plain_torch.distance(stack.ema.raw_state_dict(), truth["raw"], watch.initial) < 1e-5
     assert plain_torch.distance(stack.ema.average_state_dict(), truth["ema"], watch.initial) < 1e-5

@@ -10,12 +10,13 @@ import torch
 from pytorch_forecasting import TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.metrics import QuantileLoss
 
-from lightning_plugins import extract_weights, synthesize_ema
+from lightning_plugins import extract_weights
 from lightning_plugins.core.lightning import MisconfigurationException
-from tests.clients import plain_torch
-from tests.clients.stack import DECAY, SIGMA_REL, WINDOW, Stack
+from tests.clients import comparison, plain_torch
+from tests.clients.fitting import quiet
+from tests.clients.stack import WINDOW, Stack
 
-BATCH, LR = 8, 0.05
+BATCH, LR, EPOCHS = 8, 0.05, 2
 STEPS = 4  # of an epoch: 80 samples are 10 batches, in windows of 3, 3, 3 and 1
 
 
@@ -67,18 +68,9 @@ def loader(series, batch_size):
     return series.to_dataloader(train=False, batch_size=batch_size, num_workers=0)  # in order, the last one short
 
 
-def fit(series, path, *, callbacks, epochs=2, ckpt_path=None, **options):
+def fit(series, path, *, callbacks, ckpt_path=None, **options):
     net, watch = network(series), plain_torch.Watch()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=path,
-        callbacks=[*callbacks, watch],
-        **options,
-    )
+    trainer = quiet(path, [*callbacks, watch], **options)
     # the client's own hyper-parameters are objects, so its checkpoints need this whoever else is in the Trainer
     trainer.fit(net, loader(series, BATCH), loader(series, 20), ckpt_path=ckpt_path, weights_only=False)
     return net, trainer, watch
@@ -93,26 +85,18 @@ def loss_of(net, batch):
     return net.loss(net(inputs)["prediction"], (target, weight))
 
 
-def rates(epochs=2):
-    total = epochs * STEPS
-    return [LR * plain_torch.warmup_cosine(step, warmup=2, total=total) for step in range(total)]
-
-
 @pytest.fixture(scope="module")
 def by_plain_torch(series):
     """Two epochs by hand: every window in one pass, as the client collates its 24 samples at once."""
     net = network(series)
     initial = copy.deepcopy(net.state_dict())
-    rules = {
-        "ema": lambda n: plain_torch.ema_decay(n, DECAY),
-        "power": lambda n: plain_torch.power_decay(n, SIGMA_REL),
-    }
-    averages = plain_torch.Averages(net, rules)
-    optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9)
-    windows = list(loader(series, BATCH * WINDOW)) * 2
-    plain_torch.train(net, windows, loss_of, optimizer, rates(), averages)
-    raw = {name: parameter.detach() for name, parameter in net.named_parameters()}
-    return {"initial": initial, "raw": raw, **averages.kept}
+    windows, lrs = list(loader(series, BATCH * WINDOW)) * EPOCHS, comparison.rates(LR, EPOCHS * STEPS)
+    trained = comparison.by_plain_torch(net, initial, windows, loss_of=loss_of, optimizer=sgd, lrs=lrs)
+    return {"initial": initial, **trained}
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +107,13 @@ def run(series, tmp_path_factory):
     return stack, net, trainer, watch
 
 
-def test_every_step_is_the_one_that_plain_torch_takes(run, by_plain_torch):
-    stack, _, trainer, watch = run
-    assert trainer.global_step == 2 * STEPS
-    assert watch.rates == pytest.approx(rates(), abs=1e-12)
-    initial = by_plain_torch["initial"]
-    assert plain_torch.distance(stack.ema.raw_state_dict(), by_plain_torch["raw"], initial) < 1e-5
-    assert plain_torch.distance(stack.ema.average_state_dict(), by_plain_torch["ema"], initial) < 1e-5
+def test_every_step_is_the_one_that_plain_torch_takes(run, series):
+    stack, net, trainer, watch = run
+    assert trainer.global_step == EPOCHS * STEPS
+    windows = iter(list(loader(series, BATCH * WINDOW)) * EPOCHS)
+    comparison.assert_the_same_steps(
+        stack, watch, net, loss_of=loss_of, join=lambda batches: next(windows), lr=LR, epochs=EPOCHS
+    )
 
 
 def test_the_bound_would_notice_what_lightning_makes_of_such_batches(series, by_plain_torch, tmp_path):
@@ -138,41 +122,15 @@ def test_the_bound_would_notice_what_lightning_makes_of_such_batches(series, by_
     assert plain_torch.distance(net.state_dict(), by_plain_torch["raw"], by_plain_torch["initial"]) > 1e-2
 
 
-def test_the_snapshots_give_the_power_average(run, by_plain_torch):
-    synthesized = synthesize_ema(run[0].path / "posthoc", SIGMA_REL)
-    assert plain_torch.distance(synthesized, by_plain_torch["power"], by_plain_torch["initial"]) < 1e-5
-
-
-def test_the_logs_hold_the_losses_that_the_client_computed(run, series):
+def test_the_logs_hold_the_losses_that_the_client_computed(run):
     stack, _, _, watch = run
-    train, validation = stack.rows("train"), stack.rows("validation")
-    assert len(train) == 2 * 10
-    assert len(validation) == 2 * 4
-    for epoch in range(2):
-        running = np.cumsum(watch.losses[10 * epoch :][:10]) / np.arange(1, 11)
-        assert [float(row["loss"]) for row in train[10 * epoch :][:10]] == pytest.approx(running, rel=1e-6)
-    per_batch = [np.repeat(rates()[:STEPS], WINDOW)[:10], np.repeat(rates()[STEPS:], WINDOW)[:10]]
-    assert [float(row["lr"]) for row in train] == pytest.approx(np.concatenate(per_batch), abs=1e-12)
-    # both phases on one chart, at the same steps
-    assert stack.chart("train") == [
-        (STEPS * (epoch + 1), pytest.approx(float(train[10 * epoch + 9]["loss"]), rel=1e-6)) for epoch in range(2)
-    ]
-    assert stack.chart("validation") == [
-        (STEPS * (epoch + 1), pytest.approx(float(validation[4 * epoch + 3]["loss"]), rel=1e-6)) for epoch in range(2)
-    ]
+    assert (len(watch.losses), len(watch.validations)) == (EPOCHS * 10, EPOCHS * 4)
+    comparison.assert_the_logs_are_the_clients(stack, watch, lr=LR, epochs=EPOCHS)
+    comparison.assert_the_validation_is_logged(stack, watch, epochs=EPOCHS)
 
 
 def test_events_come_as_often_as_they_should(run):
-    stack, watch = run[0], run[3]
-    assert stack.diary.heard == {
-        **dict.fromkeys(("fitStart", "fitEnd"), 1),
-        **dict.fromkeys(("epochStart", "trainingStart", "trainingEnd", "validationStart"), 2),
-        **dict.fromkeys(("validationEnd", "epochEnd"), 2),
-        **dict.fromkeys(("batchStart", "batchEnd"), 2 * (10 + 4)),
-        "updateStart": 2 * STEPS,
-        "inferencePredictionEnd": 2 * 4,
-    }
-    assert stack.diary.losses == pytest.approx(watch.losses, rel=1e-6)
+    comparison.assert_the_events_came(run[0], run[3], epochs=EPOCHS)
 
 
 def test_validation_sees_the_average(run, series):

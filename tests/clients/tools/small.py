@@ -1,8 +1,13 @@
 """A small regression whose module logs as most do, and its batches."""
 
+from functools import partial
+
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.clients import comparison
 
 LR, EPOCHS, NUMBER, BATCH = 0.1, 2, 27, 4  # 7 batches, in windows of 3, 3 and 1, whose only batch has 3 samples
 STEPS = 3  # of an epoch
@@ -53,3 +58,22 @@ def loss_on_validation(state, make=Network):
     net.load_state_dict(state)
     with torch.no_grad():
         return float(loss_of(net, join(list(validation()))))
+
+
+assert_the_same_steps = partial(comparison.assert_the_same_steps, loss_of=loss_of, join=join, lr=LR, epochs=EPOCHS)
+
+
+def assert_a_tracker_has(stack, recorded, losses):
+    """The rate of each step, and validation losses of which the last is the average's and not the trained weights'.
+
+    Args:
+        stack: The callbacks of the run.
+        recorded: Step -> the rate that the tracker has for it.
+        losses: The validation losses that it has.
+    """
+    assert [recorded[step] for step in sorted(recorded)] == pytest.approx(
+        comparison.rates(LR, EPOCHS * STEPS), abs=1e-12
+    )
+    assert len(losses) == EPOCHS
+    assert losses[-1] == pytest.approx(loss_on_validation(stack.ema.average_state_dict()), rel=1e-5)
+    assert losses[-1] != pytest.approx(loss_on_validation(stack.ema.raw_state_dict()), rel=1e-3)

@@ -16,7 +16,6 @@ from tests.clients.comparison import (
     CLOSE,
     assert_the_file_holds_both,
     assert_the_logs_are_the_clients,
-    assert_the_same_steps,
     rates,
     windows_of,
 )
@@ -44,8 +43,7 @@ def run(tmp_path_factory):
 def test_every_step_is_the_one_that_plain_torch_takes(run):
     stack, watch, module, trainer = run
     assert trainer.global_step == small.EPOCHS * small.STEPS
-    kind = {"loss_of": small.loss_of, "join": small.join}
-    assert_the_same_steps(stack, watch, module, **kind, lr=small.LR, epochs=small.EPOCHS)
+    small.assert_the_same_steps(stack, watch, module)
 
 
 def test_the_logs_hold_the_losses_and_events_that_the_program_asked_for(run):

@@ -1,13 +1,13 @@
 """Optuna: trials with the techniques, pruned by its callback while the average is in the module."""
 
-import lightning.pytorch as pl
 import optuna
 import pytest
 import torch
 from optuna_integration import PyTorchLightningPruningCallback
 
 from tests.clients import plain_torch
-from tests.clients.comparison import assert_the_same_steps, by_plain_torch, rates, windows_of
+from tests.clients.comparison import by_plain_torch, rates, windows_of
+from tests.clients.fitting import fit
 from tests.clients.stack import Stack
 from tests.clients.tools import small
 
@@ -32,17 +32,9 @@ def study(tmp_path_factory):
         lr = trial.suggest_categorical("lr", PEAKS)
         path = tmp_path_factory.mktemp("trial")
         stack, watch, module = Stack(path, warmup=2), plain_torch.Watch(), small.Network(lr)
-        trainer = pl.Trainer(
-            max_epochs=EPOCHS,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=path,
-            callbacks=[*stack.callbacks, watch, PyTorchLightningPruningCallback(trial, monitor="val_loss")],
-        )
+        callbacks = [*stack.callbacks, watch, PyTorchLightningPruningCallback(trial, monitor="val_loss")]
         runs.append((lr, stack, watch, module, trial.number))
-        trainer.fit(module, small.loader(), small.validation())
+        trainer = fit(module, path, callbacks, small.loader(), small.validation(), EPOCHS)
         return trainer.callback_metrics["val_loss"].item()
 
     made = optuna.create_study(sampler=optuna.samplers.GridSampler({"lr": PEAKS}, seed=0), pruner=PruneIfWorse())
@@ -56,8 +48,7 @@ def test_a_whole_trial_takes_the_steps_of_plain_torch(study):
     made, runs = study
     lr, stack, watch, module, number = runs[0]
     assert made.trials[number].state == optuna.trial.TrialState.COMPLETE
-    kind = {"loss_of": small.loss_of, "join": small.join}
-    assert_the_same_steps(stack, watch, module, **kind, lr=lr, epochs=EPOCHS)
+    small.assert_the_same_steps(stack, watch, module, lr=lr, epochs=EPOCHS)
     last = made.trials[number].intermediate_values[EPOCHS - 1]
     assert last == made.trials[number].value
     assert last == pytest.approx(small.loss_on_validation(stack.ema.average_state_dict()), rel=1e-5)

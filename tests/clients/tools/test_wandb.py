@@ -3,7 +3,6 @@
 import json
 import time
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import wandb
@@ -12,7 +11,8 @@ from lightning.pytorch.loggers import WandbLogger
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tests.clients import plain_torch
-from tests.clients.comparison import assert_the_same_steps, by_plain_torch, rates, windows_of
+from tests.clients.comparison import by_plain_torch, rates, windows_of
+from tests.clients.fitting import fit
 from tests.clients.stack import Stack
 from tests.clients.tools import small
 
@@ -23,17 +23,9 @@ def run(tmp_path_factory):
     logger = WandbLogger(project="small", save_dir=path, offline=True)
     stack, watch, module = Stack(path, warmup=2), plain_torch.Watch(), small.Network()
     logger.watch(module, log="all", log_freq=1)
-    trainer = pl.Trainer(
-        max_epochs=small.EPOCHS,
-        accelerator="cpu",
-        logger=logger,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=path,
-        callbacks=[*stack.callbacks, LearningRateMonitor(logging_interval="step"), watch],
-    )
-    trainer.fit(module, small.loader(), small.validation())
+    callbacks = [*stack.callbacks, LearningRateMonitor(logging_interval="step"), watch]
+    data = small.loader(), small.validation()
+    fit(module, path, callbacks, *data, small.EPOCHS, logger=logger, log_every_n_steps=1)
     wandb.finish()
     return stack, watch, history(path)
 
@@ -67,17 +59,13 @@ def history(path):
 
 def test_every_step_is_the_one_that_plain_torch_takes(run):
     stack, watch, _ = run
-    kind = {"loss_of": small.loss_of, "join": small.join}
-    assert_the_same_steps(stack, watch, small.Network(), **kind, lr=small.LR, epochs=small.EPOCHS)
+    small.assert_the_same_steps(stack, watch, small.Network())
 
 
 def test_its_record_has_the_rate_of_each_step_and_the_losses_of_the_average(run):
     stack, _, rows = run
     recorded = {row["trainer/global_step"]: row["lr-SGD"] for row in rows if "lr-SGD" in row}
-    assert [recorded[step] for step in sorted(recorded)] == pytest.approx(rates(small.LR, 6), abs=1e-12)
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
-    assert len(losses) == small.EPOCHS
-    assert losses[-1] == pytest.approx(small.loss_on_validation(stack.ema.average_state_dict()), rel=1e-5)
+    small.assert_a_tracker_has(stack, recorded, [row["val_loss"] for row in rows if "val_loss" in row])
 
 
 def test_the_weights_that_it_watches_are_trained_ones_in_training_and_the_average_in_validation(run):
