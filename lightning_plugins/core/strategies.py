@@ -54,7 +54,7 @@ SUPPORTED: dict[str, Support] = {
         {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, refuses=False
     ),
     "EMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
-    "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
+    "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
     "PostHocEMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "GradientAccumulation": Support(

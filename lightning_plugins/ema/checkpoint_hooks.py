@@ -205,14 +205,20 @@ class AverageInCheckpoints(AveragingCallback):
         """Keep this rank's part of the average in a directory of DeepSpeed, which has restored the raw weights."""
         if contents is not None:
             raise ValueError(
-                "EMA under DeepSpeed must resume from a directory of DeepSpeed, got a file that holds an average: the "
-                "master weights are in none. Begin with `extract_weights(file, 'raw')` in the module instead."
+                f"{self.technique} under DeepSpeed must resume from a directory of DeepSpeed, got a file that holds an "
+                "average: the master weights are in none. Begin with `extract_weights(file, 'raw')` in the module "
+                "instead."
             )
-        self._restored = self._zero_saves.read(trainer, pl_module)
-        if self._restored is None:
+        found = self._zero_saves.read(trainer, pl_module)
+        if found is None:
             return False
+        self._restored, snapshots = found
+        self._take_snapshots(snapshots)
         self._begin(pl_module)
         return True
+
+    def _take_snapshots(self, snapshots: list[dict[str, Tensor]]) -> None:
+        """Take over what the average in a directory of DeepSpeed is made of; a blend is made of nothing else."""
 
     def _choose(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], contents: Contents

@@ -11,6 +11,7 @@ from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.distributed_sets import is_distributed
 from lightning_plugins.core.lightning import LightningModule, Trainer
 from lightning_plugins.core.validation import shown, whole_number
+from lightning_plugins.core.zero import is_deepspeed, zero_of
 from lightning_plugins.ema.checkpoint_directory import posthoc_label
 from lightning_plugins.ema.checkpoint_format import (
     check_fit,
@@ -22,6 +23,7 @@ from lightning_plugins.ema.checkpoint_format import (
 from lightning_plugins.ema.checkpoint_sets import move_sets
 from lightning_plugins.ema.decay import ConstantDecay, UpdateCounter, interval
 from lightning_plugins.ema.latest_shadow import LatestShadow
+from lightning_plugins.ema.master_shadow import LatestMasterShadow
 from lightning_plugins.ema.weight_average import WeightAverage
 
 _KEY = checkpoint_keys.POSTHOC_EMA
@@ -42,8 +44,9 @@ class LatestWeightAveraging(WeightAverage):
         snapshots are in full files, too, so that a resumed run goes on exactly: ``last`` times the weights.
 
     Distributed:
-        Under DDP every rank keeps the same snapshots, without communication; under FSDP1 and FSDP2 its own share. In a
-        distributed checkpoint they stay shares; for a file the whole is gathered.
+        Under DDP every rank keeps the same snapshots, without communication; under FSDP1 and FSDP2 its own share, and
+        under DeepSpeed's ZeRO its part of the float32 masters. In a distributed checkpoint and beside DeepSpeed's files
+        they stay so; for a file the whole is gathered.
 
     Cost:
         ``last`` copies of the trainable weights in their own type, and 4 bytes per parameter for the mean. A step
@@ -109,7 +112,8 @@ class LatestWeightAveraging(WeightAverage):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put both sets into a full file, and the snapshots beside them."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._serves(pl_module):
+        # DeepSpeed's directories get them when they are written
+        if self._serves(pl_module) and not is_deepspeed(trainer.strategy):
             [shadow] = self._shadows
             assert isinstance(shadow, LatestShadow)  # noqa: S101  # made by `_begin`
             shares = is_distributed(checkpoint)
@@ -123,23 +127,31 @@ class LatestWeightAveraging(WeightAverage):
         name_technique(checkpoint, self.name, self.technique)
 
     def _begin(self, pl_module: LightningModule) -> None:
-        self._shadows = [
-            LatestShadow(
-                pl_module,
-                last=self.last,
-                snapshots=self._restored_snapshots,
-                buffers=self.average_buffers,
-                device=self.device,
-                start=self._restored,
-            )
-        ]
+        options: dict[str, Any] = {
+            "last": self.last,
+            "snapshots": self._restored_snapshots,
+            "device": self.device,
+            "start": self._restored,
+        }
+        zero = zero_of(pl_module.trainer)
+        if zero is None:
+            self._shadows = [LatestShadow(pl_module, buffers=self.average_buffers, **options)]
+        else:
+            self._shadows = [LatestMasterShadow(zero, pl_module, **options)]
         self._restored, self._restored_snapshots = None, []
 
     def _forget(self) -> None:
         super()._forget()
         self._restored_snapshots = []
 
+    def _take_snapshots(self, snapshots: list[dict[str, Tensor]]) -> None:
+        if not snapshots:
+            raise ValueError(self._not_its_own)
+        self._restored_snapshots = snapshots
+
     def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
+        if is_deepspeed(trainer.strategy):
+            return super()._restore(trainer, pl_module, checkpoint)
         found = self._snapshots_of(checkpoint)
         if (beside := self._sets_beside(trainer, pl_module, checkpoint)) is not None:
             labels = takewhile(beside.__contains__, (posthoc_label(self.state_key, number) for number in count()))
@@ -149,11 +161,15 @@ class LatestWeightAveraging(WeightAverage):
         self._restored_snapshots = found or []
         restored = super()._restore(trainer, pl_module, checkpoint)
         if restored and (found is None or technique_of(checkpoint, self.name) != self.technique):
-            raise ValueError(
-                f"The checkpoint's average {self.name!r} must come with the snapshots that it is made of, but another "
-                "callback wrote it. Give another `name` to begin anew."
-            )
+            raise ValueError(self._not_its_own)
         return restored
+
+    @property
+    def _not_its_own(self) -> str:
+        return (
+            f"The checkpoint's average {self.name!r} must come with the snapshots that it is made of, but another "
+            "callback wrote it. Give another `name` to begin anew."
+        )
 
     def _snapshots_of(self, checkpoint: dict[str, Any]) -> list[dict[str, Tensor]] | None:
         sets = checkpoint.get(_KEY, {})

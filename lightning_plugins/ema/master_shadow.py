@@ -19,6 +19,7 @@ from lightning_plugins.core.sharding import agreed
 from lightning_plugins.core.zero import Fragment, Zero, fragment, gathered, held_part
 from lightning_plugins.ema.digest import digest
 from lightning_plugins.ema.following import Changes, FollowedTensors
+from lightning_plugins.ema.latest_shadow import LatestShadow
 from lightning_plugins.ema.shadow import Shadow, Which
 
 
@@ -43,7 +44,8 @@ class MasterTensors(FollowedTensors):
         known = len(self.tensors)
         self.tensors = [NamedTensor(part.values, part.found.names, part.found.places) for part in self.parts]
         self.index = {name: number for number, found in enumerate(self.tensors) for name in found.names}
-        return [number if known else None for number in range(len(self.tensors))]
+        self.origins = [number if known else None for number in range(len(self.tensors))]
+        return self.origins
 
     def bind(self) -> list[Tensor]:
         """Return the parts."""
@@ -66,6 +68,7 @@ class MasterShadow(Shadow):
         module: The module.
         device: Where the averages lie, ``None`` for beside the masters.
         start: Name -> this rank's part of the average to begin with.
+        **options: Of a kind of average that has more.
 
     Attributes:
         alone: Whether other ranks cannot be counted on, as after an exception: then an exchange stops at the masters.
@@ -78,11 +81,12 @@ class MasterShadow(Shadow):
         *,
         device: torch.device | str | None = None,
         start: Mapping[str, Tensor] | None = None,
+        **options: Any,
     ) -> None:
         self.alone = False
         self.zero = zero
         self._kind = partial(MasterTensors, zero)
-        super().__init__(module, device=device, start=start)
+        super().__init__(module, device=device, start=start, **options)
 
     @property
     def parts(self) -> list[Fragment]:
@@ -110,6 +114,10 @@ class MasterShadow(Shadow):
     def averages(self) -> list[Fragment]:
         """Return this rank's parts of the average."""
         return [replace(part, values=self._read(number, "average")) for number, part in enumerate(self.parts)]
+
+    def snapshots(self) -> list[list[Tensor]]:
+        """Return this rank's parts of the snapshots that the average is made of, the oldest first; none of a blend."""
+        return []
 
     def others(self) -> list[Fragment]:
         """Return what this rank holds of the tensors that are not averaged: frozen parameters and buffers."""
@@ -146,6 +154,17 @@ class MasterShadow(Shadow):
             super()._swap(to=to, keep_shadows=keep_shadows)
             if not self.alone:
                 self.zero.publish()
+
+
+class LatestMasterShadow(MasterShadow, LatestShadow):
+    """The means of the latest snapshots of this rank's parts; see :class:`MasterShadow` for the arguments.
+
+    ``snapshots`` are of this rank's parts, too, and ``last`` is how many are kept.
+    """
+
+    def snapshots(self) -> list[list[Tensor]]:
+        """Return this rank's parts of the snapshots, in the order of ``parts``, the oldest first."""
+        return [list(parts) for parts in zip(*self._histories, strict=True)]
 
 
 def _cuts(parts: list[Fragment]) -> list[Any]:

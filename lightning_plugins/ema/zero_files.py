@@ -9,6 +9,7 @@ a run that is killed leaves both or a directory whose steps do not agree, which 
     keys     of the module's state dict, in order
     parts    of the average, a dictionary each: names, shape, start (in the flattened tensor), values
     others   of what is not averaged, likewise; whole where they are not cut
+    snapshots  what a mean of snapshots is made of: values in the order of parts for each, the oldest first
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def write_part(
     keys: list[str],
     parts: list[Fragment],
     others: list[Fragment],
+    snapshots: list[list[Tensor]] | None = None,
 ) -> None:
     """Write this rank's file; those of a save by another number of ranks are taken away by rank zero.
 
@@ -77,6 +79,8 @@ def write_part(
         "parts": [_plain(part) for part in parts],
         "others": [_plain(part) for part in others],
     }
+    if snapshots:
+        content["snapshots"] = [[values.detach().to("cpu", copy=True) for values in one] for one in snapshots]
     with replacing(path, overwrite=True) as file:
         torch.save(content, file)
     if rank == 0:
@@ -93,8 +97,8 @@ def _plain(part: Fragment) -> dict[str, Any]:
 
 def read_part(
     directory: Path, name: str, *, step: int, rank: int, ranks: int, parts: list[Fragment]
-) -> dict[str, Tensor] | None:
-    """Return this rank's parts of an average by name, ``None`` if the directory has none of it.
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]] | None:
+    """Return this rank's parts of an average by name, and of its snapshots; ``None`` if the directory has none of it.
 
     Args:
         directory: DeepSpeed's.
@@ -128,7 +132,9 @@ def read_part(
             f"The average {name!r} in {directory} must be cut as the weights of this run are. Resume with the module, "
             "the optimizer and the stage that wrote it."
         )
-    return {part["names"][0]: part["values"] for part in content["parts"]}
+    names = [part["names"][0] for part in content["parts"]]
+    snapshots = [dict(zip(names, values, strict=True)) for values in content.get("snapshots", [])]
+    return {part["names"][0]: part["values"] for part in content["parts"]}, snapshots
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -141,7 +147,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a part of an average of version {VERSION}, got {shown(version)}.")
     kinds = {"step": int, "rank": int, "ranks": int, "keys": list, "parts": list, "others": list}
     good = all(type(content.get(key)) is kind for key, kind in kinds.items())
-    if not (good and all(map(_is_part, (*content["parts"], *content["others"])))):
+    good = good and all(map(_is_part, (*content["parts"], *content["others"])))
+    if not good or not _are_snapshots(content.get("snapshots", []), content["parts"]):
         raise ValueError(f"{path} cannot be read as a part of an average: it is damaged.")
     return content
 
@@ -163,6 +170,16 @@ def _is_part(part: Any) -> bool:
     )
 
 
+def _are_snapshots(found: Any, parts: list[Any]) -> bool:
+    sizes = [part["values"].shape for part in parts]
+    return isinstance(found, list) and all(
+        isinstance(one, list)
+        and all(isinstance(values, Tensor) for values in one)
+        and [values.shape for values in one] == sizes
+        for one in found
+    )
+
+
 def describe_zero_directory(directory: Path) -> dict[str, Any]:
     """Return what a directory of DeepSpeed holds, without running what its files name.
 
@@ -179,10 +196,14 @@ def describe_zero_directory(directory: Path) -> dict[str, Any]:
         "kind": "DeepSpeed",
         "global_step": step_of(directory),
         "beside": {
-            f"average of EMA {shown(name)}": sum(path.stat().st_size for path in paths)
+            f"average of {_technique_of(paths[0])} {shown(name)}": sum(path.stat().st_size for path in paths)
             for name, paths in files_of(directory).items()
         },
     }
+
+
+def _technique_of(path: Path) -> str:
+    return "LatestWeightAveraging" if "snapshots" in _read(path) else "EMA"
 
 
 def extract(directory: Path, which: str, name: str, *, trust: bool) -> dict[str, Tensor]:

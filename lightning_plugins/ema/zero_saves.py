@@ -19,13 +19,13 @@ from lightning_plugins.ema.zero_files import extract, files_of, read_part, write
 
 
 class ZeroSaves:
-    """Writes the average of one EMA into every directory that a run writes; every rank its part.
+    """Writes the average of one callback into every directory that a run writes; every rank its part.
 
     DeepSpeed's own files hold the trained weights always: an average that is in the masters is taken out for as long.
     The strategy's method stays wrapped after the fit, when its directories are written as well, until the next one.
 
     Args:
-        name: The EMA's.
+        name: The callback's.
     """
 
     def __init__(self, name: str) -> None:
@@ -81,14 +81,19 @@ class ZeroSaves:
                 keys=list(shadow.module.state_dict()),
                 parts=shadow.averages(),
                 others=others,
+                snapshots=shadow.snapshots(),
             )
         except OSError as error:
             failure = error
         if not agreed(failure is None, shadow.parts[0].values):
             raise failure or OSError(f"Another rank could not write its part of the average into {directory}.")
 
-    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Return this rank's part of the average in the directory that a fit resumes from, ``None`` if it has none.
+    def read(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]] | None:
+        """Return this rank's part of the average in the directory that a fit resumes from, and of its snapshots.
+
+        ``None`` if the directory has no such average.
 
         Raises:
             ValueError: If it is incomplete or does not fit, on any rank.

@@ -26,6 +26,7 @@ def test_the_average_is_the_recursion_over_the_masters(ranks, case):
         assert found["error"] < 1e-6 < found["moved"]
         assert found["raw"]
         assert found["complete"]
+        assert found["latest error"] < 1e-7
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,6 +55,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(ranks, case):
     for rank in ranks:
         assert rank[case]["resumed"]
         assert rank[case]["resumed raw"]
+        assert rank[case]["resumed latest"]
         assert rank[case].get("evaluated", case.startswith("3"))
         assert rank[case]["evaluated again"]
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_plugins import EMA, ConstantDecay, extract_weights
+from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, extract_weights
 from lightning_plugins.core.zero import held_part, zero_of
 from lightning_plugins.ema.zero_files import files_of
 from tests.deepspeed.references import recursion
@@ -101,9 +101,15 @@ def average(stage, precision, directory):
     data, valid = even_loader(number=24, seed=RANK), even_loader(number=8, seed=9)
     ema, way, seen = EMA(ConstantDecay(DECAY)), Trajectory(), Evaluated(str(directory / "evaluating"))
     files = ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1)
-    fit = trainer(stage, ema, way, seen, files, precision=precision, max_epochs=2)
+    latest = latest_snapshots()
+    fit = trainer(stage, ema, latest, way, seen, files, precision=precision, max_epochs=2)
     module = Net()
     fit.fit(module, data, valid)
+    mean = latest.average_state_dict()
+    taken = [way.seen[step] for step in (4, 8, 12)]
+    found["latest error"] = max(
+        float((mean[name].double() - sum(one[name].double() for one in taken) / 3).abs().max()) for name in taken[0]
+    )
     after = ema.average_state_dict()
     raw = ema.raw_state_dict()
     expected = recursion(way.seen, [DECAY] * (len(way.seen) - 1))
@@ -119,7 +125,7 @@ def average(stage, precision, directory):
     # files
     fit.save_checkpoint(directory / "after")
     epochs = [directory / f"epoch={epoch}.ckpt" for epoch in range(2)]
-    found["extracted"] = same(extract_weights(epochs[1]), after)
+    found["extracted"] = same(extract_weights(epochs[1]), after) and same(extract_weights(epochs[1], name="lawa"), mean)
     found["after"] = same(extract_weights(directory / "after"), after)
     masters_in = extract_weights(directory / "after", "raw", trust=True)
     found["after raw"] = max(float((masters_in[name] - value).abs().max()) for name, value in way.seen[-1].items())
@@ -127,11 +133,12 @@ def average(stage, precision, directory):
     found["evaluating raw"] = max(float((masters_in[name] - value).abs().max()) for name, value in way.seen[-1].items())
     found["evaluating"] = same(extract_weights(directory / "evaluating"), after)
     # resume
-    again, later = EMA(ConstantDecay(DECAY)), Trajectory()
-    fit = trainer(stage, again, later, precision=precision, max_epochs=2)
+    again, later, latest = EMA(ConstantDecay(DECAY)), Trajectory(), latest_snapshots()
+    fit = trainer(stage, again, latest, later, precision=precision, max_epochs=2)
     module = Net()
     fit.fit(module, data, valid, ckpt_path=str(epochs[0]))
     found["resumed"] = same(again.average_state_dict(), after)
+    found["resumed latest"] = same(latest.average_state_dict(), mean)
     found["resumed raw"] = same(later.seen[-1], way.seen[-1])
     # evaluated again, and from the directory; at stage 3 DeepSpeed cannot load one without an optimizer
     kind = module.shift.dtype
@@ -160,6 +167,11 @@ def average(stage, precision, directory):
     ]
     meet()
     return found
+
+
+def latest_snapshots():
+    """Beside the EMA, which evaluates."""
+    return LatestWeightAveraging(3, every=4, evaluate="raw", checkpoint="raw", after_fit="raw")
 
 
 def meet():

@@ -13,7 +13,7 @@ from lightning_plugins.cli import main
 from lightning_plugins.core import zero as zero_module
 from lightning_plugins.core.zero import Zero, ZeroClock, load_full, zero_of
 from lightning_plugins.core.zero_directory import full_weights, is_deepspeed_directory, step_of
-from lightning_plugins.ema.master_shadow import MasterShadow
+from lightning_plugins.ema.master_shadow import LatestMasterShadow, MasterShadow
 from lightning_plugins.ema.zero_files import files_of, read_part, write_part
 from tests.support import zero_stand_ins as stand_ins
 
@@ -124,10 +124,38 @@ def test_a_rank_finds_its_part_again_bit_for_bit(ranks, tmp_path):
     shadows, _ = trained(ranks)
     written(tmp_path, shadows)
     for rank, ((engine, module), shadow) in enumerate(zip(ranks, shadows, strict=True)):
-        start = read_part(tmp_path, "ema", step=5, rank=rank, ranks=2, parts=shadow.parts)
+        start, snapshots = read_part(tmp_path, "ema", step=5, rank=rank, ranks=2, parts=shadow.parts)
+        assert snapshots == []
         again = MasterShadow(Zero(engine), module, start=start)
         assert all(torch.equal(a.values, b.values) for a, b in zip(again.averages(), shadow.averages(), strict=True))
     assert read_part(tmp_path, "other", step=5, rank=0, ranks=2, parts=shadows[0].parts) is None
+
+
+def test_the_mean_of_the_latest_snapshots_of_the_masters_is_found_again_bit_for_bit(ranks, tmp_path):
+    generator, shadows = torch.Generator().manual_seed(1), []
+    for rank, (engine, module) in enumerate(ranks):
+        shadow, seen = LatestMasterShadow(Zero(engine), module, last=3), []
+        for _ in range(5):
+            engine.step(1e-3 * torch.randn(engine.optimizer.flat.shape, generator=generator))
+            shadow.update()
+            seen.append([part.values.double().numpy().copy() for part in shadow.parts])
+        for number, part in enumerate(shadow.averages()):
+            expected = np.mean([masters[number] for masters in seen[-3:]], axis=0)
+            assert np.array_equal(part.values.numpy(), expected.astype(np.float32))
+        shadow.swap_in()
+        shadow.swap_out()
+        shadows.append(shadow)
+        parts = {"parts": shadow.averages(), "others": [], "snapshots": shadow.snapshots()}
+        write_part(tmp_path, "lawa", step=5, rank=rank, ranks=2, keys=[], **parts)
+    for rank, ((engine, module), shadow) in enumerate(zip(ranks, shadows, strict=True)):
+        start, snapshots = read_part(tmp_path, "lawa", step=5, rank=rank, ranks=2, parts=shadow.parts)
+        again = LatestMasterShadow(Zero(engine), module, last=3, start=start, snapshots=snapshots)
+        for one, other in zip(again.snapshots(), shadow.snapshots(), strict=True):
+            assert all(map(torch.equal, one, other))
+        engine.step(1e-3)
+        shadow.update()
+        again.update()
+        assert all(torch.equal(a.values, b.values) for a, b in zip(again.averages(), shadow.averages(), strict=True))
 
 
 def test_what_does_not_belong_together_is_refused(ranks, tmp_path):
@@ -159,6 +187,7 @@ def test_what_does_not_belong_together_is_refused(ranks, tmp_path):
         ({"version": 2}, "of version 1, got 2"),
         ({"step": "5"}, "it is damaged"),
         ({"parts": [{"names": ["a"], "shape": [2], "start": 1, "values": torch.zeros(2)}]}, "it is damaged"),
+        ({"snapshots": [[torch.zeros(2)]]}, "it is damaged"),
         ({"parts": [{"names": [], "shape": [2], "start": 0, "values": torch.zeros(2)}]}, "it is damaged"),
         ({"parts": [{"names": ["a"], "shape": [4], "start": 0, "values": torch.zeros(2)}]}, "do not make up the whole"),
     ],
