@@ -25,7 +25,13 @@ def twin():
 
 def full_batch_steps(windows, rates=None, clip=None):
     """Train on windows, each a list of batches of all ranks, with the rate of each; return the weights."""
+    return full_batch_trajectory(windows, rates, clip)[-1]
+
+
+def full_batch_trajectory(windows, rates=None, clip=None):
+    """Return the weights of such a training as it began, then after every step."""
     net, names = twin()
+    trajectory = [_copied(names)]
     optimizer = torch.optim.SGD(names.values(), lr=0.1, momentum=0.9)
     for window, rate in zip(windows, rates or [0.1] * len(windows), strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -35,7 +41,12 @@ def full_batch_steps(windows, rates=None, clip=None):
         if clip:
             nn.utils.clip_grad_norm_(names.values(), clip)
         optimizer.step()
-    return {name: value.detach() for name, value in names.items()}
+        trajectory.append(_copied(names))
+    return trajectory
+
+
+def _copied(names):
+    return {name: value.detach().clone() for name, value in names.items()}
 
 
 def windows_of(ranks, length, epochs=1):

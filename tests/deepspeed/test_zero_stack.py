@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.deepspeed import zero_runs, zero_stack
-from tests.deepspeed.references import full_batch_steps, windows_of
+from tests.deepspeed.references import full_batch_trajectory, recursion, windows_of
 from tests.support.ranks import run_ranks
 
 TRAINED = [zero_runs.Batches(sizes, seed=rank).batches for rank, sizes in enumerate(zero_runs.SIZES)]
@@ -22,15 +22,17 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", zero_runs.STAGES)
-def test_the_weights_are_those_of_the_scheduled_rates(ranks, stage):
-    expected = full_batch_steps(windows_of(TRAINED, 2, epochs=2), rates=RATES)
+def test_the_weights_are_those_of_the_scheduled_rates_and_so_is_their_average(ranks, stage):
+    trajectory = full_batch_trajectory(windows_of(TRAINED, 2, epochs=2), rates=RATES)
+    expected = {"weights": trajectory[-1], "average": recursion(trajectory, [0.5] * len(RATES))}
     for rank in ranks:
         found = rank[str(stage)]
         assert found["steps"] == 6
-        for name, value in expected.items():
-            weight = torch.tensor(found["weights"][name], dtype=torch.float64)
-            torch.testing.assert_close(weight, value, rtol=0, atol=3e-7)
-        assert found["average"]
+        for kind, weights in expected.items():
+            for name, value in weights.items():
+                weight = torch.tensor(found[kind][name], dtype=torch.float64)
+                torch.testing.assert_close(weight, value, rtol=0, atol=3e-7)
+        assert found["extracted"]
 
 
 @pytest.mark.parametrize("stage", zero_runs.STAGES)

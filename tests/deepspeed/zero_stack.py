@@ -85,7 +85,8 @@ def stack(directory):
             "metrics": metrics,
             "rows": [row for row in rows if row["phase"] == "train"],
             "board": len(list((folder / "tensorboard").rglob("events*"))),
-            "average": same(extract_weights(folder / "end"), ema.average_state_dict()),
+            "average": plain(ema.average_state_dict()),
+            "extracted": same(extract_weights(folder / "end"), ema.average_state_dict()),
         }
     found["refused"] = refused(2, LearningRateScheduler(WarmupCosine(warmup=2), clock="applied"))
     return found

@@ -1,4 +1,4 @@
-"""EMA and schedules beside finetuning-scheduler: three phases, the best checkpoint restored, a new optimizer."""
+"""EMA, schedules and accumulation beside finetuning-scheduler: three phases, the best one restored, a new optimizer."""
 
 import copy
 import csv
@@ -9,13 +9,22 @@ from finetuning_scheduler import FinetuningScheduler, FTSCheckpoint
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins import EMA, CSVStatisticsLogger, LearningRateScheduler, WarmupCosine, extract_weights
+from lightning_plugins import (
+    EMA,
+    CSVStatisticsLogger,
+    GradientAccumulation,
+    LearningRateScheduler,
+    WarmupCosine,
+    extract_weights,
+)
 from tests.clients import plain_torch
 from tests.clients.fitting import fit
-from tests.clients.stack import DECAY
+from tests.clients.stack import DECAY, WINDOW
 
-LR, BATCHES, EPOCHS, END = 0.1, 4, 6, 0.1
-TOTAL = BATCHES * EPOCHS
+LR, NUMBER, BATCH, EPOCHS, END = 0.1, 39, 5, 6, 0.1
+WINDOWS = (0, 0, 0, 1, 1, 1, 2, 2)  # of the batches of an epoch, whose last one has 4 samples
+STEPS = 3
+TOTAL = STEPS * EPOCHS
 # so that the best epoch is no phase's last one: the third epoch goes on from the first, the fifth from the third
 SCORES = [1.0, 2.0, 0.9, 0.95, 0.8, 0.7]
 PARTS, JOINS_AT, PEAKS = ("head", "middle", "first"), (0, 2, 4), (LR, 0.05, 0.02)
@@ -44,9 +53,9 @@ def loss_of(net, batch):
     return (net(batch[0]) - batch[1]).square().mean()
 
 
-def loader():
-    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
-    return DataLoader(TensorDataset(x, x.sum(1)), batch_size=32 // BATCHES)
+def loader(batch_size=BATCH):
+    x = torch.randn(NUMBER, 4, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, x.sum(1)), batch_size=batch_size)
 
 
 def phases(new_optimizer):
@@ -69,7 +78,7 @@ def factor(step):
 
 def rates(epoch, step):
     """A group's rate is the one that the client gives it when it joins; from then on it follows the schedule."""
-    joined = [(begins * BATCHES, peak) for begins, peak in zip(JOINS_AT, PEAKS, strict=True) if begins <= epoch]
+    joined = [(begins * STEPS, peak) for begins, peak in zip(JOINS_AT, PEAKS, strict=True) if begins <= epoch]
     return [peak * factor(step) / (factor(begun) if begun else 1) for begun, peak in joined]
 
 
@@ -87,7 +96,7 @@ def by_plain_torch(new_optimizer):
             kept = [] if new_optimizer and epoch == JOINS_AT[-1] else before.state
             for parameter in kept:
                 optimizer.state[parameter]["momentum_buffer"] = momenta[parameter_name(net, parameter)]
-        for batch in loader():
+        for batch in loader(BATCH * WINDOW):
             for group, rate in zip(optimizer.param_groups, rates(epoch, step), strict=True):
                 group["lr"] = rate
             optimizer.zero_grad()
@@ -119,6 +128,7 @@ def run(request, tmp_path_factory):
     callbacks = [
         FinetuningScheduler(phases(request.param), epoch_transitions_only=True, allow_untested=True, restore_best=True),
         FTSCheckpoint(monitor="val_loss", save_top_k=-1, filename="{epoch}"),
+        GradientAccumulation(WINDOW),
         ema,
         LearningRateScheduler(WarmupCosine(2, end=END)),
         CSVStatisticsLogger(path / "log.csv"),
@@ -147,13 +157,14 @@ class Rates(plain_torch.Watch):
 
 def test_every_group_follows_the_schedule_from_the_rate_that_it_joined_with(run):
     _, used, path, _, _ = run
-    expected = [rates(step // BATCHES, step) for step in range(TOTAL)]
-    assert [len(found) for found in used] == [1] * 8 + [2] * 8 + [3] * 8
+    expected = [rates(step // STEPS, step) for step in range(TOTAL)]
+    assert [len(found) for found in used] == [1] * 6 + [2] * 6 + [3] * 6
     for found, wanted in zip(used, expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-9)
     with (path / "log.csv").open() as file:
         logged = [float(row["lr"]) for row in csv.DictReader(file) if row["phase"] == "train"]
-    assert logged == pytest.approx([wanted[0] for wanted in expected], rel=1e-9)
+    of_batches = [expected[STEPS * epoch + window][0] for epoch in range(EPOCHS) for window in WINDOWS]
+    assert logged == pytest.approx(of_batches, rel=1e-9)
 
 
 def test_the_weights_and_the_average_are_those_of_a_plain_loop(run):
@@ -161,7 +172,7 @@ def test_the_weights_and_the_average_are_those_of_a_plain_loop(run):
     raw, average = by_plain_torch(new_optimizer)
     assert plain_torch.distance(ema.raw_state_dict(), raw, initial) < 1e-5
     assert plain_torch.distance(ema.average_state_dict(), average, initial) < 1e-5
-    assert ema.state_dict()["last_update"] == 4 * BATCHES  # two of the six epochs were taken back
+    assert ema.state_dict()["last_update"] == 4 * STEPS  # two of the six epochs were taken back
     last = path / "checkpoints" / "epoch=5.ckpt"
     assert plain_torch.distance(extract_weights(last, "raw", trust=True), raw, initial) < 1e-5
     assert plain_torch.distance(extract_weights(last, trust=True), average, initial) < 1e-5
