@@ -55,7 +55,7 @@ SUPPORTED: dict[str, Support] = {
     ),
     "EMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
     "LatestWeightAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
-    "PostHocEMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
+    "PostHocEMA": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}),
     "CheckpointAveraging": Support({ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: ""}),
     "GradientAccumulation": Support(
         {ONE: "", DDP: "", FSDP1: "", FSDP2: "", TENSOR: "", DEEPSPEED: _ZERO}, steers_windows=True

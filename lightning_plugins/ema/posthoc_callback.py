@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,13 @@ from lightning_plugins.core.module_state import clean_name, is_opaque, named_ten
 from lightning_plugins.core.sharding import gather, local
 from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, one_of, shown, whole_number
 from lightning_plugins.core.writable import check_writable
+from lightning_plugins.core.zero import is_deepspeed, zero_of
 from lightning_plugins.ema.averaging_callback import AveragingCallback
 from lightning_plugins.ema.checkpoint_directory import posthoc_label
 from lightning_plugins.ema.checkpoint_format import check_fit, follow_pruning, tensors_by_name
 from lightning_plugins.ema.checkpoint_sets import move_sets
 from lightning_plugins.ema.decay import PowerDecay, UpdateCounter
+from lightning_plugins.ema.master_shadow import MasterShadow
 from lightning_plugins.ema.power_exponent import check_sigma_rel
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.ema.snapshots import (
@@ -39,6 +42,7 @@ from lightning_plugins.ema.snapshots import (
     write_frozen,
     write_snapshot,
 )
+from lightning_plugins.ema.zero_saves import ZeroSaves
 
 POSTHOC_KEY = checkpoint_keys.POSTHOC_EMA
 _FOLDER = "posthoc_ema"
@@ -58,7 +62,8 @@ class PostHocEMA(AveragingCallback):
         resumed run writes the snapshots that it would have written.
 
     Distributed:
-        Every rank keeps the averages of its own weights or shards; the first writes.
+        Every rank keeps the averages of its own weights or shards, under DeepSpeed's ZeRO of its part of the float32
+        masters; the first writes.
 
     Cost:
         4 bytes per trainable parameter and average, an update each per step, and as many bytes per snapshot.
@@ -112,6 +117,7 @@ class PostHocEMA(AveragingCallback):
         self._restored: list[dict[str, Tensor]] | None = None
         self._directory: Path | None = None
         self._warned = False
+        self._zero_saves = [ZeroSaves(f"post-hoc {sigma}") for sigma in self.sigma_rels]
         self._start_history()
 
     def _start_history(self) -> None:
@@ -168,8 +174,8 @@ class PostHocEMA(AveragingCallback):
         return {**counters, "written": self._written, "directory": str(self._directory), "run": self._run or "", **kept}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the averages into a full file."""
-        if self._serves(pl_module):
+        """Put the averages into a full file; DeepSpeed's directories get them when they are written."""
+        if self._serves(pl_module) and not is_deepspeed(trainer.strategy):
             shares = is_distributed(checkpoint)
             keep = trainer.is_global_zero or shares
             averages = [shadow.collect("average", keep=keep, shares=shares) for shadow in self._shadows]
@@ -197,7 +203,9 @@ class PostHocEMA(AveragingCallback):
             self._start_history()
             self._run = secrets.token_hex(8)
         starts: Sequence[dict[str, Tensor] | None] = self._restored or [None] * len(self.rules)
-        self._shadows = [Shadow(pl_module, start=start) for start in starts]
+        zero = zero_of(pl_module.trainer)
+        make: Callable[..., Shadow] = Shadow if zero is None else partial(MasterShadow, zero)
+        self._shadows = [make(pl_module, start=start) for start in starts]
         self._restored = None
 
     def _place_restored(self, pl_module: LightningModule) -> None:
@@ -236,7 +244,31 @@ class PostHocEMA(AveragingCallback):
 
     # -- files
 
+    def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._watch_files(trainer, pl_module)
+        for number, saves in enumerate(self._zero_saves):
+            saves.forget()
+            if is_deepspeed(trainer.strategy):
+                saves.watch(trainer, partial(self._master_shadow, number))
+
+    def _master_shadow(self, number: int) -> MasterShadow | None:
+        self._catch_up()
+        shadow = self._shadows[number] if self._shadows else None
+        return shadow if isinstance(shadow, MasterShadow) and self._serves(shadow.module) else None
+
+    def _restore_parts(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Go on with this rank's parts of the averages in a directory of DeepSpeed."""
+        parts = [saves.read(trainer, pl_module) for saves in self._zero_saves]
+        found = [part[0] for part in parts if part is not None]
+        if len(found) < len(self.rules):
+            return False
+        self._restored = found
+        self._begin(pl_module)
+        return True
+
     def _restore(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> bool:
+        if is_deepspeed(trainer.strategy):
+            return self._restore_parts(trainer, pl_module)
         sets = checkpoint.get(POSTHOC_KEY, {})
         if not isinstance(sets, dict):
             raise TypeError(f"`{POSTHOC_KEY}` must be averages by callback, got {shown(sets)}.")
@@ -299,16 +331,10 @@ class PostHocEMA(AveragingCallback):
 
     def _write(self, trainer: Trainer, n: int) -> None:
         """Write a snapshot; a collective when the module is sharded."""
-        keep = trainer.is_global_zero
-        averages = [shadow.collect("average", keep=keep) for shadow in self._shadows]
-        self._report()
-        first = self._shadows[0]
+        keep, first = trainer.is_global_zero, self._shadows[0]
         averaged = set(first.names)
-        others = {
-            clean_name(key): gather(local(value), value).detach()
-            for key, value in state_of(first.module).items()
-            if clean_name(key) not in averaged and isinstance(value, Tensor)
-        }
+        averages, others = _whole_averages(self._shadows, averaged, keep=keep)
+        self._report()
         self._written = n
         if not keep or self._directory is None:
             return
@@ -336,6 +362,24 @@ class PostHocEMA(AveragingCallback):
                     "It is lost; the training goes on, and later snapshots are tried without another warning.",
                     category=LightningPluginsWarning,
                 )
+
+
+def _whole_averages(
+    shadows: Sequence[Shadow], averaged: set[str], *, keep: bool
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return averages in full, and what of the module is not averaged; a collective when the module is sharded."""
+    if isinstance(shadows[0], MasterShadow):
+        whole = [
+            {clean_name(key): value for key, value in shadow.whole_state("average").items()}
+            for shadow in shadows
+            if isinstance(shadow, MasterShadow)
+        ]
+        others = {name: value for name, value in whole[0].items() if name not in averaged}
+        return [{name: value for name, value in one.items() if name in averaged} for one in whole], others
+    averages = [shadow.collect("average", keep=keep) for shadow in shadows]
+    state = {clean_name(key): value for key, value in state_of(shadows[0].module).items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in state.items() if name not in averaged}
+    return averages, {name: gather(local(value), value).detach() for name, value in rest.items()}
 
 
 def _beside_checkpoints(trainer: Trainer) -> Path:

@@ -27,6 +27,8 @@ def test_the_average_is_the_recursion_over_the_masters(ranks, case):
         assert found["raw"]
         assert found["complete"]
         assert found["latest error"] < 1e-7
+        assert found["power error"] < 1e-6
+        assert found["power complete"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,6 +58,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(ranks, case):
         assert rank[case]["resumed"]
         assert rank[case]["resumed raw"]
         assert rank[case]["resumed latest"]
+        assert rank[case]["resumed power"]
         assert rank[case].get("evaluated", case.startswith("3"))
         assert rank[case]["evaluated again"]
 

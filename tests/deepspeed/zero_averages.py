@@ -8,7 +8,15 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_plugins import EMA, ConstantDecay, LatestWeightAveraging, extract_weights
+from lightning_plugins import (
+    EMA,
+    ConstantDecay,
+    LatestWeightAveraging,
+    PostHocEMA,
+    PowerDecay,
+    extract_weights,
+    synthesize_ema,
+)
 from lightning_plugins.core.zero import held_part, zero_of
 from lightning_plugins.ema.zero_files import files_of
 from tests.deepspeed.references import recursion
@@ -101,8 +109,8 @@ def average(stage, precision, directory):
     data, valid = even_loader(number=24, seed=RANK), even_loader(number=8, seed=9)
     ema, way, seen = EMA(ConstantDecay(DECAY)), Trajectory(), Evaluated(str(directory / "evaluating"))
     files = ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1)
-    latest = latest_snapshots()
-    fit = trainer(stage, ema, latest, way, seen, files, precision=precision, max_epochs=2)
+    latest, power = latest_snapshots(), PostHocEMA((0.1,), every_n_steps=4, dirpath=directory / "whole")
+    fit = trainer(stage, power, ema, latest, way, seen, files, precision=precision, max_epochs=2)
     module = Net()
     fit.fit(module, data, valid)
     mean = latest.average_state_dict()
@@ -110,6 +118,11 @@ def average(stage, precision, directory):
     found["latest error"] = max(
         float((mean[name].double() - sum(one[name].double() for one in taken) / 3).abs().max()) for name in taken[0]
     )
+    meet()
+    rule, snapshot = PowerDecay(0.1), synthesize_ema(directory / "whole", 0.1)
+    expected = recursion(way.seen, [rule(n) for n in range(1, len(way.seen))])
+    found["power error"] = max(float((snapshot[name] - value).abs().max()) for name, value in expected.items())
+    found["power complete"] = sorted(snapshot) == sorted(module.state_dict())
     after = ema.average_state_dict()
     raw = ema.raw_state_dict()
     expected = recursion(way.seen, [DECAY] * (len(way.seen) - 1))
@@ -134,10 +147,16 @@ def average(stage, precision, directory):
     found["evaluating"] = same(extract_weights(directory / "evaluating"), after)
     # resume
     again, later, latest = EMA(ConstantDecay(DECAY)), Trajectory(), latest_snapshots()
-    fit = trainer(stage, again, latest, later, precision=precision, max_epochs=2)
+    power = PostHocEMA((0.1,), every_n_steps=4, dirpath=directory / "resumed")
+    fit = trainer(stage, again, latest, power, later, precision=precision, max_epochs=2)
     module = Net()
     fit.fit(module, data, valid, ckpt_path=str(epochs[0]))
     found["resumed"] = same(again.average_state_dict(), after)
+    meet()
+    found["resumed power"] = all(
+        snapshots_equal(directory / "whole" / name, directory / "resumed" / name)
+        for name in ("step=0000000008.pt", "step=0000000012.pt")
+    )
     found["resumed latest"] = same(latest.average_state_dict(), mean)
     found["resumed raw"] = same(later.seen[-1], way.seen[-1])
     # evaluated again, and from the directory; at stage 3 DeepSpeed cannot load one without an optimizer
@@ -172,6 +191,11 @@ def average(stage, precision, directory):
 def latest_snapshots():
     """Beside the EMA, which evaluates."""
     return LatestWeightAveraging(3, every=4, evaluate="raw", checkpoint="raw", after_fit="raw")
+
+
+def snapshots_equal(first, second):
+    (one,), (other,) = (torch.load(path, weights_only=True)["averages"] for path in (first, second))
+    return same(one, other)
 
 
 def meet():
