@@ -25,6 +25,7 @@ from tests.support.accumulation_runs import (
     ScalerOnly,
     batches,
     errors_of,
+    failed,
     fit,
     loader,
     make_batch,
@@ -282,21 +283,7 @@ def test_may_be_added_to_and_removed_from_a_resumed_run(tmp_path, order):
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("carry", [False, True])
 def test_nothing_of_ours_remains_on_the_trainer(error, carry):
-    class Fails(Probe):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 2:
-                raise error
-            return super().training_step(batch, batch_idx)
-
-    trainers = []
-
-    class Keep(pl.Callback):
-        def on_fit_start(self, trainer, pl_module):
-            trainers.append(trainer)
-
-    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-        fit(Fails(), [GradientAccumulation(2, carry=carry), Keep()], FIRST.data(0))
-    _assert_untouched(trainers[0])
+    _assert_untouched(failed(error, GradientAccumulation(2, carry=carry), FIRST.data(0), batch=2))
     _assert_untouched(fit(Probe(), [GradientAccumulation(2, carry=carry)], FIRST.data(0)))
 
 

@@ -19,6 +19,7 @@ from tests.support.accumulation_runs import (
     Probe,
     Recorder,
     batches,
+    failed,
     fit,
     loader,
     make_batch,
@@ -356,22 +357,8 @@ def test_memory_that_runs_out_in_the_backward_undoes_what_it_left():
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), torch.OutOfMemoryError("out of memory")])
 @pytest.mark.parametrize("size", [2, "auto"])
 def test_nothing_of_ours_remains_on_the_trainer(error, size):
-    class Fails(Probe):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 1:
-                raise error
-            return super().training_step(batch, batch_idx)
-
-    trainers = []
-
-    class Keep(pl.Callback):
-        def on_fit_start(self, trainer, pl_module):
-            trainers.append(trainer)
-
     data = batches((5, 5, 5), dtype=torch.float32, tokens=False)
-    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-        fit(Fails(), [MicroBatching(size), Keep()], data)
-    for trainer in (trainers[0], fit(Probe(), [MicroBatching(size)], data)):
+    for trainer in (failed(error, MicroBatching(size), data, batch=1), fit(Probe(), [MicroBatching(size)], data)):
         loop = trainer.fit_loop.epoch_loop
         assert "_make_closure" not in vars(loop.automatic_optimization)
         assert "update_metrics" not in vars(loop._results)

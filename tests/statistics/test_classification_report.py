@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import classification_report
 
 from lightning_plugins import ClassificationReport
-from tests.support.statistics_runs import Classifier, dataset, fit, loaders, trainer_of
+from tests.support.statistics_runs import CLASSIFIERS, Classifier, dataset, fit, loaders, trainer_of
 
 
 def same(ours, theirs):
@@ -164,18 +164,8 @@ def expected_text(model, phase, epochs=1):
 
 
 def test_a_report_is_printed_and_saved_after_every_validation(package, capsys):
-    class Model(package.LightningModule):
-        training_step, validation_step = Classifier.training_step, Classifier.validation_step
-        forward, _step = Classifier.forward, Classifier._step
-        configure_optimizers = Classifier.configure_optimizers
-
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(6, 8)
-            self.returns, self.lr, self.seen = "dict", 0.1, []
-
     report = ClassificationReport(8, path=["out/r.txt", "out/{epoch}/{phase}.json", "out/r.csv", "out/r.png"])
-    _, model = fit([report], Model, package=package)
+    _, model = fit([report], CLASSIFIERS[package]("dict"), package=package)
     text, values = expected_text(model, "validation", epochs=2)
     assert Path("out/r.txt").read_text() == text
     assert same(json.loads(Path("out/2/validation.json").read_text()), values)

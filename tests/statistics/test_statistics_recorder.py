@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_plugins import ClassificationReport, StatisticsRecorder
 from tests.support.statistics_runs import (
+    CLASSIFIERS,
     METRICS,
     Classifier,
     Recording,
@@ -25,34 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
 
 @pytest.mark.parametrize("returns", ["loss", "dict"])
 def test_every_row_equals_a_recomputation(package, returns):
-    if package is not pl:
-
-        class Model(package.LightningModule):
-            __init__ = Classifier.__init__
-            forward, _step = Classifier.forward, Classifier._step
-            training_step, validation_step = Classifier.training_step, Classifier.validation_step
-            configure_optimizers = Classifier.configure_optimizers
-
-        Model.__init__ = _init_of(package.LightningModule)
-        model = Model(returns)
-    else:
-        model = Classifier(returns)
-    _, model, reader = recorded(model=model, package=package)
+    _, model, reader = recorded(model=CLASSIFIERS[package](returns), package=package)
     expected = expected_rows(model.seen)
     assert len(expected) == len(reader.rows) == 2 * (3 + 2)
     for row, (phase, batch, values) in zip(reader.rows, expected, strict=True):
         assert (row.phase, row.batch) == (phase, batch)
         assert row.values == pytest.approx(values, rel=1e-6)
         assert list(row.values) == ["loss", *METRICS]
-
-
-def _init_of(base):
-    def __init__(self, returns="loss", lr=0.1, classes=8):
-        base.__init__(self)
-        self.layer = torch.nn.Linear(6, classes)
-        self.returns, self.lr, self.seen = returns, lr, []
-
-    return __init__
 
 
 def test_rows_know_where_they_are():

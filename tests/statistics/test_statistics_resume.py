@@ -6,13 +6,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import pytorch_lightning as classic
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
-from tests.support.statistics_runs import Classifier, fit, read, resumable, without_time
+from tests.support.statistics_runs import ClassicClassifier, fit, read, resumable, without_time
 
 EPOCHS = 4
 
@@ -168,24 +169,12 @@ def test_a_checkpoint_holds_plain_values_only(tmp_path):
 
 
 def test_checkpoints_cross_the_two_packages(tmp_path):
-    import pytorch_lightning as classic
-
-    class Classic(classic.LightningModule):
-        training_step, validation_step = Classifier.training_step, Classifier.validation_step
-        forward, _step = Classifier.forward, Classifier._step
-        configure_optimizers = Classifier.configure_optimizers
-
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(6, 8)
-            self.returns, self.lr, self.seen = "loss", 0.1, []
-
     def callbacks(name):
         return [StatisticsRecorder(["accuracy"]), CSVStatisticsLogger(name)]
 
     trainer, _ = fit(callbacks("log.csv"), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "unified.ckpt")
-    fit(callbacks("log.csv"), Classic, package=classic, ckpt_path=tmp_path / "unified.ckpt")
+    fit(callbacks("log.csv"), ClassicClassifier, package=classic, ckpt_path=tmp_path / "unified.ckpt")
     fit(callbacks("whole.csv"))
     assert without_time("log.csv") == without_time("whole.csv")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -207,6 +208,26 @@ def fit(module, callbacks, data, *, package=pl, epochs=1, fit_arguments=None, **
     trainer = package.Trainer(callbacks=callbacks, **{**settings, **quiet, **arguments})
     trainer.fit(module, data if isinstance(data, DataLoader) else loader(data), **(fit_arguments or {}))
     return trainer
+
+
+class KeepTrainer(pl.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        self.trainer = trainer
+
+
+def failed(error, callback, data, *, batch):
+    """Train until ``error`` comes in a batch; return the Trainer as it is left."""
+
+    class Fails(Probe):
+        def training_step(self, found, batch_idx):
+            if batch_idx == batch:
+                raise error
+            return super().training_step(found, batch_idx)
+
+    keep = KeepTrainer()
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit(Fails(), [callback, keep], data)
+    return keep.trainer
 
 
 def precision_arguments(precision):
