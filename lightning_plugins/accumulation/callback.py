@@ -15,7 +15,7 @@ from lightning_plugins.accumulation.zero_windows import ZeroWindows
 from lightning_plugins.core.automatic_optimization import check_automatic
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter, wide
-from lightning_plugins.core.distributed_sets import refuse_cut_off
+from lightning_plugins.core.distributed_sets import put_beside, refuse_cut_off
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -248,7 +248,11 @@ class GradientAccumulation(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save a carried window that is open; every rank takes part."""
-        if self._carried is not None and self._carried.is_open(trainer):
+        if self._carried is None:
+            return
+        # with or without a window: the gradients of an earlier one must go from a directory
+        put_beside(trainer.strategy, checkpoint, {})
+        if self._carried.is_open(trainer):
             shared = trainer.world_size / data_ranks(trainer)
             total = float(_sum(trainer, self._window.total)) / shared
             state = self._carried.state(trainer, pl_module, total, checkpoint)

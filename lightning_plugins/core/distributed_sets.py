@@ -48,12 +48,14 @@ def is_distributed(checkpoint: Mapping[str, Any]) -> bool:
 def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, Mapping[str, Tensor]]) -> None:
     """Let sharded sets be written beside a distributed ``checkpoint``, which the strategy is about to save.
 
+    Nothing happens for a file. Without any set, those of an earlier checkpoint of that name are removed all the same.
+
     Args:
         strategy: The Trainer's; it is watched for one call.
         checkpoint: What is saved; on every rank alike. Its listing takes the place of the sets.
         sets: Label -> this rank's shares.
     """
-    if not sets:
+    if not is_distributed(checkpoint):
         return
     if _WAITING not in checkpoint:
         patches = Patches()

@@ -215,6 +215,8 @@ def test_a_directory_holds_the_gradients_of_an_open_window_in_shares(written):
         assert (window is not None) == bool(sets)
         assert window is None or (window["gradients"], window["total"]) == (None, {0: 8.0, 1: 4.0}[epoch])
         assert (place / FOLDER).is_dir() == bool(sets)
+    # what lay there of an open window is gone with it
+    assert not (written[0] / "carried-same" / "same.ckpt" / FOLDER).exists()
     both = written[0] / "carried-ema" / "epoch=1.ckpt"
     listing = json.loads((both / FOLDER / "sets.json").read_text())
     assert sorted(listing["sets"]) == [["gradients"], ["raw"]]

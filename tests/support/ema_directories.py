@@ -168,7 +168,8 @@ def write(directory):
     both = ModelCheckpoint(directory / "carried-ema", filename="{epoch}", save_top_k=-1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accumulated, "collected", kept_in_shares)
-        found["carried"] = carried(windows)
+        same = ModelCheckpoint(directory / "carried-same", filename="same", enable_version_counter=False, mode="max")
+        found["carried"] = carried(windows, same)
     found["carried_ema"] = carried(EMA(ConstantDecay(0.8), after_fit="raw"), both)
 
     save(
