@@ -14,7 +14,7 @@ from lightning_plugins.core.counting import Count
 from lightning_plugins.core.distributed_sets import is_distributed, open_sets, put_beside
 from lightning_plugins.core.lightning import LightningModule, Trainer, sum_over_ranks
 from lightning_plugins.core.loaders import data_ranks
-from lightning_plugins.core.module_state import clean_name
+from lightning_plugins.core.module_state import can_be_copied, clean_name
 from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.second_sets import Label
 from lightning_plugins.core.sharding import collected, full_shape, is_sharded, local, placed_as, scatter
@@ -183,10 +183,12 @@ def _takes_means(pl_module: LightningModule) -> bool:
 
 def _fitting(name: str, gradient: Tensor, parameter: Tensor, factor: float) -> Tensor:
     """Return this rank's share of a saved gradient, times ``factor``."""
-    if gradient.shape != full_shape(parameter) or gradient.dtype != parameter.dtype:
+    fits = gradient.shape == full_shape(parameter) and gradient.dtype == parameter.dtype
+    if not fits or not can_be_copied(gradient, into=parameter):
         raise ValueError(
             f"The gradient of `{name}` in a carried window must be {parameter.dtype} of shape "
-            f"{tuple(full_shape(parameter))}, got {gradient.dtype} of shape {tuple(gradient.shape)} in the checkpoint. "
+            f"{tuple(full_shape(parameter))}, got {gradient.dtype} of shape {tuple(gradient.shape)}, {gradient.layout} "
+            f"on {gradient.device}, in the checkpoint. "
             f"Resume with the module that wrote it, or from an epoch whose last window was full."
         )
     found = torch.zeros_like(parameter.detach())

@@ -224,7 +224,8 @@ class CheckpointAveraging(Callback):
     def set_state(self, state: dict[str, Any]) -> None:
         """Take over what the run that is resumed had written and logged."""
         self._lineage = checked_lineage(state.get("fits"))
-        self._saved_in = a_path("folder", state["folder"]) if state.get("folder") else ""
+        folder = state.get("folder", "")
+        self._saved_in = folder if folder == "" else a_path("folder", folder)
         self._files.load(state.get("files"))
         self._history.load(state.get("history"))
 

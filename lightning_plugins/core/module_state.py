@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.core import flat_shards
 from lightning_plugins.core.sharding import full_shape, is_sharded, local, reshard, scatter
-from lightning_plugins.core.validation import shortened, shown
+from lightning_plugins.core.validation import printable, shortened, shown
 
 # the last two are left in by FSDP1 alone
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -267,16 +267,31 @@ def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
         module: The module.
         tensors: Clean name -> full tensor.
     """
-    shapes = {name: full_shape(found.tensor) for found in named_tensors(module) for name in found.names}
-    faults = {
-        "unexpected": [shortened(name) for name in tensors if name not in shapes],
-        "misshapen": [
-            f"{name} {tuple(tensor.shape)} for {tuple(shapes[name])}"
-            for name, tensor in tensors.items()
-            if name in shapes and shapes[name] != tensor.shape
-        ],
-    }
+    targets = {name: found.tensor for found in named_tensors(module) for name in found.names}
+    faults: dict[str, list[str]] = {"unexpected": [], "misshapen": [], "not of plain numbers": []}
+    for name, tensor in tensors.items():
+        target = targets.get(name)
+        if target is None:
+            faults["unexpected"].append(printable(shortened(name)))
+        elif (shape := full_shape(target)) != tensor.shape:
+            faults["misshapen"].append(f"{name} {tuple(tensor.shape)} for {tuple(shape)}")
+        elif not can_be_copied(tensor, into=target):
+            faults["not of plain numbers"].append(f"{name} {tensor.dtype} {tensor.layout} on {tensor.device}")
     return [f"{kind}: {shorten(names)}" for kind, names in faults.items() if names]
+
+
+def can_be_copied(tensor: Tensor, *, into: Tensor) -> bool:
+    """Return whether a tensor out of a file has elements that can be written into another of its shape.
+
+    A sparse tensor cannot, nor can one without its elements, nor complex numbers into real ones.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> can_be_copied(torch.ones(2), into=weight), can_be_copied(torch.ones(2).to_sparse(), into=weight)
+        (True, False)
+    """
+    whole = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return whole and (into.is_complex() or not tensor.is_complex())
 
 
 def shorten(names: Collection[str], most: int = 5) -> str:

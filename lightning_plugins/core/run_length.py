@@ -16,6 +16,10 @@ from lightning_plugins.core.durations import Horizon
 from lightning_plugins.core.validation import one_of, shown, true_or_false, whole_number
 
 
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count
+
+
 @dataclass(frozen=True)
 class AccumulationPlan:
     """How many batches make one optimizer step, over the course of a run.
@@ -196,25 +200,30 @@ class RunAhead:
             TypeError: If a value has the wrong type.
             ValueError: If one is missing or out of range.
         """
-        try:
-            batches, changes = state["batches_per_epoch"], [tuple(change) for change in state["accumulation"]]
-            unit, carry, (epoch, batch, step) = state["unit"], state["carry"], state["stands"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"`{name}` must describe what lies ahead of a run, got {shown(state)}.") from error
-        if not changes or any(len(change) != 2 for change in changes) or changes[0][0] != 0:
-            raise ValueError(f"`{name}` must have pairs of numbers from position 0 on, got {shown(changes)}.")
+        keys = ("batches_per_epoch", "accumulation", "unit", "carry", "stands")
+        if not isinstance(state, Mapping) or not state.keys() >= set(keys):
+            raise ValueError(
+                f"`{name}` must describe what lies ahead of a run by {', '.join(keys)}, got {shown(state)}."
+            )
+        batches, changes, unit, carry, stands = (state[key] for key in keys)
+        if not isinstance(changes, (list, tuple)) or not all(_are_numbers(change, 2) for change in changes):
+            raise ValueError(f"`{name} accumulation` must have pairs of numbers, got {shown(changes)}.")
+        if not _are_numbers(stands, 3):
+            raise ValueError(f"`{name} stands` must be epoch, batch and step, got {shown(stands)}.")
         pairs = [
-            (whole_number(f"{name} position", position), whole_number(f"{name} batches", number, at_least=1))
+            (whole_number(f"{name} accumulation", position), whole_number(f"{name} accumulation", number, at_least=1))
             for position, number in changes
         ]
+        if not pairs or pairs[0][0] != 0:
+            raise ValueError(f"`{name} accumulation` must begin at position 0, got {shown(changes)}.")
         unit = one_of(f"{name} unit", unit, ("epoch", "step"))
         plan = AccumulationPlan(tuple(sorted(pairs)), unit, true_or_false(f"{name} carry", carry))  # type: ignore[arg-type]
         return cls(
             None if batches is None else whole_number(f"{name} batches_per_epoch", batches),
             plan,
             *(
-                whole_number(f"{name} {what}", value)
-                for what, value in zip(("epoch", "batch", "step"), (epoch, batch, step), strict=True)
+                whole_number(f"{name} stands, {what}", value)
+                for what, value in zip(("epoch", "batch", "step"), stands, strict=True)
             ),
         )
 

@@ -165,7 +165,7 @@ def _read(path: Path) -> tuple[SecondSets, str | None] | None:
 def _checked(found: Any, where: str) -> SecondSets:
     if not isinstance(found, dict) or not {"version", "save", "step", "sets"} <= found.keys():
         raise CheckpointError(f"{where} must list sets of weights, got {shown(found)}.")
-    if found["version"] != VERSION or isinstance(found["version"], bool):
+    if type(found["version"]) is not int or found["version"] != VERSION:
         raise CheckpointError(
             f"{where} must be of version {VERSION}, got {shown(found['version'])}: the checkpoint was written by "
             "another version of lightning_plugins, which can read it."

@@ -110,12 +110,12 @@ def read_contents(checkpoint: Mapping[str, Any]) -> Contents | None:
         return _lightnings(checkpoint)
     if not isinstance(found, dict) or not {"version", "state_dict", "name"} <= found.keys():
         raise ValueError(f"`{RECORD_KEY}` must be a record of averaged weights, got {type(found).__name__}.")
-    if found["version"] not in (RECORD_VERSION, RECORD_VERSION_BESIDE) or isinstance(found["version"], bool):
+    if type(found["version"]) is not int or found["version"] not in (RECORD_VERSION, RECORD_VERSION_BESIDE):
         raise ValueError(
             f"`{RECORD_KEY}` must be of version {RECORD_VERSION}, got {shown(found['version'])}: the file was written "
             "by another version of lightning_plugins, which can read it."
         )
-    raw, averages, name = found.get("raw"), found.get("averages") or {}, found["name"]
+    raw, averages, name = found.get("raw"), found.get("averages", {}), found["name"]
     if raw is not None:
         _check_tensors("raw", raw)
     if not isinstance(averages, dict) or not all(isinstance(key, str) for key in averages):

@@ -178,9 +178,10 @@ class LatestWeightAveraging(WeightAverage):
         found = sets.get(self.state_key)
         if found is None:
             return None
-        if not isinstance(found, list) or not all(map(tensors_by_name, found)):
+        latest = found[-self.last :] if isinstance(found, list) else None
+        if latest is None or not all(map(tensors_by_name, latest)):
             raise ValueError(f"`{_KEY}` must be snapshots of named tensors for {self._called}, got {shown(found)}.")
-        return list(found)
+        return latest
 
     def _before_writing(self, checkpoint: dict[str, Any]) -> None:
         super()._before_writing(checkpoint)

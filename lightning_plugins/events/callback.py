@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.lightning import LightningModule, Trainer, sum_over_ranks
-from lightning_plugins.core.validation import a_list, check_state_version, shown, takes
+from lightning_plugins.core.validation import a_list, check_state_version, shown, takes, whole_number
 from lightning_plugins.events.dispatcher import EventDispatcher
 from lightning_plugins.events.events import Event
 from lightning_plugins.events.training_loop import TrainingLoop
@@ -181,7 +181,8 @@ class EventCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take that from a checkpoint."""
         saved = check_state_version(type(self).__name__, checkpoint.get(_CHECKPOINT_KEY, {}), self.state_version)
-        self._cut_epoch = saved.get("cut_epoch")
+        epoch = saved.get("cut_epoch")
+        self._cut_epoch = None if epoch is None else whole_number("cut_epoch", epoch)
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module and the Trainer as they were; after an exception, ``FIT_END`` does not come."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +91,10 @@ class Course:
             TypeError: If a value has the wrong type.
             ValueError: If one is missing or out of range.
         """
-        try:
-            curve, latest, begin, position = (state[name] for name in ("curve", "latest", "begin", "position"))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"`run` must describe where a schedule stands, got {shown(state)}.") from error
+        names = ("curve", "latest", "begin", "position")
+        if not isinstance(state, Mapping) or not state.keys() >= set(names):
+            raise ValueError(f"`run` must say where a schedule stands by {', '.join(names)}, got {shown(state)}.")
+        curve, latest, begin, position = (state[name] for name in names)
         known = RunAhead.from_state("run", curve)
         return cls(
             known,

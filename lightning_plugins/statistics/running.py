@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_plugins.core.metric_state import load_plain_state, plain_state
+from lightning_plugins.core.module_state import can_be_copied
 from lightning_plugins.core.validation import first_line, shown, whole_number
 from lightning_plugins.statistics.label_counter import LabelCounter
 from lightning_plugins.statistics.label_evidence import decided
@@ -331,6 +332,20 @@ def _wide_copy(loss: Tensor) -> Tensor:
     return loss.double() if wide is torch.float64 else loss.float()
 
 
+def _goes_on(value: Tensor, default: Tensor) -> bool:
+    """Return whether a metric that begins with ``default`` can have come to ``value``: sums may have become wider."""
+    return value.shape == default.shape and bool(torch.can_cast(default.dtype, value.dtype))
+
+
+def _are_stored(parts: list[Any]) -> bool:
+    """Return whether all are tensors of real numbers, and each has elements of its own: few bytes can pose as many."""
+    if not all(isinstance(tensor, Tensor) and can_be_copied(tensor, into=NOTHING) for tensor in parts):
+        return False
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in parts)}
+    posed: int = sum(tensor.numel() * tensor.itemsize for tensor in parts)
+    return bool(posed <= sum(storages.values()))
+
+
 def _check_metric_state(name: str, metric: Metric, state: Any) -> None:
     """Raise unless a saved state has the names, kinds and shapes that a metric's own states have."""
     found = state.get("states") if isinstance(state, Mapping) else None
@@ -341,6 +356,7 @@ def _check_metric_state(name: str, metric: Metric, state: Any) -> None:
     for part, value in found.items():
         default = defaults[part]
         parts = value if isinstance(value, list) else [value]
-        fits = all(isinstance(tensor, Tensor) for tensor in parts)
-        if not fits or (isinstance(default, Tensor) and (isinstance(value, list) or value.shape != default.shape)):
+        if not _are_stored(parts) or (
+            isinstance(default, Tensor) and (isinstance(value, list) or not _goes_on(value, default))
+        ):
             raise ValueError(f"The saved state of the metric {name!r} must fit its state {part!r}, got {shown(value)}.")

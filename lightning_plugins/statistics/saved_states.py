@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from lightning_plugins.core.validation import real_number, shown, whole_number
+from lightning_plugins.core.validation import one_of, real_number, shown, whole_number
+from lightning_plugins.statistics.labels import Reading
 
 _CELL = re.compile(r"[0-9A-Za-z.+/?_-]{0,100}")
+LARGEST_COUNT = 2**62
+"""Of what a run has seen when it is resumed: an integer of 64 bits has room for the rest of the run."""
 _MOST_COLUMNS = 10_000
 _MOST_COUNTS = 10_000_000
 
@@ -35,18 +38,16 @@ def checked_recording(owner: str, state: Mapping[str, Any]) -> dict[str, Any]:
         whole_number("layout", entry[1], at_least=1)
     if sums and len(sums) != 1 + sum(size for _, size in layout):
         raise ValueError(f"The state of {owner} must have as many `sums` as its `layout` says, got {len(sums)}.")
-    reading = train.get("reading", "")
-    if not isinstance(reading, str) or not _plain(reading, 100):
-        raise ValueError(f"The state of {owner} must have a name as `reading`, got {shown(reading)}.")
+    reading = one_of("reading", train.get("reading", ""), ("", *get_args(Reading)))
     return {
         "train": {
-            "batches": whole_number("batches", train.get("batches")),
+            "batches": whole_number("batches", train.get("batches"), at_most=LARGEST_COUNT),
             "sums": sums,
             "reading": reading,
             "layout": layout,
             "metrics": dict(_mapping(owner, "metrics", train.get("metrics", {}))),
         },
-        "samples": whole_number("samples", state.get("samples")),
+        "samples": whole_number("samples", state.get("samples"), at_most=LARGEST_COUNT),
         "seconds": real_number("seconds", state.get("seconds"), at_least=0),
     }
 

@@ -15,6 +15,7 @@ from lightning_plugins.core.writable import check_writable
 from lightning_plugins.statistics.event_file import EventFile, Scalars, chart_sections, hyperparameter_summaries
 from lightning_plugins.statistics.row_writer import RowWriter
 from lightning_plugins.statistics.rows import TRAIN, VALIDATION, StatisticsRow
+from lightning_plugins.statistics.saved_states import LARGEST_COUNT
 from lightning_plugins.statistics.spool import Spool, can_append, is_remote
 
 # below the root
@@ -218,8 +219,10 @@ class TensorBoardStatisticsLogger(RowWriter):
                 "The checkpoint's `last` of TensorBoardStatisticsLogger must have a place for train and validation, "
                 f"got {shown(last)}."
             )
-        places = {phase: whole_number("last", place, at_least=-1) for phase, place in last.items()}
-        step = whole_number("last_step", state.get("last_step"))
+        places = {
+            phase: whole_number("last", place, at_least=-1, at_most=LARGEST_COUNT) for phase, place in last.items()
+        }
+        step = whole_number("last_step", state.get("last_step"), at_most=LARGEST_COUNT)
         super().set_state({**state, "last": places, "last_step": step})
 
     def _place(self, row: StatisticsRow) -> int:
