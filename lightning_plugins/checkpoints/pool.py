@@ -21,6 +21,7 @@ from lightning_plugins.core.files import probe
 from lightning_plugins.core.module_state import shorten
 from lightning_plugins.core.validation import printable, shown
 
+_LARGEST = 2**1000  # a float holds it
 _MOST_STEPS = 1000  # validations whose metrics are remembered
 _MOST_METRICS = 100_000
 
@@ -70,7 +71,8 @@ def _checked_metrics(metrics: Any) -> dict[str, float]:
     if not isinstance(metrics, Mapping) or len(metrics) > _MOST_METRICS:
         raise TypeError(f"`history` must hold metrics by name, got {shown(metrics)}.")
     for name, value in metrics.items():
-        if not isinstance(name, str) or not isinstance(value, (int, float)) or isinstance(value, bool):
+        is_number = isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)
+        if not isinstance(name, str) or not is_number:
             raise TypeError(f"`history` must hold numbers by name, got {shown(name)}: {shown(value)}.")
     return {str(name): float(value) for name, value in metrics.items()}
 
