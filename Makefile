@@ -33,7 +33,7 @@ torture: $(STAMP)  ## a thousand kills, ten thousand damaged files and as many r
 	TORTURE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/resume tests/hostile $(ARGS)
 
 mutants: $(STAMP)  ## small faults in the package, each against the tests of its line: ARGS="--number 400 --seed 1"
-	$(BIN)/python $(SUITE) --cov --cov-context=test --cov-report=
+	$(BIN)/python $(SUITE) --cov --cov-context=test --cov-report= --junitxml .durations.xml
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 test-clients: $(CLIENTS:%=test-clients-%)  ## the callbacks inside the software that people use them with; RECORD=1 keeps what ran
@@ -84,7 +84,7 @@ peers: $(STAMP)  ## install the libraries that bench compares with
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .venv-clients-* $(DEEPSPEED) $(LOWEST) $(NEWEST) $(RELEASE) $(WHEEL) dist runs site site-pictures \
-		.coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+		.coverage .coverage.* .durations.xml .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 $(DEMO_STAMP): pyproject.toml constraints/tested.txt
 	@echo 'Installing what the demo needs into $(VENV): a few minutes, most of them for torch.'

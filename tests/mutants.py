@@ -2,18 +2,24 @@
 
 A mutant is the package with one small fault: a comparison turned around, an operand dropped, two arguments swapped, a
 number off by one, a statement removed. Each runs against the tests that execute its line, which a measured run of
-the suite tells. The share that some test kills says what the suite sees; every survivor is a test that is missing, or a
-change that changes nothing.
+the suite tells; those of its own folder come first, and the quick ones before the slow ones. The share that some test
+kills says what the suite sees. Every survivor is a test that is missing, or a change that changes nothing:
+``equivalent_mutants.py`` names those.
 
-    python -m tests.mutants --number 400 --seed 1 --contexts .coverage
+    python -m tests.mutants --number 400 --seed 1
+
+Each mutant has a process of its own, forked from this one, which has imported torch and Lightning and nothing of the
+package.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
+import contextlib
+import gc
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,230 +27,233 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
+from collections.abc import Iterable
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.equivalent_mutants import EQUIVALENT
+from tests.support.faults import Mutant, differs, mutants_of
 
 ROOT = Path(__file__).parents[1]
+# what the tests import, and what costs seconds
+HEAVY = (
+    "lightning.pytorch",
+    "pytorch_lightning",
+    "torchmetrics",
+    "sklearn.metrics",
+    "torch.utils.tensorboard",
+    "hypothesis",
+)
 PACKAGE = "lightning_plugins"
-COMPARED = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
-COMPUTED = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add,
-    ast.Pow: ast.Mult,
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One fault: the text between two places of a file, and what stands there instead."""
+class Suite:
+    """The tests that execute a line, from the data of a run with ``--cov-context=test``, and how long each takes."""
 
-    path: str
-    line: int
-    last_line: int
-    start: int
-    end: int
-    text: str
-    kind: str
+    def __init__(self, contexts: Path, durations: Path):
+        from coverage import CoverageData
 
-    def of(self, source: bytes) -> bytes:
-        return source[: self.start] + self.text.encode() + source[self.end :]
+        self._data = CoverageData(str(contexts))
+        self._data.read()
+        self._files = {PACKAGE + "/" + file.rpartition(f"/{PACKAGE}/")[2]: file for file in self._data.measured_files()}
+        self._seconds: dict[str, float] = {}
+        for case in ElementTree.parse(durations).iter("testcase"):
+            self._seconds[f"{case.get('classname')}.{case.get('name')}"] = float(case.get("time", 0))
 
+    def seconds(self, test: str) -> float:
+        """Return how long a test took; a name in the file of durations is the address of the test with dots."""
+        address, bracket, parameters = test.partition("[")
+        file, *names = address.split("::")
+        module = file.removesuffix(".py").replace("/", ".")
+        return self._seconds.get(".".join([module, *names]) + bracket + parameters, 1.0)
 
-def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Yield every small fault that a piece of syntax can have, with its kind."""
-    yield from CHANGES.get(type(node), lambda _: ())(node)
+    def of(self, mutant: Mutant) -> list[str]:
+        """Return the tests of a mutant in the order in which they are to be tried."""
+        lines = self._data.contexts_by_lineno(self._files[mutant.path]) if mutant.path in self._files else {}
+        for first, last in [*mutant.spans, (0, 10**6)]:
+            contexts = {name for line in lines if first <= line <= last for name in lines[line]}
+            names = {name.rpartition("|")[0] for name in contexts if "::" in name}
+            if names:
+                return self._ordered(names, mutant.path)
+        return []
 
+    def _ordered(self, names: Iterable[str], path: str) -> list[str]:
+        own = (f"tests/{path.split('/')[1].removesuffix('.py')}/", path)
+        # of a test with many parameters the first ones come before those of the next test
+        count: Counter[str] = Counter()
+        order = {}
+        for name in sorted(names, key=self.seconds):
+            function = name.partition("[")[0]
+            count[function] += 1
+            seconds = self.seconds(name)
+            order[name] = (seconds > 3, not name.startswith(own), count[function], seconds)
+        return sorted(order, key=order.__getitem__)
 
-def _comparison(node: ast.Compare) -> Iterator[tuple[str, ast.AST]]:
-    if len(node.ops) == 1 and type(node.ops[0]) in COMPARED:
-        yield "comparison", ast.Compare(node.left, [COMPARED[type(node.ops[0])]()], node.comparators)
-
-
-def _and_or(node: ast.BoolOp) -> Iterator[tuple[str, ast.AST]]:
-    for index in range(len(node.values)):
-        rest = node.values[:index] + node.values[index + 1 :]
-        yield "operand dropped", rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
-    yield "and, or", ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
-
-
-def _sign(node: ast.UnaryOp) -> Iterator[tuple[str, ast.AST]]:
-    if isinstance(node.op, (ast.Not, ast.USub)):
-        yield "negation dropped", node.operand
-
-
-def _arithmetic(node: ast.BinOp) -> Iterator[tuple[str, ast.AST]]:
-    if type(node.op) in COMPUTED:
-        yield "arithmetic", ast.BinOp(node.left, COMPUTED[type(node.op)](), node.right)
-
-
-def _constant(node: ast.Constant) -> Iterator[tuple[str, ast.AST]]:
-    if isinstance(node.value, bool):
-        yield "constant", ast.Constant(not node.value)
-    elif isinstance(node.value, (int, float)):
-        yield "constant", ast.Constant(node.value + 1)
-        yield "constant", ast.Constant(node.value - 1)
-
-
-def _call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
-    if len(node.args) == 2 and not any(isinstance(argument, ast.Starred) for argument in node.args):
-        yield "arguments swapped", ast.Call(node.func, node.args[::-1], node.keywords)
+    def within(self, names: list[str], budget: float) -> list[str]:
+        """Return the first tests that take ``budget`` seconds together, at least one."""
+        chosen = []
+        for name in names:
+            budget -= self.seconds(name)
+            if budget < 0 and chosen:
+                break
+            chosen.append(name)
+        return chosen
 
 
-def _choice(node: ast.IfExp) -> Iterator[tuple[str, ast.AST]]:
-    yield "branches swapped", ast.IfExp(node.test, node.orelse, node.body)
+class _First:
+    """The first test that fails."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self._file.exists():
+            self._file.write_text(report.nodeid)
 
 
-def _return(node: ast.Return) -> Iterator[tuple[str, ast.AST]]:
-    if node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
-        yield "return", ast.Return(ast.Constant(None))
+class Trial:
+    """A copy of the tree in which one file after the other is changed."""
 
+    def __init__(self, folder: Path, seconds: int):
+        self.folder = folder
+        self._tree = folder / "tree"
+        self._seconds = seconds
+        self._number = 0
+        # tests that have killed a mutant: do they pass without one?
+        self._sound: set[str] = set()
+        self._failing: set[str] = set()
+        subprocess.run(["git", "clone", "-q", "-s", ROOT, self._tree], check=True)
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
+        for name in listed.decode().split("\0")[:-1]:
+            (self._tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, self._tree / name)
 
-def _statement(node: ast.Expr | ast.AugAssign) -> Iterator[tuple[str, ast.AST]]:
-    # a text that stands by itself is a document
-    if not isinstance(node.value, ast.Constant):
-        yield "statement removed", ast.Pass()
+    def end(self, tests: list[str], mutant: Mutant | None = None) -> tuple[str, str]:
+        """Return how the tests end, ``killed``, ``survived`` or ``time``, and the test that failed."""
+        if mutant is None:
+            return self._run(tests)
+        file = self._tree / mutant.path
+        source = file.read_bytes()
+        try:
+            self._write(file, mutant.of(source))
+            return self._run(tests)
+        finally:
+            self._write(file, source)
 
+    def kills(self, mutant: Mutant, tests: list[str]) -> tuple[str, str]:
+        """Return what :meth:`end` does, without the tests that fail as they are."""
+        while True:
+            end, why = self.end([test for test in tests if test not in self._failing], mutant)
+            if end != "killed" or why not in tests or why in self._sound:
+                return end, why
+            (self._sound if self.end([why])[0] == "survived" else self._failing).add(why)
 
-CHANGES = {
-    ast.Compare: _comparison, ast.BoolOp: _and_or, ast.UnaryOp: _sign, ast.BinOp: _arithmetic, ast.Constant: _constant,
-    ast.Call: _call, ast.IfExp: _choice, ast.Return: _return, ast.Expr: _statement, ast.AugAssign: _statement,
-}  # fmt: skip
+    def _write(self, file: Path, source: bytes) -> None:
+        """Write a file with a time of its own: the compiled file beside it holds for one time and one size."""
+        self._number += 1
+        file.write_bytes(source)
+        os.utime(file, (self._number, self._number))
 
-
-def mutants_of(path: str, source: str) -> Iterator[Mutant]:
-    """Yield all mutants of a module; annotations, documents, messages and imports are left as they are."""
-    starts = [0]
-    for text in source.encode().splitlines(keepends=True):
-        starts.append(starts[-1] + len(text))
-    for node in _code(ast.parse(source)):
-        for kind, changed in changes(node):
-            text = ast.unparse(ast.fix_missing_locations(changed))
-            if isinstance(node, ast.expr):
-                text = f"({text})"
-            start = starts[node.lineno - 1] + node.col_offset
-            end = starts[node.end_lineno - 1] + node.end_col_offset
-            yield Mutant(path, node.lineno, node.end_lineno, start, end, text, kind)
-
-
-def _code(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the pieces of syntax that do something."""
-    for field, value in ast.iter_fields(node):
-        if field in {"annotation", "returns", "decorator_list", "type_params"} or isinstance(node, ast.JoinedStr):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or isinstance(child, (ast.Raise, ast.Import, ast.ImportFrom, ast.Assert)):
-                continue
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
-            if isinstance(child, (ast.expr, ast.stmt)):
-                yield child
-            yield from _code(child)
-
-
-def tests_of(contexts: Path) -> dict[str, dict[int, set[str]]]:
-    """Return module -> line -> the tests that execute it, from the data of a run with ``--cov-context=test``."""
-    from coverage import CoverageData
-
-    data = CoverageData(str(contexts))
-    data.read()
-    found: dict[str, dict[int, set[str]]] = {}
-    for file in data.measured_files():
-        relative = f"{PACKAGE}/{file.split(f'/{PACKAGE}/', 1)[-1]}"
-        lines = found.setdefault(relative, {})
-        for line, names in data.contexts_by_lineno(file).items():
-            lines.setdefault(line, set()).update(name.split("|")[0] for name in names if "::" in name)
-    return found
-
-
-def chosen(mutant: Mutant, tests: dict[str, dict[int, set[str]]], most: int) -> list[str]:
-    """Return the tests to try on a mutant, those beside its module first; all of its folder where no line is known."""
-    lines = tests.get(mutant.path, {})
-    names = set().union(*(lines.get(line, set()) for line in range(mutant.line, mutant.last_line + 1)))
-    folder = f"tests/{mutant.path.split('/')[1].removesuffix('.py')}"
-    if not names:
-        # a line that runs when the module is imported
-        names = set().union(*lines.values()) if lines else set()
-    others = random.Random(mutant.line).sample(sorted(names), len(names))
-    ordered = sorted(others, key=lambda name: (not name.startswith(folder), "distributed" in name or "resume" in name))
-    return ordered[:most] or [folder if (ROOT / folder).exists() else "tests/core"]
-
-
-def fails(tree: Path, names: list[str], seconds: float) -> str:
-    """Return how the tests end in a copy of the tree: ``killed``, ``killed (time)`` or ``survived``."""
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as listing:
-        listing.write("\n".join(names))
-        listing.flush()
-        options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", f"@{listing.name}"]
-        command = [sys.executable, "-m", "pytest", *options]
-        where = {"PYTHONPATH": f"{tree}:{tree / 'examples'}", "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                command, cwd=tree, env={**os.environ, **where}, stdout=output, stderr=output, start_new_session=True
-            )
+    def _run(self, tests: list[str]) -> tuple[str, str]:
+        failed = self.folder / "failed"
+        failed.unlink(missing_ok=True)
+        (self.folder / "tests").write_text("\n".join(tests))
+        child = os.fork()
+        if not child:
+            code = 1
             try:
-                code = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return "killed (time)"
-    return "survived" if code == 0 else "killed"
+                code = self._in_child(failed)
+            finally:
+                os._exit(code)
+        # a mutant may also wait for ever; a busy machine is no fault of its
+        deadline = time.monotonic() + 10 * self._seconds
+        status = (0, 0)
+        while not status[0]:
+            time.sleep(0.02)
+            if time.monotonic() > deadline:
+                os.killpg(child, signal.SIGKILL)
+            status = os.waitpid(child, os.WNOHANG)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(status[1])
+        if code in {-signal.SIGXCPU, -signal.SIGKILL}:
+            return "time", ""
+        return ("survived" if code == 0 else "killed"), failed.read_text() if failed.exists() else f"exit code {code}"
+
+    def _in_child(self, failed: Path) -> int:
+        os.setpgid(0, 0)
+        output = os.open(self.folder / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (self._seconds, self._seconds + 5))
+        os.chdir(self._tree)
+        own = [str(self._tree), str(self._tree / "examples")]
+        sys.path[:] = [*own, *(path for path in sys.path if path not in {"", str(ROOT)})]
+        os.environ |= {"PYTHONPATH": os.pathsep.join(own), "CI": "1"}
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        options = [
+            "-x",
+            "-q",
+            "--no-header",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            f"--basetemp={self.folder / 'temp'}",
+        ]
+        # pytest would have rewritten the assertions of what is imported already
+        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning", f"@{self.folder / 'tests'}"]
+        return int(pytest.main(options, plugins=[_First(failed)]))
+
+
+def draw(number: int, seed: int, only: str) -> list[tuple[Mutant, tuple[str, str, str]]]:
+    """Return mutants of the package, each another program than the package is, with their keys."""
+    sources = {str(path.relative_to(ROOT)): path.read_bytes() for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+    places = [mutant for path in sources if only in path for mutant in mutants_of(path, sources[path])]
+    random.Random(seed).shuffle(places)
+    drawn = islice((mutant for mutant in places if differs(mutant, sources[mutant.path])), number)
+    return [(mutant, mutant.key(sources[mutant.path])) for mutant in drawn]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Change the package one place at a time and see whether a test fails.")
     parser.add_argument("--number", type=int, default=400, help="how many mutants")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6)
-    parser.add_argument(
-        "--contexts", type=Path, default=ROOT / ".coverage", help="data of a run with --cov-context=test"
-    )
+    parser.add_argument("--contexts", type=Path, default=ROOT / ".coverage", help="data of --cov-context=test")
+    parser.add_argument("--durations", type=Path, default=ROOT / ".durations.xml", help="what --junitxml wrote")
     parser.add_argument("--only", default="", help="modules whose path has this text")
-    parser.add_argument("--most", type=int, default=150, help="tests to try on each")
-    parser.add_argument("--seconds", type=float, default=300, help="a mutant that takes longer is killed")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=60, help="seconds of tests to try on each")
+    parser.add_argument("--numbers", type=int, nargs="+", help="only these of the draw")
+    parser.add_argument("--tests", nargs="+", default=[], help="tests to try on each instead of those of its line")
     arguments = parser.parse_args()
 
-    tests = tests_of(arguments.contexts)
-    modules = sorted(path for path in (ROOT / PACKAGE).rglob("*.py") if arguments.only in str(path))
-    all_of_them = [m for path in modules for m in mutants_of(str(path.relative_to(ROOT)), path.read_text())]
-    drawn = random.Random(arguments.seed).sample(all_of_them, min(arguments.number, len(all_of_them)))
-    print(f"{len(drawn)} of {len(all_of_them)} mutants, seed {arguments.seed}", flush=True)
-    folder = Path(tempfile.mkdtemp())
-    trees = [folder / str(number) for number in range(arguments.jobs)]
-    for tree in trees:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
-        for name in listed.decode().split("\0")[:-1]:
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
-
-    def tried(mutant: Mutant) -> tuple[Mutant, str]:
-        tree = trees.pop()
-        file = tree / mutant.path
-        source = file.read_bytes()
-        try:
-            file.write_bytes(mutant.of(source))
-            return mutant, fails(tree, chosen(mutant, tests, arguments.most), arguments.seconds)
-        finally:
-            file.write_bytes(source)
-            trees.append(tree)
-
+    suite = Suite(arguments.contexts, arguments.durations)
+    for name in HEAVY:
+        import_module(name)
+    gc.freeze()
     ends: Counter[str] = Counter()
-    with ThreadPool(arguments.jobs) as pool:
-        for number, (mutant, end) in enumerate(pool.imap_unordered(tried, drawn), 1):
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(Path(folder), int(2 * arguments.budget + 60))
+        for number, (mutant, key) in enumerate(draw(arguments.number, arguments.seed, arguments.only), 1):
+            if arguments.numbers and number not in arguments.numbers:
+                continue
+            begin = time.monotonic()
+            tests = arguments.tests or suite.of(mutant)
+            tried = arguments.tests or suite.within(tests, arguments.budget)
+            end, why = trial.kills(mutant, tried) if tests else ("survived", "no test executes it")
+            if end == "survived" and key in EQUIVALENT:
+                end, why = "equivalent", EQUIVALENT[key]
             ends[end] += 1
-            if end == "survived":
-                before = (ROOT / mutant.path).read_bytes()[mutant.start : mutant.end].decode()
-                print(
-                    f"survived  {mutant.path}:{mutant.line}  {mutant.kind}: {before!r} -> {mutant.text!r}", flush=True
-                )
-            elif number % 20 == 0:
-                print(f"{number} tried: {dict(ends)}", flush=True)
-    shutil.rmtree(folder)
-    killed = len(drawn) - ends["survived"]
-    print(f"{killed} of {len(drawn)} killed: {killed / len(drawn):.1%}")
+            spent = f"{time.monotonic() - begin:.1f} s, {len(tried)} of {len(tests)} tests"
+            print(
+                f"{number} {end}  {mutant.path}:{mutant.spans[0][0]}  {mutant.kind}: {key[2]}  ({spent}) {why}",
+                flush=True,
+            )
+    print(f"seed {arguments.seed}: {dict(ends)}")
 
 
 if __name__ == "__main__":

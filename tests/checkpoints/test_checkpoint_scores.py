@@ -76,6 +76,7 @@ def test_parts_of_ranks_are_joined_by_their_kind():
         (["train_loss", "val_loss"], "val_loss"),
         (["train_loss", "loss"], "loss"),
         (["loss_train", "loss_val"], "loss_val"),
+        (["loss", "val_other_loss"], "val_other_loss"),
         (["val_other_loss", "val_loss"], "val_loss"),
         (["train_loss", "validation/LOSS"], "validation/LOSS"),
         (["train_loss"], "train_loss"),

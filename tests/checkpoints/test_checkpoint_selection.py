@@ -102,8 +102,9 @@ def test_best_without_scores_is_refused_and_fewer_than_asked_for_is_said(tmp_pat
     scored(tmp_path, "b.ckpt", 20, 0.5, {"b.ckpt": 0.5})
     with pytest.warns(LightningPluginsWarning, match="2 checkpoints were asked for, 1 with a score found"):
         assert names(select_checkpoints(tmp_path, best=2)) == ["b.ckpt"]
-    with pytest.warns(LightningPluginsWarning, match=r"5 checkpoints were asked for, 2 found\."):
+    with pytest.warns(LightningPluginsWarning, match=r"5 checkpoints were asked for, 2 found\.") as caught:
         assert names(select_checkpoints(tmp_path, last=5)) == ["a.ckpt", "b.ckpt"]
+    assert caught[0].filename == __file__
 
 
 def test_averages_and_hidden_files_and_files_without_a_step_are_left_out(tmp_path):

@@ -1,0 +1,61 @@
+"""Where a tensor lies is checked to the byte, before anything is read."""
+
+import pytest
+import torch
+
+from lightning_plugins.core.mapped_files import MappedFiles
+from lightning_plugins.core.stand_ins import Name, StoredStorage, StoredTensor, UnreadableError, called
+from lightning_plugins.statistics.labels import widest
+
+REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
+
+
+def rebuilt(nbytes=16, offset=0, shape=(4,), stride=(1,)):
+    return called(REBUILD, (StoredStorage("0", torch.float32, nbytes), offset, shape, stride, False, {}))
+
+
+def test_a_tensor_may_fill_its_storage():
+    assert rebuilt() == StoredTensor("0", torch.float32, 0, (4,), (1,))
+    assert rebuilt(offset=4, shape=(0,)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"nbytes": 15},
+        {"offset": 1},
+        {"offset": -1, "shape": (2,)},
+        {"offset": 0.0},
+        {"offset": True, "shape": (2,)},
+        {"shape": (4.0,)},
+        {"shape": (True,)},
+        {"shape": (-1,)},
+        {"shape": (0, 2**63), "stride": (1, 1)},
+        {"shape": (2, 2)},
+        {"stride": (2,)},
+        {"shape": (1,) * 65, "stride": (1,) * 65},
+    ],
+    ids=str,
+)
+def test_what_is_no_place_in_the_storage_is_refused(lie):
+    with pytest.raises(UnreadableError, match=r"impossible sizes|longer than its storage"):
+        rebuilt(**lie)
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_file_one_byte_short_is_cut_off(tmp_path, position):
+    path, values = tmp_path / "tensors", torch.arange(4.0)
+    content = bytes(position) + values.numpy().tobytes()
+    path.write_bytes(content)
+    stored = StoredTensor("0", torch.float32, 0, (4,), (1,))
+    assert torch.equal(MappedFiles().tensor(path, position, stored), values)
+    path.write_bytes(content[:-1])
+    with pytest.raises(UnreadableError, match="it ends before its tensors do"):
+        MappedFiles().tensor(path, position, stored)
+
+
+def test_sums_are_exact_beyond_two_to_the_24th():
+    one = torch.tensor([2**24, 1]).sum(dtype=widest(torch.device("cpu")))
+    assert one.item() == 2**24 + 1
+    assert widest(torch.device("cpu")) is torch.float64
+    assert widest(torch.device("mps")) is torch.float32
