@@ -176,3 +176,12 @@ def test_a_field_is_found(batch, key):
 def test_a_missing_field_lists_those_present(batch, key, message):
     with pytest.raises(ValueError, match=f"`key` must be a field of the batch, {message}"):
         look_up(batch, key)
+
+
+@pytest.mark.parametrize(("fields", "more"), [(8, ""), (9, " and 1 more"), (11, " and 3 more")])
+def test_of_many_fields_that_disagree_eight_are_shown(fields, more):
+    batch = {f"f{number:02}": torch.zeros(number + 2, 3) for number in range(fields)}
+    shown = ", ".join(f"`batch['f{number:02}']` has {number + 2}" for number in range(8))
+    with pytest.raises(ValueError, match="disagree") as caught:
+        batch_length(batch)
+    assert f"number of samples: {shown}{more}." in str(caught.value)
