@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -34,6 +33,16 @@ class Stage(IntEnum):
     """Reads or writes checkpoints."""
     EVENTS = 80
     """Calls the user's functions: after every other callback, before checkpoints are written."""
+
+
+class _Nothing:
+    """A context that does nothing, by functions of C: a batch enters sixty, and ``contextlib.nullcontext`` is felt."""
+
+    # takes whatever it is given, and returns an empty text: an exception goes on
+    __enter__ = __exit__ = staticmethod("".format)
+
+
+_NOTHING = _Nothing()
 
 
 class Callback(CallbackOfBoth):
@@ -85,7 +94,7 @@ class Callback(CallbackOfBoth):
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         if type(profiler).__name__ == "PassThroughProfiler" and "profile" not in vars(profiler):
             # it does nothing, but by a generator: a microsecond and more for every hook of every callback
-            self.patches.replace(profiler, "profile", contextlib.nullcontext)
+            self.patches.replace(profiler, "profile", lambda action_name: _NOTHING)  # noqa: ARG005, a name that may be given
 
     def _refuse_twin(self, callbacks: list[Any]) -> None:
         stateless = type(self).get_state is Callback.get_state and type(self).state_dict is Callback.state_dict

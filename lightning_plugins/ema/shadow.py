@@ -242,8 +242,8 @@ class Shadow:
             current = False
         if not current:
             self._check()
-        # as `plain_tensors`, whose generator would be felt here
-        with torch.inference_mode(False), torch.no_grad():
+        # a step has no context to spare either
+        with plain_tensors() if torch.is_inference_mode_enabled() else torch.no_grad():
             if self._buffer_numbers:
                 self._refresh()
             for group in self._groups:

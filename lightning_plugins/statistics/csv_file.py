@@ -11,7 +11,7 @@ import io
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class CSVFile:
         if self._sent[0] is self._waiting:
             self._let_go()
         try:
-            if not self._fixed and not self._columns_of_all(self._waiting):
+            if not self._fixed and not set(self._columns).issuperset(chain(*self._waiting)):
                 self._make_room_for_columns()
             join, columns, file = self._separator.join, self._columns, self._open()
             lines = [(join(map(row.get, columns, repeat(""))) + "\n").encode() for row in self._waiting]
@@ -141,19 +141,12 @@ class CSVFile:
         if sent is self._waiting and self._file is not None:
             self._waiting = self._waiting[bisect_right(ends, self._file.size) :]
 
-    def _columns_of_all(self, rows: Sequence[Mapping[str, str]]) -> bool:
-        """Whether no row has a column that the file lacks."""
-        known = set(self._columns)
-        return all(row.keys() <= known for row in rows)
-
     def _make_room_for_columns(self) -> None:
-        known = set(self._columns)
-        new = [] if self._fixed else list(dict.fromkeys(n for row in self._waiting for n in row if n not in known))
-        if new:
-            wider = self._columns + new
-            if self._columns and self._open().size:
-                self._rewrite(wider, padding=len(new))
-            self._columns = wider
+        # in the order in which the rows have them
+        wider = list(dict.fromkeys(chain(self._columns, *self._waiting)))
+        if self._columns and self._open().size:
+            self._rewrite(wider, padding=len(wider) - len(self._columns))
+        self._columns = wider
 
     def _open(self) -> AppendOnlyFile:
         if self._file is None:

@@ -18,7 +18,7 @@ from lightning_plugins.statistics.labels import (
     count_by_class,
     is_one_hot,
     read_batch,
-    right_of,
+    scores_up_to,
     widest,
 )
 
@@ -188,25 +188,32 @@ class PlainLabels:
         if self._room != (targets.shape[0], targets.device):
             self._make_room(targets.shape[0], targets.device)
         torch.argmax(predictions, 1, out=self._classes)
-        torch.eq(self._numbers, targets, out=self._equal)
         if self.top_5:
-            self._right_of_5.copy_(right_of(5, predictions, targets))
+            classes = predictions.shape[1]
+            torch.clamp(targets, 0, classes - 1, out=self._nearest)
+            torch.eq(self._numbers, targets, out=self._equal)
+            # 0 where the label is no class
+            torch.mul(scores_up_to(predictions, self._nearest.unsqueeze(1)), self._is_class, out=self._right_of_5)
+            torch.gt(self._right_of_5, max(classes - 5, 0), out=self._right_of_5)
+        else:
+            torch.eq(self._numbers, targets, out=self._equal)
         return torch.addmv(counts, self._weights, self._marks)
 
     def _make_room(self, labels: int, device: torch.device) -> None:
         self._room = labels, device
-        rows = 2 + self.top_5
+        counts, compared = (3, 3) if self.top_5 else (2, 2)
         # a tensor that is made in inference mode could not be written into outside of it
         with torch.inference_mode(mode=False):
-            self._numbers = torch.full((2, labels), self.ignore_index, device=device)
-            self._classes = self._numbers[0]
-            # a mark for each comparison, row by row, and one that is always 1
+            self._numbers = torch.full((compared, labels), self.ignore_index, device=device)
+            self._classes, self._nearest = self._numbers[0], self._numbers[-1]
+            # a mark for each comparison, row by row, those of the five largest, and one that is always 1
+            rows = compared + self.top_5
             self._marks = torch.ones(rows * labels + 1, dtype=widest(device), device=device)
             marks = self._marks[:-1].view(rows, labels)
-            self._equal, self._right_of_5 = marks[:2], marks[-1]
-            weights = self._marks.new_zeros(rows, rows * labels + 1)
-            by_row = weights[:, :-1].view(rows, rows, labels)
+            self._equal, self._is_class, self._right_of_5 = marks[:compared], marks[compared - 1], marks[-1]
+            weights = self._marks.new_zeros(counts, rows * labels + 1)
+            by_row = weights[:, :-1].view(counts, rows, labels)
             by_row[0, 1], weights[0, -1], by_row[1, 0] = -1, labels, 1
             if self.top_5:
-                by_row[2, 2] = 1
+                by_row[2, -1] = 1
             self._weights = weights

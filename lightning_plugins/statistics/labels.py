@@ -152,11 +152,21 @@ def right_of(k: int, scores: Tensor, labels: Tensor) -> Tensor:
     classes = scores.shape[1]
     labels = labels.long()
     nearest = labels.clamp(0, classes - 1)
-    own = scores.gather(1, nearest.unsqueeze(1))
+    return (scores_up_to(scores, nearest.unsqueeze(1)) > max(classes - k, 0)) & (nearest == labels)
+
+
+def scores_up_to(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return how many scores of each row are at most that of its label; none if a score of the row is not finite.
+
+    Args:
+        scores: ``[labels, classes]``.
+        labels: ``[labels, 1]``, each the number of a class.
+    """
+    own = scores.gather(1, labels)
     if scores.is_floating_point():
         # 0 times the row's largest magnitude: NaN if a score is not finite, and no score is at most NaN
         own = torch.add(own, torch.linalg.vector_norm(scores, torch.inf, 1, keepdim=True), alpha=0)
-    return ((scores <= own).sum(1) > max(classes - k, 0)) & (nearest == labels)
+    return (scores <= own).sum(1)
 
 
 def read_batch(

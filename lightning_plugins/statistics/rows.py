@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ _MOST_ROWS = 512
 # of the counts of rows that wait: they are large where every class is counted
 _MOST_BYTES = 8 << 20
 
+_FLUSH_SECONDS = operator.attrgetter("flush_seconds")
 _LEADING = ("batches", "samples", "fresh", "loss", "newest", "weight", "counted")
 
 
@@ -231,8 +233,7 @@ class RowBuffer:
         if self.reduce is not None:
             due = len(waiting) >= self._due_rows
         else:
-            patience = self.readers[0].flush_seconds if len(self.readers) == 1 else self._patience()
-            due = len(waiting) >= self._most_rows or time.monotonic() - self._last_flush >= patience
+            due = len(waiting) >= self._most_rows or time.monotonic() - self._last_flush >= self._patience()
         # first: a reader may fail
         waiting.append(row)
         if due:
@@ -265,7 +266,7 @@ class RowBuffer:
         evaluate(self.statistics, rows, reduce, self.task)
 
     def _patience(self) -> float:
-        return min((reader.flush_seconds for reader in self.readers), default=0.0)
+        return min(map(_FLUSH_SECONDS, self.readers), default=0.0)
 
     def _reduce_and_agree(self, reduce: Reduce, table: Tensor) -> Tensor:
         proposal = self._proposal() if self.chief else 0
