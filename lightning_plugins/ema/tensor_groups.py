@@ -52,6 +52,10 @@ class Layout:
         self._moved_key: tuple[int, ...] = ()
         self._batches: list[Batch] = []
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Leave the batches behind: they are views of these tensors, and a copy makes its own."""
+        return Layout, (self._scratch_bytes,)
+
     def batches(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Batch]:
         """Return the batches of both lists; the scratch lies beside ``left`` and has the type of ``right``."""
         key = tuple(tensor.data_ptr() for tensor in (*left, *right))

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_plugins import EMA, ConstantDecay, PostHocEMA, WarmupDecay, extract_weights
 from lightning_plugins.core.lightning import MisconfigurationException
-from lightning_plugins.ema.checkpoint_format import RECORD_KEY
+from lightning_plugins.ema.checkpoint_format import RECORD_KEY, Contents, fitting_average
 from lightning_plugins.ema.checkpoint_summary import describe_checkpoint
 from tests.support import conditions
 from tests.support.ema_runs import (
@@ -218,3 +218,9 @@ def test_describe_says_what_a_file_holds(tmp_path):
     assert found["kind"] == "weights only"
     assert found["state_dict"]["weights"] == "trained weights"
     assert found["callbacks"] == []
+
+
+@pytest.mark.parametrize("updates", [None, 3])
+def test_a_state_dict_that_a_sharded_strategy_has_consumed_is_no_average(updates):
+    contents = Contents("average", "ema", updates=updates)
+    assert fitting_average(torch.nn.Linear(2, 2), contents, "ema", None) is None

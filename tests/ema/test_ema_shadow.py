@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,26 @@ def test_fingerprint_changes_with_the_weights_only():
     with torch.no_grad():
         module.weight[0].neg_()
     assert not shadow.untouched()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_that_holds_the_average_shows_it_and_gives_it_back(copied):
+    torch.manual_seed(0)
+    module = nn.Linear(2, 2)
+    raw = clone_state(module)
+    shadow = Shadow(module)
+    with torch.no_grad():
+        module.weight.add_(1)
+    trained = clone_state(module)
+    shadow.swap_in()
+    module_copy, twin = copied((module, shadow))
+    assert same(twin.collect("average"), raw)
+    assert showing(module_copy) is twin
+    assert showing(module) is shadow
+    twin.swap_out()
+    assert showing(module_copy) is None
+    assert same(module_copy.state_dict(), trained)
+    assert showing(module) is shadow
 
 
 def test_streaming_off_the_device_gives_the_same_numbers():

@@ -9,8 +9,10 @@ import torchmetrics
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import accuracy_score, matthews_corrcoef, top_k_accuracy_score
 
+from lightning_plugins.core.step_outputs import StepSources
 from lightning_plugins.statistics.labels import read_batch
 from lightning_plugins.statistics.metric_names import statistic_set
+from lightning_plugins.statistics.recording import Recording as RunRecording
 from lightning_plugins.statistics.rows import RowBuffer, StatisticsRow, evaluate
 from lightning_plugins.statistics.running import PhaseSums
 from tests.support.statistics_runs import Recording
@@ -333,3 +335,37 @@ def test_a_ledger_alone_after_an_exception_asks_nobody():
     ledger.flush(together=False)
     assert add_up.calls == 0
     assert (reader.rows[0].values, reader.rows[0].lr) == ({"loss": 3.0}, 0.5)
+
+
+def test_labels_of_batches_without_a_loss_have_values_while_the_phase_runs():
+    sums = PhaseSums(statistic_set(["accuracy"]))
+    sums.update(None, torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), torch.tensor([1, 1, 1]))
+    assert {name: value.item() for name, value in sums.values_now().items()} == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_another_number_of_classes_in_mid_phase_is_refused():
+    sums = run(["matthews_correlation_coefficient"], random_batches(1, 3, sizes=(4,)))
+    (_, predictions, targets) = random_batches(2, 4, sizes=(4,))[0]
+    with pytest.raises(ValueError, match="must be alike"):
+        sums.update(torch.tensor(1.0), predictions, targets)
+
+
+def test_rows_beside_rows_of_three_dimensions_have_their_classes_last():
+    predictions, targets = torch.rand(2, 3, 5), torch.eye(5)[torch.tensor([[0, 1, 2], [3, 4, 0]])]
+    batch = read_batch(predictions, targets)
+    assert batch.predictions.tolist() == predictions.reshape(6, 5).tolist()
+    assert batch.labels.tolist() == [0, 1, 2, 3, 4, 0]
+
+
+def test_of_several_ranks_one_goes_on_from_the_sums_of_all():
+    batches = random_batches(4, 5, sizes=(4, 2))
+    ranks = [RunRecording(statistic_set(["accuracy"]), StepSources(None, None, "a test")) for _ in range(2)]
+    saved = {"train": run(["accuracy"], batches).state(), "samples": 6, "seconds": 1.5}
+    for rank in ranks:
+        # what a fit that ended in mid-epoch has left in these processes
+        rank.restore(saved, torch.device("cpu"), chief=True)
+    for number, rank in enumerate(ranks):
+        rank.restore(saved, torch.device("cpu"), chief=not number)
+    states = [rank.state() for rank in ranks]
+    assert (states[0]["train"], states[0]["samples"]) == (saved["train"], 6)
+    assert (states[1]["train"], states[1]["samples"]) == ({"batches": 0, "sums": [], "metrics": {}}, 0)
