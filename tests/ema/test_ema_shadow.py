@@ -342,6 +342,9 @@ def test_a_copy_that_holds_the_average_shows_it_and_gives_it_back(copied):
     with torch.no_grad():
         module.weight.add_(1)
     trained = clone_state(module)
+    module_copy, twin = copied((module, shadow))
+    assert same(twin.collect("raw"), trained)
+    assert showing(module_copy) is None
     shadow.swap_in()
     module_copy, twin = copied((module, shadow))
     assert same(twin.collect("average"), raw)
