@@ -252,7 +252,7 @@ def test_a_state_goes_through_a_file_and_back(state, tmp_path):
 
 
 LIES = [None, -1, 1.5, "x", b"x", [], {}, [1], {"a": 1}, {1: 1}, True, float("nan"), [["x", -1]], "x" * 10**6, object()]
-RIGHT = {"fits": [], "folder": ["x", "x" * 10**6, None, [], {}], "files": [{}], "history": [{}]}
+RIGHT = {"fits": [], "folder": ["x", "x" * 10**6], "files": [{}], "history": [{}]}
 
 
 @pytest.mark.parametrize("key", ["fits", "folder", "files", "history"])
