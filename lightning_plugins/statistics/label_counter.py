@@ -201,18 +201,19 @@ class PlainLabels:
 
     def _make_room(self, labels: int, device: torch.device) -> None:
         self._room = labels, device
-        counts, compared = (3, 3) if self.top_5 else (2, 2)
+        # as many counts as comparisons; one more row for the five largest
+        kinds = 2 + self.top_5
+        rows = kinds + self.top_5
         # a tensor that is made in inference mode could not be written into outside of it
         with torch.inference_mode(mode=False):
-            self._numbers = torch.full((compared, labels), self.ignore_index, device=device)
+            self._numbers = torch.full((kinds, labels), self.ignore_index, device=device)
             self._classes, self._nearest = self._numbers[0], self._numbers[-1]
             # a mark for each comparison, row by row, those of the five largest, and one that is always 1
-            rows = compared + self.top_5
             self._marks = torch.ones(rows * labels + 1, dtype=widest(device), device=device)
             marks = self._marks[:-1].view(rows, labels)
-            self._equal, self._is_class, self._right_of_5 = marks[:compared], marks[compared - 1], marks[-1]
-            weights = self._marks.new_zeros(counts, rows * labels + 1)
-            by_row = weights[:, :-1].view(counts, rows, labels)
+            self._equal, self._is_class, self._right_of_5 = marks[:kinds], marks[kinds - 1], marks[-1]
+            weights = self._marks.new_zeros(kinds, rows * labels + 1)
+            by_row = weights[:, :-1].view(kinds, rows, labels)
             by_row[0, 1], weights[0, -1], by_row[1, 0] = -1, labels, 1
             if self.top_5:
                 by_row[2, -1] = 1
