@@ -7,12 +7,16 @@ The counts at the end of the test run say how often; ``make torture`` does it a 
 
 import shutil
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from torch.utils.data import DataLoader
 
+from lightning_plugins import EMA
 from lightning_plugins.statistics.event_file import EventFile
 from tests.support import conditions, counts
-from tests.support.survival_chain import Chain, Chronicle, Place, chains, in_child, uninterrupted
+from tests.support.survival_chain import Chain, Chronicle, Place, chains, died_of, in_child, uninterrupted
 from tests.support.survival_evidence import check_dead, compare, look, quietly
 from tests.support.survival_faults import KINDS, Fault
 from tests.support.survival_run import PLANS, Plan, train
@@ -33,6 +37,30 @@ def test_a_run_that_is_killed_at_any_moment_is_the_uninterrupted_one_in_the_end(
     counts.record(record_property, "kills", found, f"SEED={seed}, a disk is {disk}")
     assert sum(found.values()) >= kills
     assert set(found) == set(KINDS)
+
+
+class InterruptedLoader(DataLoader):
+    def __iter__(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_the_first_batch_is_a_death_though_lightning_fails_to_clean_up(tmp_path):
+    def work():
+        trainer = pl.Trainer(logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+        trainer.fit(BoringModel(), InterruptedLoader(RandomDataset(32, 8)))
+
+    assert died_of(Fault("SIGINT", "call", 0.0), in_child(work, tmp_path / "answer.json"))
+
+
+def test_an_error_of_ours_after_an_interrupt_is_not_its_death(tmp_path):
+    def work():
+        try:
+            iter(InterruptedLoader(RandomDataset(32, 8)))
+        except KeyboardInterrupt:
+            EMA(2.0)
+
+    with pytest.raises(AssertionError, match="`decay` must be"):
+        died_of(Fault("SIGINT", "call", 0.0), in_child(work, tmp_path / "answer.json"))
 
 
 @pytest.fixture(scope="module")

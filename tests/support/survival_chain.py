@@ -25,6 +25,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+import lightning_plugins
 from lightning_plugins.core import temporary_files
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.survival_evidence import (
@@ -149,8 +150,19 @@ def _try(work: Callable[[], Any]) -> dict[str, Any]:
         signal.pthread_sigmask(signal.SIG_BLOCK, SOFT)
     except BaseException as error:  # noqa: BLE001  # whatever it is, the parent judges
         signal.pthread_sigmask(signal.SIG_BLOCK, SOFT)
-        told = {"code": 1, "error": type(error).__name__, "text": traceback.format_exc()}
+        told = {"code": 1, "error": type(_first(error)).__name__, "text": traceback.format_exc()}
     return {**told, "warnings": warned}
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the interrupt after which Lightning failed to clean up, as it does before its first batch; else the error.
+
+    An error that comes through our code is never Lightning's own.
+    """
+    through = {frame.f_globals["__name__"].partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if isinstance(error.__context__, KeyboardInterrupt) and lightning_plugins.__name__ not in through:
+        return error.__context__
+    return error
 
 
 class Chronicle(pl.Callback):
