@@ -4,8 +4,52 @@ A key is the module, the text of the line, and the change.
 """
 
 _EITHER_ORDER = "the larger or smaller of two numbers is the same in either order"
+_ONE_KIND = "all tensors of a group have one type and one device, so the last says the same as the first"
+_SCRATCH = "the size of a scratch buffer changes no number: every size is a choice between memory and time"
+_SIGN = "scores are only compared: twice a score ranks as the score does"
+_WIDER = "a range that reaches farther takes in more of the same file"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "30 -> (31)"): _WIDER,
+    ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "2 -> (3)"): _WIDER,
+    ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "65535 -> (65536)"): _WIDER,
+    ("lightning_plugins/checkpoints/selection.py", 'sign = 1 if mode == "min" else -1', "1 -> (2)"): _SIGN,
+    ("lightning_plugins/ema/tensor_groups.py", "self._device = weights[0].device", "0 -> (-1)"): _ONE_KIND,
+    (
+        "lightning_plugins/ema/tensor_groups.py",
+        "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
+        "4 -> (5)",
+    ): _SCRATCH,
+    (
+        "lightning_plugins/ema/tensor_groups.py",
+        "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
+        "4 -> (3)",
+    ): _SCRATCH,
+    (
+        "lightning_plugins/ema/tensor_groups.py",
+        "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
+        "32 -> (33)",
+    ): _SCRATCH,
+    (
+        "lightning_plugins/ema/tensor_groups.py",
+        "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
+        "32 -> (31)",
+    ): _SCRATCH,
+    (
+        "lightning_plugins/ema/tensor_groups.py",
+        'limit = (self._mib_on_gpu if device.type == "cuda" else 1) * _MIB // dtype.itemsize',
+        "self._mib_on_gpu if device.type == \"cuda\" else 1 -> (1 if device.type == 'cuda' else self._mib_on_gpu)",
+    ): _SCRATCH,
+    (
+        "lightning_plugins/ema/tensor_groups.py",
+        'limit = (self._mib_on_gpu if device.type == "cuda" else 1) * _MIB // dtype.itemsize',
+        "device.type == \"cuda\" -> (device.type != 'cuda')",
+    ): _SCRATCH,
+    (
+        "lightning_plugins/ema/tensor_groups.py",
+        "device, dtype = left[0].device, right[0].dtype",
+        "0 -> (-1)",
+    ): _ONE_KIND,
     (
         "lightning_plugins/schedules/families.py",
         "return float(min(ramp, replicas))",

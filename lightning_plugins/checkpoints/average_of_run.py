@@ -51,7 +51,7 @@ class AverageOfRun:
 
         def mean() -> CheckpointMean:
             sources = [self.files.open(source) for source in self.paths]
-            made = CheckpointMean(sources, [1.0] * len(sources), replace=dict(replace or {}))
+            made = CheckpointMean(sources, replace=dict(replace or {}))
             self.ema = ema_of(made)
             return made
 

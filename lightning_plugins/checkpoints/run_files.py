@@ -185,16 +185,19 @@ def _add_file(found: Any, path: Path) -> None:
 
 
 def _deciding_ranges(file: BinaryIO, size: int) -> list[tuple[int, int]]:
-    """Return where in an archive the pickles and the table of contents lie; the whole of any other file."""
+    """Return where in an archive the pickles and the table of contents lie; the whole of any other file.
+
+    A range may end behind the end of the file.
+    """
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return [(0, size)]
     pickles = [entry for entry in archive.infolist() if entry.filename.endswith(".pkl")]
-    # before the content stands a header with a name and an extra field of at most 64 kB each
-    ends = [entry.header_offset + entry.compress_size + (1 << 17) + 30 for entry in pickles]
-    starts = [entry.header_offset for entry in pickles]
-    return [*zip(starts, (min(end, size) for end in ends), strict=True), (archive.start_dir, size)]
+    # before the content stands a header with a name and an extra field of at most 65535 bytes each
+    header = 30 + 2 * 65535
+    ranges = [(entry.header_offset, entry.header_offset + header + entry.compress_size) for entry in pickles]
+    return [*ranges, (archive.start_dir, size)]
 
 
 def _digest_or_none(path: Path) -> str | None:

@@ -238,8 +238,6 @@ def known_scores(records: Iterable[Record]) -> tuple[dict[Path, float], str]:
     scores = {}
     for found in newest_first:
         score = looked_up(found.path, record.scores) if record else None
-        if score is None:
-            score = looked_up(found.path, found.scores)
         score = found.score if score is None else score
         if score is not None and not math.isnan(score):
             scores[found.path] = score

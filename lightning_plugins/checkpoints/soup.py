@@ -66,7 +66,7 @@ def greedy_soup(
 
     def mean(chosen: list[Path]) -> StateDict:
         if len(chosen) == 1:
-            return CheckpointMean([open_checkpoint(chosen[0], trust=trust)], [1.0]).state_dict()
+            return CheckpointMean([open_checkpoint(path, trust=trust) for path in chosen]).state_dict()
         state = average_checkpoints(chosen, trust=trust, progress=False)
         assert isinstance(state, OrderedDict)  # noqa: S101  # for the type checker: no output was named
         return state

@@ -41,7 +41,7 @@ class CheckpointMean:
 
     Args:
         sources: The open checkpoints.
-        weights: One number of at least 0 for each, not all 0.
+        weights: One number of at least 0 for each, not all 0; ``None`` for equal ones.
         dtype: What to add in: float64, or float32 for numbers of up to 32 bits.
         strict: Whether names, shapes and dtypes must agree.
         allow_nonfinite: Whether NaN and infinity may pass.
@@ -62,7 +62,7 @@ class CheckpointMean:
     def __init__(
         self,
         sources: Sequence[Checkpoint],
-        weights: Sequence[float],
+        weights: Sequence[float] | None = None,
         *,
         dtype: torch.dtype = torch.float64,
         strict: bool = True,
@@ -70,7 +70,7 @@ class CheckpointMean:
         replace: dict[str, Tensor] | None = None,
     ) -> None:
         self.sources, self.dtype = list(sources), dtype
-        self._weights = _simplest(weights)
+        self._weights = [1.0] * len(self.sources) if weights is None else _simplest(weights)
         total = math.fsum(self._weights)
         self.shares = [weight / total for weight in self._weights]
         self._divide = _division_by(total)

@@ -143,7 +143,7 @@ def tensors_by_name(value: Any) -> bool:
 
 
 def fitting_average(
-    module: nn.Module, contents: Contents, name: str, state_dict: Mapping[str, Tensor] | None, *, strict: bool = True
+    module: nn.Module, contents: Contents, name: str, state_dict: Mapping[str, Tensor] | None, *, strict: bool
 ) -> dict[str, Tensor] | None:
     """Return the average called ``name`` that a checkpoint holds for ``module``, ``None`` when it holds none.
 

@@ -120,7 +120,6 @@ class AverageInCheckpoints(AveragingCallback):
 
     def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._watch_files(trainer, pl_module)
-        self._zero_saves.forget()
         self._writes_files = roles_of(trainer).writer is self and not is_deepspeed(trainer.strategy)
         if is_deepspeed(trainer.strategy):
             self._zero_saves.watch(trainer, self._master_shadow)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import count, takewhile
 from typing import Any, Literal
 
 from torch import Tensor
@@ -154,8 +153,9 @@ class LatestWeightAveraging(WeightAverage):
             return super()._restore(trainer, pl_module, checkpoint)
         found = self._snapshots_of(checkpoint)
         if (beside := self._sets_beside(trainer, pl_module, checkpoint)) is not None:
-            labels = takewhile(beside.__contains__, (posthoc_label(self.state_key, number) for number in count()))
-            found = [snapshot for label in labels if (snapshot := beside.read(label)) is not None]
+            found = []
+            while (snapshot := beside.read(posthoc_label(self.state_key, len(found)))) is not None:
+                found.append(snapshot)
         for snapshot in found or []:
             check_fit(pl_module, f"snapshots of {self._called}", snapshot, strict=pl_module.strict_loading)
         self._restored_snapshots = found or []

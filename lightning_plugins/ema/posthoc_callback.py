@@ -200,7 +200,6 @@ class PostHocEMA(AveragingCallback):
                     f"{type(found.tensor).__name__}. Use EMA, which leaves frozen weights where they are."
                 )
         if self._restored is None:
-            self._start_history()
             self._run = secrets.token_hex(8)
         starts: Sequence[dict[str, Tensor] | None] = self._restored or [None] * len(self.rules)
         zero = zero_of(pl_module.trainer)
@@ -246,9 +245,8 @@ class PostHocEMA(AveragingCallback):
 
     def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._watch_files(trainer, pl_module)
-        for number, saves in enumerate(self._zero_saves):
-            saves.forget()
-            if is_deepspeed(trainer.strategy):
+        if is_deepspeed(trainer.strategy):
+            for number, saves in enumerate(self._zero_saves):
                 saves.watch(trainer, partial(self._master_shadow, number))
 
     def _master_shadow(self, number: int) -> MasterShadow | None:

@@ -391,7 +391,5 @@ class Shadow:
         return lost
 
     def _wait(self) -> None:
-        """Wait for shadows that are streamed off a GPU: the host is about to read them."""
         for group in self._groups:
-            if group.weights[0].is_cuda and not group.shadows[0].is_cuda:
-                torch.cuda.current_stream(group.weights[0].device).synchronize()
+            group.wait()

@@ -43,18 +43,18 @@ class Layout:
     """The batches of two lists of tensors, computed once and again only when a tensor has moved.
 
     Args:
-        scratch_bytes: Size of the scratch; ``None`` chooses by the device of the left tensors. 1 MiB stays in a CPU's
-            cache; a GPU needs more to hide the launch of a kernel, 4 MiB for copies of one type.
+        mib_on_gpu: Size of the scratch in MiB if the left tensors lie on a GPU, which needs more to hide the launch of
+            a kernel; elsewhere it is 1 MiB, which stays in a CPU's cache.
     """
 
-    def __init__(self, scratch_bytes: int | None = None) -> None:
-        self._scratch_bytes = scratch_bytes
+    def __init__(self, mib_on_gpu: int) -> None:
+        self._mib_on_gpu = mib_on_gpu
         self._moved_key: tuple[int, ...] = ()
         self._batches: list[Batch] = []
 
     def __reduce__(self) -> tuple[object, ...]:
         """Leave the batches behind: they are views of these tensors, and a copy makes its own."""
-        return Layout, (self._scratch_bytes,)
+        return Layout, (self._mib_on_gpu,)
 
     def batches(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Batch]:
         """Return the batches of both lists; the scratch lies beside ``left`` and has the type of ``right``."""
@@ -66,7 +66,7 @@ class Layout:
 
     def _cut(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Batch]:
         device, dtype = left[0].device, right[0].dtype
-        limit = (self._scratch_bytes or (4 if device.type == "cuda" else 1) * _MIB) // dtype.itemsize
+        limit = (self._mib_on_gpu if device.type == "cuda" else 1) * _MIB // dtype.itemsize
         scratch = torch.empty(min(limit, sum(t.numel() for t in right)), dtype=dtype, device=device)
         batches: list[Batch] = []
         space = 0
@@ -116,10 +116,8 @@ class Group:
         self.exchanges = exchanges
         self.stash: list[Tensor] = []
         self._same_device = same_device
-        self._swap_layout = Layout()
-        on_gpu = shadows[0].is_cuda or not same_device
-        # a larger scratch hides the launch of a kernel
-        self._blend_layout = Layout(32 * _MIB if on_gpu else None)
+        self._device = weights[0].device
+        self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)
 
     def blend(self, weight: float) -> None:
         """Move every shadow towards its weight by the share ``weight``."""
@@ -166,6 +164,11 @@ class Group:
         # backwards, so that weights that share memory come out right
         return self._exchange(reverse=True)
 
+    def wait(self) -> None:
+        """Wait for shadows that are streamed off a GPU: the host is about to read them."""
+        if self._device.type == "cuda" and not self._same_device:
+            torch.cuda.current_stream(self._device).synchronize()
+
     def average(self, position: int, *, swapped: bool) -> Tensor:
         """Return the averaged value of the tensor at ``position``, a reference."""
         return self.weights[position] if swapped and not self.stash else self.shadows[position]
@@ -188,7 +191,7 @@ class Group:
         return operations
 
     def _keep(self, *, on_host: bool) -> None:
-        device = torch.device("cpu") if on_host else self.weights[0].device
+        device = torch.device("cpu") if on_host else self._device
         self.stash = [weight.detach().to(device, copy=True) for weight in self.weights]
 
     def _restore(self) -> None:

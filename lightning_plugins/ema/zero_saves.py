@@ -32,10 +32,6 @@ class ZeroSaves:
         self._name = name
         self._patches = Patches()
 
-    def forget(self) -> None:
-        """Leave the strategy of an earlier fit as it was."""
-        self._patches.undo()
-
     def watch(self, trainer: Trainer, current: Callable[[], MasterShadow | None]) -> None:
         """See every directory that a run writes.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +118,14 @@ def test_dividing_by_a_reciprocal_breaks_no_tie(total):
     ]
 
 
+def test_a_division_is_a_product_where_that_rounds_alike():
+    """The reciprocal of 49 is off by more than that allows."""
+    products = SimpleNamespace(mul_=lambda factor: ("product", factor), div_=lambda total: ("quotient", total))
+    assert streaming_mean._division_by(4.0)(products) == ("product", 0.25)
+    assert streaming_mean._division_by(3.0)(products) == ("product", 1 / 3)
+    assert streaming_mean._division_by(49.0)(products) == ("quotient", 49.0)
+
+
 def test_float32_sums_are_still_there_for_the_asking(tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = (1000 + torch.randn(48, 500, generator=generator, dtype=torch.float64)).tolist()
@@ -166,7 +175,7 @@ def test_two_threads_make_the_same_bits_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointMean, "_fill", watched)
     try:
         torch.set_num_threads(2)
-        mean = CheckpointMean([open_checkpoint(path, trust=False) for path in paths], [1.0] * 3)
+        mean = CheckpointMean([open_checkpoint(path, trust=False) for path in paths])
         two = mean.state_dict()
         assert torch.get_num_threads() == 2
     finally:

@@ -6,6 +6,7 @@ import copy
 import os
 import pathlib
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -208,8 +209,25 @@ def test_a_digest_tells_any_change_of_what_decides_loading(tmp_path):
     for changed in (whole + b"x", whole[:-1], b"x" + whole, whole[:200], b""):
         (tmp_path / "b.ckpt").write_bytes(changed)
         assert digest(tmp_path / "b.ckpt") != first
+    with zipfile.ZipFile(path) as archive:
+        (pickle_at,) = [entry.header_offset for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+    for at in (pickle_at, whole.index(b"global_step")):
+        # where the table of contents says nothing else
+        (tmp_path / "b.ckpt").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert digest(tmp_path / "b.ckpt") != first
     (tmp_path / "plain").write_bytes(b"no archive")
     assert digest(tmp_path / "plain") != digest(path)
+
+
+def test_a_digest_reaches_to_the_end_of_a_pickle_behind_the_longest_header(tmp_path):
+    path = tmp_path / "a.ckpt"
+    entry = zipfile.ZipInfo("a" * 65531 + ".pkl")
+    entry.extra = b"\x99\x99" + (65531).to_bytes(2, "little") + bytes(65531)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(entry, b"pickle")
+    first = digest(path)
+    path.write_bytes(path.read_bytes().replace(b"pickle", b"pickl."))
+    assert digest(path) != first
 
 
 def test_a_sharded_directory_has_a_digest_of_its_index_and_header(tmp_path):

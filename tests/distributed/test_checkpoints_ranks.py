@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as unified
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from lightning_plugins import CheckpointAveraging, average_checkpoints, select_checkpoints
 from lightning_plugins.checkpoints import CheckpointError, read_manifest
 from lightning_plugins.checkpoints.formats import open_checkpoint
+from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from tests.support.checkpoints_models import Regressor, assert_is_mean, float64_mean, load_state, loader, trainer
 from tests.support.ranks import run_ranks
 
@@ -88,10 +90,32 @@ def fit(kind: str, folder: str, save_top_k: int, batch_norm: bool, ckpt_path: Pa
         pass
 
     run = trainer(folder, callbacks=[First(), averaging, Last(), checkpoint], **options_of(kind))
-    run.fit(module, loader(), loader(seed=1), ckpt_path=ckpt_path)
+    with counted_reads() as reads:
+        run.fit(module, loader(), loader(seed=1), ckpt_path=ckpt_path)
     if ckpt_path is not None:  # nothing was left to train
         return {"path": str(averaging.path), "scores": averaging.scores, "step": run.global_step}
-    return {"path": str(averaging.path), "scores": averaging.scores, "unchanged": weights[0] == weights[1]}
+    found = {"path": str(averaging.path), "scores": averaging.scores, "unchanged": weights[0] == weights[1]}
+    return {**found, "reads of ranks": gathered(sum(reads))}
+
+
+@contextmanager
+def counted_reads():
+    """How many numbers of the mean this rank computes."""
+    part, reads = CheckpointMean.part, []
+
+    def counted(self, name, start, stop, *rest):
+        reads.append(stop - start)
+        return part(self, name, start, stop, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointMean, "part", counted)
+        yield reads
+
+
+def gathered(value) -> list:
+    values = [None, None]
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 CASES = {"kept by ModelCheckpoint": (-1, False), "own files": (1, False), "batch norm": (1, True)}
@@ -117,6 +141,8 @@ def test_ranks_agree_and_rank_zero_writes_the_mean(tmp_path, kind):
     for case, (_, batch_norm) in CASES.items():
         found, folder = first[case], tmp_path / case
         assert found["unchanged"]
+        zero, one = found["reads of ranks"]
+        assert (0 < one <= zero) if kind == "fsdp2-sharded" else (one == 0 < zero)
         path = Path(found["path"])
         assert path == folder / "averaged.ckpt"
         manifest = read_manifest(path)
@@ -133,10 +159,9 @@ def test_ranks_agree_and_rank_zero_writes_the_mean(tmp_path, kind):
         assert_is_mean(load_state(path), expected)
         assert set(found["scores"]) == {"average", "best_single"}
         module = Regressor.load_from_checkpoint(path, **({} if kind == "ddp" else {"width": 5}))
-        if kind == "ddp":
-            check_score(module, found["scores"]["average"], tmp_path)
-            if batch_norm:
-                check_statistics(path)
+        check_score(module, found["scores"]["average"], tmp_path)
+        if kind == "ddp" and batch_norm:
+            check_statistics(path)
 
 
 def check_uneven(found: dict) -> None:
@@ -315,7 +340,6 @@ def test_damaged_and_malicious_directories_are_refused(directories, tmp_path, mo
 def write_with_faults(folder: str) -> dict:
     """Average together while one rank fails, and without a fault; return what this rank was told."""
     from lightning_plugins.checkpoints.distributed import write_together
-    from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 
     told = {}
     for fault in ("read", "write", "none"):
@@ -324,7 +348,7 @@ def write_with_faults(folder: str) -> dict:
         def mean(fault: str = fault) -> CheckpointMean:
             if fault == "read" and rank_of() == 1:
                 raise OSError("rank one cannot read")
-            return CheckpointMean([open_checkpoint(Path(folder) / f"{i}.ckpt") for i in range(3)], [1 / 3] * 3)
+            return CheckpointMean([open_checkpoint(Path(folder) / f"{i}.ckpt") for i in range(3)])
 
         try:
             write_together(mean, output, torch.device("cpu"))

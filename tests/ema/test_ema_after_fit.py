@@ -257,6 +257,7 @@ def test_counters_are_checked_like_arguments(change, message):
         ({"began": {"w": -1}}, "`began` must be at least 1"),
         ({"began": [1]}, "`began` must be steps by name"),
         ({"first_names": {"w": 1}}, "`first_names` must be names by name"),
+        ({"first_names": ["w"]}, "`first_names` must be names by name"),
     ],
 )
 def test_a_post_hoc_state_is_checked_like_arguments(tmp_path, change, message):

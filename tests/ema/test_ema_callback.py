@@ -75,6 +75,22 @@ def test_the_modules_own_epoch_end_still_sees_the_average():
     assert module.seen == pytest.approx([WARMUP[4]] * 2, rel=1e-6)
 
 
+def test_the_modules_own_end_sees_what_was_there_before_an_evaluation():
+    class Late(Scripted):
+        def late(self):
+            self.seen.append(self.weight.item())
+
+        on_validation_end = on_test_end = on_predict_end = late
+
+    module, ema = Late(), EMA(0.9, after_fit="raw")
+    fit = trainer(ema)
+    fit.fit(module, numbers(5))
+    for evaluate in (fit.validate, fit.test, fit.predict):
+        module.seen.clear()
+        evaluate(module, numbers(1))
+        assert module.seen == pytest.approx([WARMUP[4], THETA[4]], rel=1e-6)
+
+
 def test_sanity_check_and_validation_before_the_first_update_are_raw():
     """Lightning would evaluate, and at the end restore, the untrained weights."""
     module, ema = Scripted(), EMA(0.9, start_step=8)

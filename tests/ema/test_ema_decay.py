@@ -92,6 +92,11 @@ def test_inverse_gamma_is_clipped_but_copies_first():
     assert InverseGammaDecay(0.9, 100.0, 0.75, 0.3)(2) == 0.3
 
 
+def test_inverse_gamma_defaults_to_the_power_for_long_runs():
+    assert InverseGammaDecay()(1000) == pytest.approx(1 - 1000 ** (-2 / 3))
+    assert InverseGammaDecay()(10**9) == 0.9999
+
+
 def test_debiased_average_equals_the_corrected_zero_start():
     decay, moment, rule = 0.999, 0.0, DebiasedDecay(0.999)
     shadow = 0.0

@@ -223,4 +223,4 @@ def test_describe_says_what_a_file_holds(tmp_path):
 @pytest.mark.parametrize("updates", [None, 3])
 def test_a_state_dict_that_a_sharded_strategy_has_consumed_is_no_average(updates):
     contents = Contents("average", "ema", updates=updates)
-    assert fitting_average(torch.nn.Linear(2, 2), contents, "ema", None) is None
+    assert fitting_average(torch.nn.Linear(2, 2), contents, "ema", None, strict=True) is None

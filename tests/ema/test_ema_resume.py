@@ -11,8 +11,10 @@ import lightning.pytorch as unified
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_plugins import EMA, ConstantDecay, InverseGammaDecay, PostHocEMA, PowerDecay, extract_weights
+from lightning_plugins.ema import describe_checkpoint
 from lightning_plugins.ema.snapshots import list_snapshots
 from tests.support import conditions
 from tests.support.ema_runs import (
@@ -228,6 +230,18 @@ def test_post_hoc_snapshots_of_a_resumed_run_are_the_same(tmp_path, file_format)
         for x, y in zip(a.read().averages, b.read().averages, strict=True):
             assert same(x, y)
         assert same(a.read().rest, b.read().rest)
+
+
+def test_an_average_that_has_not_begun_is_in_no_file_whenever_the_weights_are_restored(tmp_path):
+    class Later(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = True
+
+    trainer(Cut(tmp_path / "plain.ckpt", ("train", 0, 1), None)).fit(Scripted(), numbers(5))
+    again = Cut(tmp_path / "early.ckpt", ("train", 0, 3), None)
+    ema = EMA(0.9, start_step=5)
+    trainer(ema, again, strategy=Later()).fit(Scripted(), numbers(8), ckpt_path=tmp_path / "plain.ckpt")
+    assert describe_checkpoint(tmp_path / "early.ckpt")["beside"] == {}
+    assert ema.state_dict()["origin"] == 5
 
 
 def test_state_is_unchanged_by_saving(tmp_path):

@@ -2,18 +2,22 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_plugins.core.module_state import misfits
+from lightning_plugins.ema import tensor_groups
 from lightning_plugins.ema.shadow import Shadow, disown, showing
-from lightning_plugins.ema.tensor_groups import Layout
+from lightning_plugins.ema.tensor_groups import Group, Layout
 
 
-def test_layout_packs_small_tensors_and_cuts_large_ones():
+def test_layout_packs_small_tensors_and_cuts_large_ones(monkeypatch):
+    monkeypatch.setattr(tensor_groups, "_MIB", 4 * 256)
     left = [torch.zeros(n) for n in (10, 300, 3, 0, 2, 700)]
-    layout = Layout(scratch_bytes=4 * 256)
+    layout = Layout(mib_on_gpu=4)
     batches = layout.batches(left, [t.clone() for t in left])
     sizes = [sum(piece.numel() for piece in batch.left) for batch in batches]
     assert max(sizes) <= 256
@@ -55,3 +59,28 @@ def test_misfits_are_listed_and_shortened():
         "misshapen: weight (3,) for (2, 2)",
     ]
     assert misfits(module, dict(module.state_dict())) == []
+
+
+def test_what_the_average_that_it_begins_with_lacks_is_named_once_by_its_first_name():
+    module = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abcd"})
+    module["c"].weight = module["b"].weight
+    whole = Shadow(module).collect("average")
+    assert Shadow(module, start=whole).changes is None
+    assert Shadow(module).changes is None
+    first = {name: value for name, value in whole.items() if name == "a.weight"}
+    assert Shadow(module, start=first).changes.news == [
+        "b.weight, d.weight joined: the average begins at the present value."
+    ]
+
+
+def test_the_host_waits_for_the_gpu_where_shadows_are_streamed_off_it(monkeypatch):
+    waits = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: waits.append(device.type) or stream)
+    with FakeTensorMode():
+        gpu, host = torch.empty(3, device="cuda"), torch.empty(3)
+        for weight, shadow in ((gpu, gpu), (host, host), (gpu, host)):
+            group = Group([0], [weight], [shadow], exchanges=True, same_device=weight.device == shadow.device)
+            assert waits == []
+            group.wait()
+    assert waits == ["cuda", "wait"]

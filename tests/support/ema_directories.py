@@ -33,7 +33,8 @@ RAW = {"evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
 def callbacks(directory):
     """Two averages, the latest snapshots, and two averages of the post-hoc kind."""
     slow = EMA(ConstantDecay(0.95), name="slow.one", **RAW)
-    latest = LatestWeightAveraging(3, every=3, name="slow.two", **RAW)
+    # in a resumed run some of its snapshots are of the run before
+    latest = LatestWeightAveraging(7, every=3, name="slow.two", **RAW)
     posthoc = PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots")
     return EMA(ConstantDecay(0.8)), slow, latest, posthoc
 

@@ -3,15 +3,18 @@
 tests/deepspeed looks each of them up in the real ones.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 
-class Engine:
+class Engine(torch.nn.Module):
     """An engine whose optimizer is one of those below."""
 
     def __init__(self, optimizer, divisor=1):
+        super().__init__()
         self.optimizer = optimizer
         self.global_steps = self.skipped_steps = 0
         self.divisor = divisor
@@ -124,3 +127,64 @@ def strategy_of(engine, **attributes):
     strategy = kind()
     strategy.model = engine
     return strategy
+
+
+class OneRank(type("DeepSpeedStrategy", (SingleDeviceStrategy,), {})):
+    """A run on one process: plain gradient descent of the masters, and directories as DeepSpeed lays them out."""
+
+    config = {"zero_optimization": {"stage": 2}}  # noqa: RUF012  # as in the strategy that it stands for
+    handles_gradient_accumulation = True
+    restore_checkpoint_after_setup = True
+    lightning_restore_optimizer = False
+    exclude_frozen_parameters = False
+    engine = None
+
+    @property
+    def model(self):
+        return self.engine or self.lightning_module
+
+    @model.setter
+    def model(self, new):
+        pass
+
+    def setup(self, trainer):
+        super().setup(trainer)
+        if trainer.state.fn == "fit":
+            self.engine = self._new_engine()
+
+    def _new_engine(self):
+        module = self.lightning_module
+        return Engine(Optimizer12(module, 0, sum(each.numel() for each in module.parameters() if each.requires_grad)))
+
+    def training_step(self, *args):
+        return self.lightning_module.training_step(*args)
+
+    def validation_step(self, *args):
+        return self.lightning_module.validation_step(*args)
+
+    def optimizer_step(self, optimizer, closure, model=None, **kwargs):
+        loss = closure()
+        gradient = torch.cat([each.grad.float().reshape(-1) for each in self.engine.optimizer.parameters])
+        self.engine.step(-optimizer.param_groups[0]["lr"] * gradient)
+        return loss
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        folder = Path(filepath) / "checkpoint"
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {"global_steps": self.engine.global_steps, "masters": self.engine.optimizer.flat}
+        rest = {name: value for name, value in checkpoint.items() if name not in {"state_dict", "optimizer_states"}}
+        torch.save({**own, "rest": rest}, folder / "mp_rank_00_model_states.pt")
+        (folder.parent / "latest").write_text("checkpoint")
+
+    def load_checkpoint(self, checkpoint_path, weights_only=None):
+        if Path(checkpoint_path).is_file():
+            return torch.load(checkpoint_path, weights_only=True)
+        found = torch.load(Path(checkpoint_path) / "checkpoint" / "mp_rank_00_model_states.pt")
+        engine = self.engine or self._new_engine()
+        engine.global_steps = found["global_steps"]
+        engine.optimizer.flat.copy_(found["masters"])
+        engine.optimizer.write_out()
+        return found["rest"]
+
+    def load_model_state_dict(self, checkpoint, strict=True):
+        """Nothing is left to be done."""
