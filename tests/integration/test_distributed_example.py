@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import math
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lightning_plugins import extract_weights
+from tests.support.meeting_place import MeetingPlace
 from tests.support.snippets import ROOT
 
 PROGRAM = ROOT / "examples" / "distributed.py"
@@ -22,7 +24,12 @@ WEIGHTS = ["raw, last step", "EMA, last step", "best single (EMA)", "averaged (E
 
 def run(folder, start, *arguments):
     command = [sys.executable, *STARTS[start], PROGRAM, *TRIAL, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    with MeetingPlace() as place:
+        # torchrun finds a port of its own, and holds it
+        environment = {**os.environ, **(place.environment if start == "by itself" else {})}
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.meeting_place import MeetingPlace
 from tests.support.snippets import ROOT
 
 # The weights stay as they are, so that every number of the run can be computed beside it.
@@ -71,15 +72,17 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
 def test_two_processes_of_lightnings_own_give_the_numbers_of_all_the_data(strategy, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "program.py", strategy],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with MeetingPlace() as place:
+        done = subprocess.run(
+            [sys.executable, "program.py", strategy],
+            cwd=tmp_path,
+            env={**os.environ, **place.environment, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["accuracy"][0] == pytest.approx(found["accuracy"][1], abs=1e-6)

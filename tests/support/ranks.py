@@ -1,10 +1,8 @@
 """Real processes: one function on every rank of a gloo group on this machine."""
 
-import itertools
 import json
 import os
 import signal
-import socket
 import tempfile
 import warnings
 from importlib import import_module
@@ -12,21 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.support import fork_server
-
-_PORTS = (number % 1000 for number in itertools.count(os.getpid()))
-
-
-def _free_port():
-    """Return a port that nobody uses, below those that the system gives to whoever connects.
-
-    The worker processes of one test run look in different places, so that none finds what another is about to take.
-    """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    for port in itertools.islice(_PORTS, 1000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", place := 20000 + 1000 * (worker % 8) + port)):
-                return place
-    raise RuntimeError("a thousand ports are taken")
+from tests.support.meeting_place import MeetingPlace
 
 
 def run_ranks(function, *arguments, world_size=2, timeout=180):
@@ -51,19 +35,17 @@ class Ended(NamedTuple):
 
 def ended_ranks(function, *arguments, world_size=2, timeout=180):
     """Run ``function(*arguments)`` on every rank, as :func:`run_ranks`; return how each ended."""
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(world_size),
-        "NODE_RANK": "0",
-        "GLOO_SOCKET_IFNAME": "lo",
-        # Lightning takes WORLD_SIZE away after a run
-        "RANKS_OF_TEST": str(world_size),
-    }
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, MeetingPlace() as place:
         outputs = [Path(folder, f"{rank}.txt") for rank in range(world_size)]
         results = [Path(folder, f"{rank}.json") for rank in range(world_size)]
+        common = {
+            **os.environ,
+            **place.environment,
+            "WORLD_SIZE": str(world_size),
+            "NODE_RANK": "0",
+            # Lightning takes WORLD_SIZE away after a run
+            "RANKS_OF_TEST": str(world_size),
+        }
         processes = [
             [
                 [function.__module__, function.__qualname__, arguments, str(result)],

@@ -2,21 +2,26 @@
 
 import os
 import signal
-import socket
 import time
 import traceback
 import warnings
 
+from tests.support.meeting_place import MeetingPlace
+
 
 def run_ranks(function, ranks=2, seconds=90):
     """Call ``function(rank)`` in ``ranks`` processes; fail if one fails or all are not done in time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [_start(function, rank, ranks, port) for rank in range(ranks)]
+    place = MeetingPlace()
+    children = [_start(function, rank, ranks, place) for rank in range(ranks)]
+    with place:
+        codes = _wait(children, seconds)
+    assert list(codes.values()) == [0] * ranks, f"exit codes of the ranks: {codes}"
+
+
+def _wait(children, seconds):
     deadline = time.monotonic() + seconds
     codes = {}
-    while len(codes) < ranks and time.monotonic() < deadline:
+    while len(codes) < len(children) and time.monotonic() < deadline:
         for child in children:
             if child not in codes:
                 done, status = os.waitpid(child, os.WNOHANG)
@@ -29,19 +34,16 @@ def run_ranks(function, ranks=2, seconds=90):
         if child not in codes:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    assert list(codes.values()) == [0] * ranks, f"exit codes of the ranks: {codes}"
+    return codes
 
 
-def _start(function, rank, ranks, port):
+def _start(function, rank, ranks, place):
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0",
-            WORLD_SIZE=str(ranks), GLOO_SOCKET_IFNAME="lo",
-        )  # fmt: skip
+        os.environ.update(place.environment, LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks))
         warnings.simplefilter("ignore")  # what Lightning says about samplers and workers is another test's business
         function(rank)
         code = 0
