@@ -35,6 +35,7 @@ _DROPPED = (
     checkpoint_keys.POSTHOC_EMA,
     checkpoint_keys.RUN,
     checkpoint_keys.MEAN,
+    checkpoint_keys.SAVE,
     checkpoint_keys.SECOND_SETS,
 )
 

@@ -16,6 +16,7 @@ from lightning_plugins.core import checkpoint_keys, flat_shards
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.checkpoints_of_run import checkpoint_folder, followed, keeper_of, model_checkpoints
+from lightning_plugins.core.distributed_sets import marking
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -298,7 +299,8 @@ class CheckpointAveraging(Callback):
             write: Callable[..., None], checkpoint: dict[str, Any], filepath: Any, *args: Any, **more: Any
         ) -> None:
             checkpoint.setdefault(checkpoint_keys.RUN, self._lineage.at(trainer.global_step).plain())
-            write(checkpoint, filepath, *args, **more)
+            with marking(trainer.strategy, checkpoint):
+                write(checkpoint, filepath, *args, **more)
             if trainer.is_global_zero:
                 path = Path(filepath).absolute()
                 own = self._pool is not None and path.parent == self._pool.own_folder

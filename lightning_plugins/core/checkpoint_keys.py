@@ -23,6 +23,9 @@ SECOND_SETS = "lightning_plugins_second_sets"
 SECOND_SETS_FOLDER = "lightning_plugins_ema"
 """That folder's name, in the checkpoint's directory."""
 
+SAVE = "lightning_plugins_save"
+"""In a distributed checkpoint: which save it is of, in ``meta.pt`` and beside the shares of every rank."""
+
 MEAN = "checkpoint_averaging"
 """The manifest of a file that is the mean of checkpoints (a JSON text in a ``.safetensors`` file's metadata)."""
 

@@ -9,7 +9,8 @@ own shares, also when there are more or fewer ranks than there were.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.module_state import clean_name, named_tensors
 from lightning_plugins.core.patching import Patches
+from lightning_plugins.core.save_marks import new_save, write_marked
 from lightning_plugins.core.second_sets import (
     Label,
     SecondSets,
@@ -46,7 +48,7 @@ def is_distributed(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, Mapping[str, Tensor]]) -> None:
-    """Let sharded sets be written beside a distributed ``checkpoint``, which the strategy is about to save.
+    """Let sharded sets be written beside a distributed ``checkpoint``, which the strategy is about to save, and mark it.
 
     Nothing happens for a file. Without any set, those of an earlier checkpoint of that name are removed all the same.
 
@@ -55,16 +57,19 @@ def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, M
         checkpoint: What is saved; on every rank alike. Its listing takes the place of the sets.
         sets: Label -> this rank's shares.
     """
-    if not is_distributed(checkpoint):
+    if not _in_parts(checkpoint):
         return
     if _WAITING not in checkpoint:
         patches = Patches()
 
         def save(original: Callable[..., None], saved: dict[str, Any], path: Any, *rest: Any, **more: Any) -> None:
             patches.undo()
-            if saved is checkpoint:
-                write_beside(strategy, saved, path)
-            original(saved, path, *rest, **more)
+            if saved is not checkpoint:
+                original(saved, path, *rest, **more)
+                return
+            write_beside(strategy, saved, path)
+            with marking(strategy, saved):
+                original(saved, path, *rest, **more)
 
         patches.wrap(strategy, "save_checkpoint", save)
     checkpoint.setdefault(_WAITING, {}).update(sets)
@@ -76,9 +81,10 @@ def write_beside(strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> No
     What an earlier checkpoint of that name has there is removed. Every rank must call it; there is no collective but
     that for the path, the first rank's, and those of ``torch.distributed.checkpoint``.
     """
+    sets, first = checkpoint.pop(_WAITING, {}), strategy.is_global_zero
     if checkpoint_keys.SECOND_SETS in checkpoint or not is_distributed(checkpoint):
         return
-    path, sets, first = Path(strategy.broadcast(filepath)), checkpoint.pop(_WAITING, {}), strategy.is_global_zero
+    path, save = strategy.broadcast((Path(filepath), new_save()))
     replaces = rest_digest(path) if first else None
     if first:
         # before all else: what is there must not seem to belong to what comes
@@ -88,15 +94,54 @@ def write_beside(strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> No
     if path.is_file():
         # as Lightning does with a single file of that name
         path.unlink(missing_ok=True)
-    listing = new_listing(checkpoint.get("global_step", 0), list(sets))
+    listing = new_listing(save, checkpoint.get("global_step", 0), list(sets))
     # absent from builds without distributed support
     from torch.distributed.checkpoint import state_dict_saver  # noqa: PLC0415
 
     by_number = {str(number): tensors for number, tensors in enumerate(sets.values())}
-    state_dict_saver.save(by_number, checkpoint_id=path / _FOLDER)
+    about = {"save": save, "step": listing.step, "rank": strategy.global_rank}
+    marks = write_marked(state_dict_saver.save, by_number, path / _FOLDER, **about)
     if first:
         write_listing(path, listing, replaces)
-    checkpoint[checkpoint_keys.SECOND_SETS] = listing.plain()
+    checkpoint[checkpoint_keys.SECOND_SETS] = {**listing.plain(), "marks": marks}
+
+
+@contextmanager
+def marking(strategy: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
+    """Mark the files of a distributed checkpoint while the strategy writes it, once; nothing happens for a file.
+
+    Every rank must enter it; for a directory there is a collective for the mark.
+
+    Args:
+        strategy: The Trainer's.
+        checkpoint: What is saved; it says which save it is then, in what is written last.
+    """
+    patches = Patches()
+
+    def save(original: Callable[..., Any], state: Any, *rest: Any, **more: Any) -> Any:
+        path = more.get("checkpoint_id")
+        if rest or len(more) > 1 or path is None or checkpoint_keys.SAVE in state:
+            return original(state, *rest, **more)
+        about = {"step": checkpoint.get("global_step", 0), "rank": strategy.global_rank}
+        said = write_marked(original, state, Path(path), save=strategy.broadcast(new_save()), **about)
+        checkpoint[checkpoint_keys.SAVE] = said
+        return None
+
+    if _in_parts(checkpoint):
+        # absent from builds without distributed support
+        import torch.distributed.checkpoint  # noqa: PLC0415
+
+        patches.wrap(torch.distributed.checkpoint, "save", save)
+    try:
+        yield
+    finally:
+        patches.undo()
+
+
+def _in_parts(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether every rank has a part of its weights: as FSDP1 cuts them, or in a form that others share."""
+    entries = checkpoint.get("state_dict", {}).values()
+    return is_distributed(checkpoint) or any(hasattr(entry, "local_shards") for entry in entries)
 
 
 # -- reading

@@ -65,6 +65,7 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
             "save_checkpoint load_checkpoint",
             "what lies beside a distributed checkpoint is written before it, and one that was cut off is refused",
         ),
+        ("torch.distributed.checkpoint", "save", "every rank marks what it writes into a distributed checkpoint"),
         ("lightning.pytorch.strategies.ModelParallelStrategy", "_device_mesh", "ranks that see different data"),
         (
             "deepspeed.runtime.engine.DeepSpeedEngine",

@@ -11,6 +11,8 @@ folder, and ``meta.pt``, written last of all, hold the same listing:
     step      the optimizer step
     sets      what each set is, as ["raw"] or ["average", "ema"]; the first lies in the folder under "0"
 
+``meta.pt`` says there, too, how to tell that the folder's files are of this save (``marks``: core/save_marks.py).
+
 ``sets.json`` says, too, which ``meta.pt`` lay there when it was written (``replaces``, a SHA-256). If that one is still
 there, the save was cut off; if another is, a run without these sets has replaced the checkpoint since, and the folder
 is left over.
@@ -20,15 +22,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_plugins.core.checkpoint_file import CheckpointError, unreadable
-from lightning_plugins.core.checkpoint_keys import SECOND_SETS, SECOND_SETS_FOLDER
+from lightning_plugins.core.checkpoint_keys import SAVE, SECOND_SETS, SECOND_SETS_FOLDER
 from lightning_plugins.core.files import open_regular, replace_file
+from lightning_plugins.core.save_marks import check_marks
 from lightning_plugins.core.stand_ins import UnreadableError
 from lightning_plugins.core.torch_file import Archive
 from lightning_plugins.core.validation import plain_text, shown, whole_number
@@ -66,9 +68,9 @@ class SecondSets:
         return {"version": VERSION, "save": self.save, "step": self.step, "sets": sets}
 
 
-def new_listing(step: int, labels: Sequence[Label]) -> SecondSets:
+def new_listing(save: str, step: int, labels: Sequence[Label]) -> SecondSets:
     """Return the listing of a save that begins."""
-    return SecondSets(secrets.token_hex(16), step, tuple(labels))
+    return SecondSets(save, step, tuple(labels))
 
 
 def listed(checkpoint: Mapping[str, Any]) -> SecondSets | None:
@@ -92,17 +94,18 @@ def belonging(path: Path, checkpoint: Mapping[str, Any]) -> SecondSets | None:
         CheckpointError: If the directory was not written completely, so that its parts are of different moments.
     """
     said, found = listed(checkpoint), _read(path)
-    if said is None and found is None:
-        return None
-    if said is None and found is not None and found[1] != rest_digest(path):
-        return None
-    if said is None or found is None or found[0] != said:
+    left_over = said is None and (found is None or found[1] != rest_digest(path))
+    if not left_over and (said is None or found is None or found[0] != said):
         steps = [f"step {sets.step}" if sets else "no step" for sets in (found[0] if found else None, said)]
         raise CheckpointError(
             f"{path} is incomplete: its folder {SECOND_SETS_FOLDER} is of {steps[0]} and its {_REST} of {steps[1]}, of "
             "different saves. The run was killed while it wrote the directory, or a part was copied alone. Take "
             "another checkpoint."
         )
+    if any((path / name).is_file() for name in (".metadata", _REST)):
+        check_marks(path, checkpoint.get(SAVE))
+    if said is not None:
+        check_marks(path / SECOND_SETS_FOLDER, checkpoint[SECOND_SETS].get("marks"))
     return said
 
 

@@ -50,8 +50,11 @@ _MOST_CORNERS = 2_000_000  # that are looked at to see whether the parts of a te
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
-    """Return whether ``path`` is a directory of ``torch.distributed.checkpoint``, and not the folder inside of one."""
-    return (path / ".metadata").is_file() and path.name != SECOND_SETS_FOLDER
+    """Return whether ``path`` is a directory of ``torch.distributed.checkpoint``, and not the folder inside of one.
+
+    One that was cut off may have Lightning's ``meta.pt`` without an index.
+    """
+    return any((path / name).is_file() for name in (".metadata", "meta.pt")) and path.name != SECOND_SETS_FOLDER
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -61,6 +61,7 @@ _KNOWN = {
     checkpoint_keys.MEAN,
     checkpoint_keys.POSTHOC_EMA,
     checkpoint_keys.RUN,
+    checkpoint_keys.SAVE,
     checkpoint_keys.SECOND_SETS,
     "callbacks",
     "current_model_state",

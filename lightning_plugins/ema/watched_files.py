@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lightning_plugins.core.distributed_sets import refuse_cut_off, write_beside
+from lightning_plugins.core.distributed_sets import marking, refuse_cut_off, write_beside
 from lightning_plugins.core.patching import Patches
 
 
@@ -37,7 +37,8 @@ def watch_files(
         before_writing(checkpoint)
         # also where there are no sets: those of an earlier file of that name must go
         write_beside(strategy, checkpoint, filepath)
-        original(checkpoint, filepath, *rest, **more)
+        with marking(strategy, checkpoint):
+            original(checkpoint, filepath, *rest, **more)
 
     def read(original: Callable[..., Any], checkpoint_path: Any, *rest: Any, **more: Any) -> Any:
         before_reading(checkpoint_path)

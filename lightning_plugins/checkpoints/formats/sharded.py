@@ -26,12 +26,6 @@ class ShardedDirectory(Checkpoint):
 
     def __init__(self, path: Path, *, trust: bool) -> None:
         super().__init__(path)
-        self._tensors = ShardedTensors(path, STATE_DICT_KEYS)
-        self.specs, self.extras = self._tensors.specs, self._tensors.extras
-        if not self.specs:
-            raise CheckpointError(
-                f"{path} holds no weights: nothing under {' or '.join(STATE_DICT_KEYS)} in its index."
-            )
         if os.path.lexists(path / "meta.pt"):
             header = load_pickled(path / "meta.pt", trust=trust)
             if not isinstance(header, Mapping):
@@ -39,6 +33,12 @@ class ShardedDirectory(Checkpoint):
             self.header = dict(header)
         # one that was cut off while it was written is refused
         belonging(path, self.header)
+        self._tensors = ShardedTensors(path, STATE_DICT_KEYS)
+        self.specs, self.extras = self._tensors.specs, self._tensors.extras
+        if not self.specs:
+            raise CheckpointError(
+                f"{path} holds no weights: nothing under {' or '.join(STATE_DICT_KEYS)} in its index."
+            )
 
     def parts(self, name: str) -> list[tuple[int, int]]:
         """Return the flat ranges that its ranks wrote, in order; one range if its parts are not runs of rows."""
