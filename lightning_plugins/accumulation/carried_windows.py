@@ -16,12 +16,9 @@ from lightning_plugins.core.lightning import LightningModule, Trainer, sum_over_
 from lightning_plugins.core.loaders import data_ranks
 from lightning_plugins.core.module_state import can_be_copied, clean_name
 from lightning_plugins.core.patching import Patches
-from lightning_plugins.core.second_sets import Label
+from lightning_plugins.core.second_sets import GRADIENTS
 from lightning_plugins.core.sharding import collected, full_shape, is_sharded, local, placed_as, scatter
 from lightning_plugins.core.validation import real_number, shown, whole_number
-
-_GRADIENTS: Label = ("gradients",)
-"""What the gradients of an open window are listed as in the folder of a distributed checkpoint."""
 
 
 class CarriedWindows:
@@ -105,13 +102,13 @@ class CarriedWindows:
         shares = is_distributed(checkpoint)
         gradients = _sharded_gradients(trainer, pl_module, shares=shares)
         if shares and gradients:
-            put_beside(trainer.strategy, checkpoint, {_GRADIENTS: gradients})
+            put_beside(trainer.strategy, checkpoint, {GRADIENTS: gradients})
         return {**state, "gradients": None if shares and gradients else gradients}
 
     def read_beside(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Read the gradients that lie beside a distributed checkpoint; every rank must call it."""
         sets = open_sets(checkpoint, trainer.ckpt_path, pl_module)
-        self._beside = None if sets is None else sets.read(_GRADIENTS)
+        self._beside = None if sets is None else sets.read(GRADIENTS)
 
     def load(self, state: Any) -> None:
         """Keep an open window until the model is on its device.

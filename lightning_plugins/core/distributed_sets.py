@@ -48,7 +48,7 @@ def is_distributed(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, Mapping[str, Tensor]]) -> None:
-    """Let sharded sets be written beside a distributed ``checkpoint``, which the strategy is about to save, and mark it.
+    """Let sharded sets be written beside a distributed ``checkpoint``, that the strategy is about to save, and mark it.
 
     Nothing happens for a file. Without any set, those of an earlier checkpoint of that name are removed all the same.
 
@@ -57,7 +57,7 @@ def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, M
         checkpoint: What is saved; on every rank alike. Its listing takes the place of the sets.
         sets: Label -> this rank's shares.
     """
-    if not _in_parts(checkpoint):
+    if not _may_be_directory(strategy, checkpoint):
         return
     if _WAITING not in checkpoint:
         patches = Patches()
@@ -72,7 +72,8 @@ def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, M
                 original(saved, path, *rest, **more)
 
         patches.wrap(strategy, "save_checkpoint", save)
-    checkpoint.setdefault(_WAITING, {}).update(sets)
+    if is_distributed(checkpoint):
+        checkpoint.setdefault(_WAITING, {}).update(sets)
 
 
 def write_beside(strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> None:
@@ -81,9 +82,9 @@ def write_beside(strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> No
     What an earlier checkpoint of that name has there is removed. Every rank must call it; there is no collective but
     that for the path, the first rank's, and those of ``torch.distributed.checkpoint``.
     """
-    sets, first = checkpoint.pop(_WAITING, {}), strategy.is_global_zero
     if checkpoint_keys.SECOND_SETS in checkpoint or not is_distributed(checkpoint):
         return
+    sets, first = checkpoint.pop(_WAITING, {}), strategy.is_global_zero
     path, save = strategy.broadcast((Path(filepath), new_save()))
     replaces = rest_digest(path) if first else None
     if first:
@@ -127,7 +128,7 @@ def marking(strategy: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
         checkpoint[checkpoint_keys.SAVE] = said
         return None
 
-    if _in_parts(checkpoint):
+    if _may_be_directory(strategy, checkpoint):
         # absent from builds without distributed support
         import torch.distributed.checkpoint  # noqa: PLC0415
 
@@ -138,10 +139,9 @@ def marking(strategy: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
         patches.undo()
 
 
-def _in_parts(checkpoint: Mapping[str, Any]) -> bool:
-    """Return whether every rank has a part of its weights: as FSDP1 cuts them, or in a form that others share."""
-    entries = checkpoint.get("state_dict", {}).values()
-    return is_distributed(checkpoint) or any(hasattr(entry, "local_shards") for entry in entries)
+def _may_be_directory(strategy: Any, checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint may become a directory: under FSDP1 its weights do not show it on a single rank."""
+    return is_distributed(checkpoint) or any(kind.__name__ == "FSDPStrategy" for kind in type(strategy).__mro__)
 
 
 # -- reading

@@ -137,10 +137,10 @@ def _checked(path: Path, said: Any) -> tuple[str, int]:
 def _places(path: Path, found: Any) -> Iterator[tuple[str, int, int]]:
     """Yield where the marks are, if they can be there."""
     for place in found if isinstance(found, list) else [found]:
-        name, *numbers = place if isinstance(place, list) and len(place) == 3 else (None, -1, -1)
+        name, begin, length = place if isinstance(place, list) and len(place) == 3 else ("", -1, -1)
         plain = isinstance(name, str) and name == Path(name).name and "\0" not in name
-        if not plain or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        if not plain or not all(type(number) is int and 0 <= number < 2**63 for number in (begin, length)):
             raise CheckpointError(f"`{SAVE}` in {path / _REST} must name places in its files, got {shown(place)}.")
-        if numbers[1] > _LONGEST:
+        if length > _LONGEST:
             raise CheckpointError(f"`{SAVE}` in {path / _REST} must name short places, got {shown(place)}.")
-        yield name, numbers[0], numbers[1]
+        yield name, begin, length

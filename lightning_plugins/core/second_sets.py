@@ -43,6 +43,9 @@ _LONGEST = 10_000_000
 Label = tuple[str, ...]
 """What a set is: ``("raw",)``, ``("average", "ema")``."""
 
+GRADIENTS: Label = ("gradients",)
+"""What the gradients of an open window are listed as."""
+
 
 @dataclass(frozen=True)
 class SecondSets:

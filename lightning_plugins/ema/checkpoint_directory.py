@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
-from lightning_plugins.core.second_sets import Label, belonging
+from lightning_plugins.core.second_sets import GRADIENTS, Label, belonging
 from lightning_plugins.core.sharded_directory import ShardedTensors, read_index
 
 STATE_DICT: Label = ("state_dict",)
@@ -56,11 +56,29 @@ def read_directory(path: Path, rest: Mapping[str, Any], wanted: Callable[[Label]
         tensors = _tensors(found, read=wanted(label))
         if label[0] == "posthoc":
             posthoc.setdefault(label[1], []).append(tensors)
+        elif label == GRADIENTS:
+            checkpoint["callbacks"] = _with_gradients(checkpoint.get("callbacks"), tensors)
         elif record is not None and label == RAW:
             record["raw"] = tensors
         elif record is not None and label[0] == "average":
             record["averages"][label[1]] = tensors
     return {**checkpoint, checkpoint_keys.POSTHOC_EMA: posthoc} if posthoc else checkpoint
+
+
+def _with_gradients(states: Any, gradients: dict[str, Tensor]) -> Any:
+    """Return the states of callbacks with the gradients of an open window in the one that counts its batches."""
+    if not isinstance(states, dict):
+        return states
+    windows = {key: open_window(state) for key, state in states.items()}
+    waiting = {key: window for key, window in windows.items() if window is not None and window.get("gradients") is None}
+    added = {key: {**states[key], "carried": {**window, "gradients": gradients}} for key, window in waiting.items()}
+    return {**states, **added}
+
+
+def open_window(state: Any) -> dict[str, Any] | None:
+    """Return what a callback's state says of an open window, ``None`` if it says nothing."""
+    window = state.get("carried") if isinstance(state, dict) else None
+    return window if isinstance(window, dict) else None
 
 
 def _tensors(found: ShardedTensors, *, read: bool) -> dict[str, Tensor]:

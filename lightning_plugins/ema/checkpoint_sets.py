@@ -14,13 +14,16 @@ from lightning_plugins.ema.checkpoint_format import RECORD_VERSION_BESIDE, Conte
 
 
 def move_sets(strategy: Any, checkpoint: dict[str, Any]) -> None:
-    """Take the sets out of a checkpoint that will be a directory, to be written beside; nothing happens for a file.
+    """Take the sets out of a checkpoint that will be a directory, to be written beside.
+
+    Those of a file stay, and of the directories of FSDP1, whose sets are whole.
 
     Args:
         strategy: The Trainer's, which is about to save it.
         checkpoint: What is saved.
     """
     if not is_distributed(checkpoint):
+        put_beside(strategy, checkpoint, {})
         return
     sets: dict[Label, dict[str, Tensor]] = {}
     record = checkpoint.get(checkpoint_keys.EMA)

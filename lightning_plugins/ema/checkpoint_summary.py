@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.validation import plain_value, shown
+from lightning_plugins.ema.checkpoint_directory import open_window
 from lightning_plugins.ema.checkpoint_format import load_checkpoint, read_contents, technique_of, tensors_by_name
 
 
@@ -24,8 +25,8 @@ def describe_checkpoint(checkpoint_path: str | Path, *, trust: bool = False) -> 
         ``path``, ``file_bytes``, ``kind`` (``"full"``, ``"weights only"`` or ``"sharded"``), ``epoch``,
         ``global_step``, ``lightning`` (the version that wrote it), ``state_dict`` (``weights``: which set it is;
         ``tensors``, ``elements``, ``bytes``, ``types``), ``sources`` (the checkpoints that it is the mean of),
-        ``beside`` (other sets of weights -> bytes), ``callbacks`` (the keys of their states), ``optimizers`` (how
-        many), and ``other`` (further keys).
+        ``beside`` (other sets of weights, and the gradients of an open window -> bytes), ``callbacks`` (the keys of
+        their states), ``optimizers`` (how many), and ``other`` (further keys).
 
     Raises:
         ValueError: If it is no checkpoint, or needs trust that it is not given.
@@ -105,6 +106,10 @@ def _beside(checkpoint: Mapping[str, Any]) -> dict[str, int]:
         if not isinstance(averages, list) or not all(map(tensors_by_name, averages)):
             raise ValueError(f"`{checkpoint_keys.POSTHOC_EMA}` must hold lists of averages, got {shown(averages)}.")
         found[str(key)] = sum(_bytes(_tensors(average.values())) for average in averages)
+    for state in _part(checkpoint, "callbacks", {}).values():
+        gradients = (open_window(state) or {}).get("gradients")
+        if isinstance(gradients, dict):
+            found["gradients of an open window"] = _bytes(_tensors(gradients.values()))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -29,8 +30,7 @@ def names_of_all(output):
     names = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, os.environ["NAME"])
     torch.distributed.destroy_process_group()
-    with open(output, "w") as file:
-        file.write(" ".join(names))
+    Path(output).write_text(" ".join(names))
 
 
 def test_two_runs_at_the_same_time_do_not_meet(tmp_path):

@@ -224,6 +224,25 @@ def test_a_directory_holds_the_gradients_of_an_open_window_in_shares(written):
     assert same(extract_weights(both, "raw"), extract_weights(written[0] / "carried" / "epoch=1.ckpt", "raw"))
 
 
+def test_an_open_window_is_listed_as_it_is_of_a_file(written, tmp_path, capsys):
+    """31 numbers of 4 bytes; of all, since each parameter has a gradient."""
+    gradients, sets = {"gradients of an open window": 124}, {"raw weights": 124}
+    for place, expected in (
+        ("carried/epoch=0.ckpt", gradients),
+        ("carried/epoch=2.ckpt", {}),
+        ("carried-ema/epoch=1.ckpt", {**sets, **gradients}),
+    ):
+        main(["inspect", str(written[0] / place), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert (found["beside"], found["kind"]) == (expected, "sharded")
+    whole = torch.load(written[0] / "carried" / "epoch=0.ckpt" / "meta.pt", weights_only=True)
+    (key,) = (key for key, state in whole["callbacks"].items() if "carried" in state)
+    whole["callbacks"][key]["carried"]["gradients"] = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
+    torch.save({**whole, "state_dict": {}}, tmp_path / "file.ckpt")
+    main(["inspect", str(tmp_path / "file.ckpt")])
+    assert "gradients of an open window 28" in capsys.readouterr().out
+
+
 def test_a_resume_in_mid_window_on_as_many_ranks_is_bit_for_bit(written, resumed):
     for first, rank in zip(written[1], resumed, strict=True):
         assert same(rank["carried"], first["carried"])

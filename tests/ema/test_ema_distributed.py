@@ -1,5 +1,7 @@
 """Two real processes on one machine: DDP ranks agree, FSDP2 ranks average their shards."""
 
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -13,9 +15,11 @@ from lightning_plugins import (
     extract_weights,
     synthesize_ema,
 )
+from lightning_plugins.checkpoints.record import read_record
 from tests.support import ema_distributed
 from tests.support.ema_distributed import launch
 from tests.support.ema_runs import Net, clone_state, regression, same, trainer
+from tests.support.ranks import ended_ranks
 
 
 def whole_run(decay, epochs, *others, **kwargs):
@@ -148,6 +152,43 @@ def test_sharded_files_of_fsdp1_resume_bit_for_bit(sharded):
         assert same(extract_weights(directory / kind / "epoch=1.ckpt"), ranks[0]["average"])
         assert same(extract_weights(directory / kind / "epoch=1.ckpt", "raw"), ranks[0]["raw"])
     assert same(extract_weights(directory / "parts" / "epoch=1.ckpt", name="slow"), found["whole_slow"])
+
+
+@pytest.mark.parametrize("sharded", ["fsdp1"], indirect=True)
+def test_a_directory_of_fsdp1_of_two_saves_is_refused(sharded):
+    """Files have the same names and sizes in both, and the index the same places."""
+    directory, _ = sharded
+    old, new = (directory / "parts" / f"epoch={n}.ckpt" for n in (0, 1))
+    assert [path.name for path in sorted(old.iterdir())] == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    places = sorted((directory / "mixtures").iterdir())
+    assert len(places) == 3 + 2 * 4
+    for rank in range(2):
+        messages = torch.load(directory / f"fsdp1-parts-{rank}.pt", weights_only=True)["refused"]
+        assert list(messages) == [place.name for place in places]
+        assert all(message.startswith("CheckpointError: ") for message in messages.values())
+    for place in places:
+        for read in (extract_weights, read_record, lambda path: average_checkpoints([path, new])):
+            with pytest.raises(ValueError, match=r"incomplete: it(s .*, of step (8|16), are of| has no)") as error:
+                read(place)
+            assert str(error.value).startswith(str(place))
+            assert "\n" not in str(error.value)
+        assert str(error.value) == messages[place.name].removeprefix("CheckpointError: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".metadata", r"it has no \.metadata, which is written when all others are there"),
+        ("meta.pt", r"its \.metadata and meta\.pt, of step 8, are of different saves"),
+    ],
+)
+def test_a_run_of_fsdp1_that_is_killed_while_it_replaces_a_directory(tmp_path, name, message):
+    (rank,) = ended_ranks(ema_distributed.killed, str(tmp_path), name, world_size=1)
+    assert rank.code == -signal.SIGKILL, rank.output[-2000:]
+    place = tmp_path / "same.ckpt"
+    assert torch.load(place / "meta.pt", weights_only=True)["global_step"] == 8
+    with pytest.raises(ValueError, match=message):
+        extract_weights(place)
 
 
 def test_sharded_snapshots_are_written_whole(sharded):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -212,7 +214,57 @@ def fsdp1(directory):
         results[f"{path}_latest"] = latest.average_state_dict()
         results |= {f"{path}_average": ema.average_state_dict(), f"{path}_raw": ema.raw_state_dict()}
         results[f"{path}_slow"] = slow.average_state_dict()
-    save("fsdp1-parts", directory, **results)
+    if os.environ["LOCAL_RANK"] == "0":
+        mixtures(*(parts / f"epoch={n}.ckpt" for n in (0, 1)), Path(directory) / "mixtures")
+    torch.distributed.barrier()
+    save("fsdp1-parts", directory, **results, refused=refused(sorted((Path(directory) / "mixtures").iterdir())))
+
+
+def mixtures(old, new, target):
+    """Directories of two saves: as a kill leaves them while ``new`` replaces ``old``, and as copies do."""
+    names = [*(path.name for path in sorted(old.glob("*.distcp"))), ".metadata", "meta.pt"]
+    for number in range(1, len(names)):
+        # an index is removed first
+        place = shutil.copytree(old, target / f"killed-{number - 1}")
+        (place / ".metadata").unlink()
+        for name in names[: number - 1]:
+            shutil.copy(new / name, place / name)
+    for name in names:
+        for around, kind in ((old, "new"), (new, "old")):
+            place = shutil.copytree(around, target / f"{kind}-{name}")
+            shutil.copy((new if kind == "new" else old) / name, place / name)
+
+
+def refused(places):
+    """Resume from directories of two saves under FSDP1; return what is said."""
+    messages = {}
+    for place in places:
+        strategy = sharded_strategy("fsdp1", state_dict_type="sharded")
+        with pytest.raises(ValueError, match=r"is incomplete: ") as error:
+            sharded_run("fsdp1", 2, strategy=strategy, ckpt_path=place)
+        messages[place.name] = f"{type(error.value).__name__}: {error.value}"
+    return messages
+
+
+def killed(directory, name):
+    """Replace a checkpoint under FSDP1 and die when a file of that name is about to be there."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    seen = []
+
+    def dying(original):
+        def call(content, path, *args, **kwargs):
+            seen.extend([path] if str(path).endswith(name) else [])
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(content, path, *args, **kwargs)
+
+        return call
+
+    torch.save, Path.rename = dying(torch.save), dying(Path.rename)
+    strategy = sharded_strategy("fsdp1", state_dict_type="sharded")
+    files = ModelCheckpoint(directory, filename="same", enable_version_counter=False)
+    sharded_run("fsdp1", 2, files, strategy=strategy)
 
 
 def other_ranks(directory, kind="fsdp2"):
