@@ -48,7 +48,7 @@ def is_distributed(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def put_beside(strategy: Any, checkpoint: dict[str, Any], sets: Mapping[Label, Mapping[str, Tensor]]) -> None:
-    """Let sharded sets be written beside a distributed ``checkpoint``, that the strategy is about to save, and mark it.
+    """Let sharded sets be written beside a distributed ``checkpoint`` that the strategy is about to save, and mark it.
 
     Nothing happens for a file. Without any set, those of an earlier checkpoint of that name are removed all the same.
 

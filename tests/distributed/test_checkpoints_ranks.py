@@ -149,6 +149,8 @@ def test_ranks_agree_and_rank_zero_writes_the_mean(tmp_path, kind):
         assert [file["epoch"] for file in manifest["files"]] == [1, 2, 3]
         files = [(folder / file["path"]).resolve() for file in manifest["files"]]
         assert all(file.is_dir() == (kind == "fsdp2-sharded") for file in files)
+        if kind == "fsdp2-sharded":
+            parts_of_two_saves_are_refused(*files[:2], tmp_path / f"{case} mixed")
         expected = float64_mean([whole(file, tmp_path) for file in files])
         statistics = (
             {f"net.1.running_{name}": expected.pop(f"net.1.running_{name}") for name in ("mean", "var")}
@@ -199,6 +201,14 @@ def check_statistics(path: Path) -> None:
     state = load_state(path)
     for name in ("net.1.running_mean", "net.1.running_var"):
         assert torch.allclose(state[name], (found[0][name] + found[1][name]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def parts_of_two_saves_are_refused(old: Path, new: Path, mixed: Path) -> None:
+    """What only averaging is there for is marked as well."""
+    shutil.copytree(old, mixed)
+    shutil.copy(new / "__1_0.distcp", mixed)
+    with pytest.raises(ValueError, match=r"mixed is incomplete: its __1_0\.distcp and meta\.pt, of step \d, are of"):
+        average_checkpoints([mixed, new])
 
 
 def whole(path: Path, folder: Path) -> Path:
