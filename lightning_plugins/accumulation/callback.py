@@ -167,7 +167,7 @@ class GradientAccumulation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once what a step is made of, and go on with a carried window."""
         self._counter = counter(self.count, module=pl_module, full=loader_batch_size(trainer))
-        self._scheduled = not self.carry and len(self.accumulation_plan(trainer).changes) > 1
+        self._scheduled = len(self.accumulation_plan(trainer).changes) > 1
         rank_zero_info(f"GradientAccumulation: {self._describe(trainer)}.")
         trainer.accumulate_grad_batches = self._batches_now(trainer)
         self._window.total = 0

@@ -125,7 +125,7 @@ class LearningRateScheduler(Callback):
     ) -> None:
         given: Any = plateau
         if plateau is not None and not isinstance(given, Plateau):
-            remedy = f" Write Plateau({given!r})." if isinstance(given, str) and len(given) < 100 else ""
+            remedy = f" Write Plateau({shown(given)})." if isinstance(given, str) else ""
             raise TypeError(f"`plateau` must be a Plateau, got {shown(given)}.{remedy}")
         self.schedule = check_schedules(schedule)
         self.base_lr = check_base_lr(base_lr)

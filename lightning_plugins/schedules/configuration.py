@@ -9,7 +9,7 @@ from typing import Any
 from lightning_plugins.core.imports import by_import_path, declared_names
 from lightning_plugins.core.validation import shown
 from lightning_plugins.schedules.curves import NAMED_CURVES, import_path
-from lightning_plugins.schedules.fields import field_items
+from lightning_plugins.schedules.fields import field_items, kind_of
 from lightning_plugins.schedules.schedule import Schedule
 
 _FAMILIES = ("combinators", "families", "piecewise", "ramps", "warmup")
@@ -47,8 +47,8 @@ def _plain_fields(item: Any) -> dict[str, Any]:
     return {name: _plain_value(name, value, kind) for name, value, kind in field_items(item)}
 
 
-def _plain_value(name: str, value: Any, kind: Mapping[str, Any]) -> Any:
-    if "curve" in kind:
+def _plain_value(name: str, value: Any, kind: str) -> Any:
+    if kind == "curve":
         return import_path(name, value)
     if isinstance(value, Schedule):
         return value.to_dict()
@@ -72,7 +72,7 @@ def _build(data: Mapping[str, Any], *, trust: bool) -> Any:
             raise ValueError(f"`data` must name the schedule under 'class', got {shown(dict(data))}.")
         raise ValueError(f"`{path}` has no argument `{unknown[0]}`; choose from {', '.join(fields)}.")
     for name, value in arguments.items():
-        if "curve" in fields[name].metadata and not trust and value not in NAMED_CURVES:
+        if kind_of(fields[name]) == "curve" and not trust and value not in NAMED_CURVES:
             raise ValueError(
                 f"`{name}` must be one of {', '.join(map(repr, NAMED_CURVES))} unless `trust=True`: "
                 f"{value!r} names code, which would run."

@@ -42,7 +42,8 @@ class Course:
     def follow(self, schedule: Schedule, end: RunEnd) -> Schedule:
         """Return what the run follows: ``schedule`` with every length known."""
         resolved = resolve(schedule, self.curve, end, strict=False)
-        if self.begin == 0 and self.position == 0 and self._speed(end) == 1:
+        # no change has its place at the first step
+        if self.begin == 0:
             return resolved
         return _Continued(resolved, self.begin, self.position, self._speed(end))
 

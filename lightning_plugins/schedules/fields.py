@@ -20,12 +20,12 @@ _MISSING = dataclasses.MISSING
 
 def duration(*, rest: bool = False, default: Any = _MISSING, kw_only: bool = False) -> Any:
     """Declare a field as a :data:`Duration`; ``rest`` allows ``None``."""
-    return _field(partial(check_duration, rest=rest), default, kw_only=kw_only, duration=True)
+    return _field(partial(check_duration, rest=rest), default, "duration", kw_only=kw_only)
 
 
 def durations() -> Any:
     """Declare a field as a sequence of durations."""
-    return _field(partial(_each, check=check_duration), durations=True)
+    return _field(partial(_each, check=check_duration), kind="durations")
 
 
 def factor(*, default: Any = _MISSING, kw_only: bool = False, optional: bool = False, at_most: float = math.inf) -> Any:
@@ -52,12 +52,12 @@ def whole(*, default: Any = _MISSING, unit: str = "", optional: bool = False) ->
 
 def parts() -> Any:
     """Declare a field as one schedule or segment, or a sequence of them."""
-    return _field(_check_parts, parts=True)
+    return _field(_check_parts, kind="parts")
 
 
 def curve(*, default: Any = _MISSING) -> Any:
     """Declare a field as a curve: a name, a callable or an import path, which is code."""
-    return _field(None, default, curve=True)
+    return _field(None, default, "curve")
 
 
 if TYPE_CHECKING:
@@ -80,10 +80,16 @@ def unwrapped(value: Any) -> Any:
     return omegaconf.OmegaConf.to_object(value)
 
 
-def field_items(item: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+def kind_of(field: dataclasses.Field[Any]) -> str:
+    """Return what a field holds, if that is more than a value: duration, durations, parts or curve."""
+    kind: str = field.metadata.get("kind", "")
+    return kind
+
+
+def field_items(item: Any) -> Iterator[tuple[str, Any, str]]:
     """Yield name, value and kind of every field of a schedule or segment."""
     for field in dataclasses.fields(item):
-        yield field.name, getattr(item, field.name), field.metadata
+        yield field.name, getattr(item, field.name), kind_of(field)
 
 
 def keep(item: Any, values: Mapping[str, Any]) -> None:
@@ -96,8 +102,8 @@ def check_fields(item: Any) -> bool:
 
     Factors become floats and sequences tuples, so that the dataclass compares and hashes by value.
     """
-    checks = [(name, value, kind["check"]) for name, value, kind in field_items(item) if kind.get("check")]
-    keep(item, {name: check(name, value) for name, value, check in checks})
+    checks = {field.name: field.metadata.get("check") for field in dataclasses.fields(item)}
+    keep(item, {name: check(name, getattr(item, name)) for name, check in checks.items() if check})
     return any(_has_open_length(value, kind) for _, value, kind in field_items(item))
 
 
@@ -105,19 +111,19 @@ def resolve_fields(item: Any, horizon: Horizon) -> dict[str, Any]:
     """Return the lengths of a frozen dataclass in steps, and its schedules resolved, by field name."""
     changes: dict[str, Any] = {}
     for name, value, kind in field_items(item):
-        if "duration" in kind:
+        if kind == "duration":
             changes[name] = horizon.steps(name, value)
-        elif "durations" in kind:
+        elif kind == "durations":
             changes[name] = _each(name, value, check=horizon.steps)
-        elif "parts" in kind and not isinstance(value, tuple):
+        elif kind == "parts" and not isinstance(value, tuple):
             changes[name] = value._resolve(horizon)
     return changes
 
 
 def _field(
-    check: Callable[[str, Any], Any] | None, default: Any = _MISSING, *, kw_only: bool = False, **kind: bool
+    check: Callable[[str, Any], Any] | None, default: Any = _MISSING, kind: str = "", *, kw_only: bool = False
 ) -> Any:
-    return dataclasses.field(default=default, kw_only=kw_only, metadata={"check": check, **kind})
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"check": check, "kind": kind})
 
 
 def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
@@ -137,10 +143,10 @@ def _check_parts(_: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _has_open_length(value: Any, kind: Mapping[str, Any]) -> bool:
-    if "duration" in kind:
+def _has_open_length(value: Any, kind: str) -> bool:
+    if kind == "duration":
         return is_open(value)
-    if "durations" in kind:
+    if kind == "durations":
         return any(map(is_open, value))
     items = value if isinstance(value, tuple) else (value,)
-    return "parts" in kind and any(getattr(item, "is_open", False) for item in items)
+    return kind == "parts" and any(getattr(item, "is_open", False) for item in items)

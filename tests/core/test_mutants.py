@@ -14,7 +14,10 @@ def test_a_mutant_that_is_said_to_be_equivalent_is_one_of_its_module(key):
 
 
 def test_only_other_programs_are_drawn():
-    source = b"__all__ = [1]\ndef f(a: 'x' = 0) -> int:\n    'Says 1.'\n    return max(a, a) + len(a and b'')\n"
+    source = (
+        b"__all__ = [1]\n@overload\ndef f(a: 'x' = 1): ...\n"
+        b"def f(a: 'x' = 0) -> int:\n    'Says 1.'\n    return max(a, a) + len(a and b'')\n"
+    )
     found = {mutant.of(source) for mutant in mutants_of("m.py", source) if differs(mutant, source)}
     assert source not in found
     assert {text.splitlines()[-1].decode().strip() for text in found if b"= 0)" in text} == {

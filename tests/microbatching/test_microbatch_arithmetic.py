@@ -1,5 +1,6 @@
 """Shares, merged outputs and logs, and what is put back before a batch runs again."""
 
+import functools
 import math
 import random
 
@@ -69,6 +70,23 @@ def test_outputs_are_those_of_the_whole_batch(values, whole):
         assert merged == (pytest.approx(whole) if isinstance(whole, float) else whole)
 
 
+def test_sequences_of_several_lengths_are_put_one_after_another():
+    parts = [torch.arange(float(length)) for length in (2, 5, 3)]
+    for pack in (
+        functools.partial(torch.nn.utils.rnn.pack_sequence, enforce_sorted=False),
+        functools.partial(torch.nested.nested_tensor, layout=torch.jagged),
+    ):
+        whole, merged = pack(parts), merge([pack(parts[:2]), pack(parts[2:])], [2 / 3, 1 / 3], [2, 1])
+        alone = merge([pack(parts[:2])], [1.0], [2])
+        if isinstance(whole, torch.Tensor):
+            found, first = merged.unbind(), alone.unbind()
+        else:
+            found, first = map(torch.nn.utils.rnn.unpack_sequence, (merged, alone))
+        assert type(merged) is type(whole)
+        assert [part.tolist() for part in found] == [part.tolist() for part in parts]
+        assert [part.tolist() for part in first] == [part.tolist() for part in parts[:2]]
+
+
 def test_merged_tensors_hold_no_graph():
     weight = torch.nn.Parameter(torch.ones(2))
     assert not merge([weight * 1, weight * 2], [0.5, 0.5], [2, 2]).requires_grad
@@ -78,6 +96,10 @@ def test_merged_tensors_hold_no_graph():
     ("values", "message"),
     [
         ([torch.ones(4), torch.ones(3)], r"`outputs\['x'\]` must have a row per sample or one shape, got the shapes"),
+        (
+            [torch.nested.nested_tensor([ROWS[0]], layout=torch.jagged), torch.ones(3, 5)],
+            r"`outputs\['x'\]` must have a row per sample or one shape, got the shapes nested, \(3, 5\)\.",
+        ),
         (
             [torch.tensor(True), torch.tensor(False)],
             r"`outputs\['x'\]` must be numbers or have a row per sample, got on",

@@ -1,6 +1,7 @@
 """Memory that ran out is recognized in the words of every library below PyTorch, and other errors are not."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 
 from lightning_plugins import MicroBatching
 from lightning_plugins.microbatching.out_of_memory import is_out_of_memory
+from lightning_plugins.microbatching.size_finder import Ranks
 from tests.support.accumulation_runs import batches, fit
 from tests.support.microbatch_cases import Fitting
 
@@ -137,3 +139,33 @@ def test_the_search_goes_on_with_half(error):
     callback = MicroBatching()
     fit(Fails(fits=3), [callback], batches((8, 5), dtype=torch.float64, tokens=False))
     assert callback.size_found == 2
+
+
+def ranks_beside(monkeypatch, other, model=None):
+    """Return what one of two ranks has; the other brings ``other``, in turn, to each reduction of all."""
+    brought = iter(other)
+
+    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM):
+        part = torch.as_tensor(next(brought), dtype=tensor.dtype)
+        tensor.copy_(torch.minimum(tensor, part) if op is torch.distributed.ReduceOp.MIN else tensor + part)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    strategy = SimpleNamespace(model=SimpleNamespace(module=model), root_device=torch.device("cpu"))
+    return Ranks(SimpleNamespace(strategy=strategy, world_size=2))
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "agreed"), [(None, 2**62, None), (None, 1, 1), (1, 2**62, 1), (5, 3, 3), (3, 5, 3), (0, 1, 0)]
+)
+def test_ranks_agree_on_the_smallest_size_that_any_of_them_wants(monkeypatch, own, other, agreed):
+    assert ranks_beside(monkeypatch, [other]).agree(own) == agreed
+
+
+def test_gradients_are_averaged_over_the_ranks_and_none_is_made_for_what_no_rank_uses(monkeypatch):
+    model = torch.nn.ParameterDict({name: torch.zeros(2) for name in ("both", "frozen", "none", "other", "own")})
+    model["frozen"].requires_grad_(False)
+    model["both"].grad, model["own"].grad = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 6.0])
+    brought = [[1, 0, 1, 0], [3.0, 4.0], [8.0, 2.0], [0.0, 0.0]]
+    ranks_beside(monkeypatch, brought, model)._average_gradients()
+    found = {name: None if parameter.grad is None else parameter.grad.tolist() for name, parameter in model.items()}
+    assert found == {"both": [2.0, 3.0], "other": [4.0, 1.0], "own": [2.0, 3.0], "none": None, "frozen": None}

@@ -36,7 +36,13 @@ def optimizer(**options):
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **{"lr": 0.1, **options})
 
 
+def scaled(factor):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": factor}]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
 CASES = [
+    (lambda: Polynomial(5, 1, 0, power=0), ValueError, r"`power` must be above 0, got 0\."),
     (lambda: WarmupCosine(-3), ValueError, r"`warmup` must be at least 0 steps, got -3\."),
     (lambda: WarmupCosine(1.5), ValueError, r"`warmup` as a float is a share of the run and must lie between 0 and 1"),
     (lambda: WarmupCosine(0.0), ValueError, r"`warmup` as a float .*got 0\.0; give steps \(100\)"),
@@ -128,6 +134,17 @@ CASES = [
         r"`parameter` must name a number of the optimizer's groups, got 'nesterov': True",
     ),
     (
+        lambda: ScheduleLR(optimizer(), Constant(), parameter="foreach"),
+        TypeError,
+        r"`parameter` must name a number of the optimizer's groups, got 'foreach': None",
+    ),
+    (
+        lambda: ScheduleLR(optimizer(momentum=0.5, weight_decay=0.1), Constant(), parameter="rate"),
+        ValueError,
+        r"got 'rate'; there are lr, momentum, weight_decay\.$",
+    ),
+    (lambda: ScheduleLR(scaled(-0.5), Constant()), ValueError, r"`lr_scale` must be at least 0, got -0\.5"),
+    (
         lambda: WarmupCosineLR(optimizer(), 10, 5),
         ValueError,
         r"`total_steps` must be at least 10 steps \(warm-up and hold",
@@ -157,6 +174,11 @@ CASES = [
     # the callback
     (lambda: LearningRateScheduler(abs), TypeError, r"`schedule` must be a Schedule such as WarmupCosine"),
     (lambda: LearningRateScheduler(Constant(), plateau=0.1), TypeError, r"`plateau` must be a Plateau, got 0\.1"),
+    (
+        lambda: LearningRateScheduler(Constant(), plateau="val_loss"),
+        TypeError,
+        r"`plateau` must be a Plateau, got 'val_loss'\. Write Plateau\('val_loss'\)\.",
+    ),
     (lambda: LearningRateScheduler(Constant(), existing="x"), ValueError, r"`existing` must be one of 'refuse', 'repl"),
     (lambda: LearningRateScheduler(Constant(), optimizer=-1), ValueError, r"`optimizer` must be at least 0, got -1"),
     (

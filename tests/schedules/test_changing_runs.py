@@ -19,6 +19,8 @@ from lightning_plugins import (
     WarmupLinear,
     WarmupStableDecay,
 )
+from lightning_plugins.core.run_length import AccumulationPlan, RunAhead, RunEnd
+from lightning_plugins.schedules.continuation import Course
 from tests.support.training import loader, make_module, make_trainer, rates
 
 pytestmark = pytest.mark.filterwarnings(
@@ -321,3 +323,46 @@ def test_a_change_is_told_in_one_line(tmp_path, caplog):
     lines = [line for line in caplog.messages if "Learning-rate schedule" in line]
     assert len(lines) == 2
     assert "Steps of the run: 22, before: 16; it goes on from where it stands (max_epochs=4 of 6 batches" in lines[1]
+
+
+# -- a course by itself
+
+
+def ahead(batches, accumulation=1, *, epoch=0, batch=0, step=0):
+    return RunAhead(batches, AccumulationPlan(((0, accumulation),)), epoch, batch, step)
+
+
+EPOCHS = RunEnd(2, None)
+
+
+def test_a_run_whose_length_never_changed_follows_its_schedule_itself():
+    schedule = WarmupLinear("20%")
+    assert Course(ahead(10), ahead(10)).follow(schedule, EPOCHS) == schedule.resolve(20)
+
+
+@pytest.mark.parametrize(
+    ("course", "now", "end"),
+    [
+        # the share of a step that is rounded to none begins at another value
+        (Course(ahead(10), ahead(10)), ahead(100), EPOCHS),
+        (Course(ahead(None), ahead(None)), ahead(10, epoch=1, step=4), EPOCHS),
+        (Course(ahead(4), ahead(4)), ahead(10, epoch=1, step=8), EPOCHS),
+        (Course(ahead(10), ahead(10)), ahead(4, epoch=1, step=8), RunEnd(1, None)),
+    ],
+    ids=["before the first step", "its length was not known", "its schedule was over", "it is over now"],
+)
+def test_a_length_that_changes_where_nothing_is_left_to_stretch_counts_as_known_from_the_beginning(course, now, end):
+    assert course.goes_on(now, end, [Linear("2%", 0, 1)]) == Course(now, now)
+
+
+def test_a_schedule_that_no_longer_fits_is_followed_as_far_as_the_run_goes():
+    schedule, now = WarmupCosine(10, hold=100), ahead(100, 4, step=50, batch=50)
+    assert now.total_steps(EPOCHS) < 110
+    course = Course(ahead(100), ahead(100)).goes_on(now, EPOCHS, [schedule])
+    assert [course.follow(schedule, EPOCHS)(step) for step in (5, 50, 80)] == [0.5, 1, 1]
+
+
+def test_other_accumulation_is_noted_also_where_the_length_stays():
+    now, end = ahead(10, 2, step=3), RunEnd(None, 5)
+    assert Course(ahead(10), ahead(10)).goes_on(now, end, [Linear(None, 1, 0)]) == Course(ahead(10), now, 3, 3.0)
+    assert Course(ahead(10), now).goes_on(now, end, [Linear(None, 1, 0)]) == Course(ahead(10), now)

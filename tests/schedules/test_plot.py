@@ -67,6 +67,9 @@ def test_bad_pictures(tmp_path, monkeypatch, arguments, message):
         plot_schedules(*arguments)
     with pytest.raises(ValueError, match="`base_lr` must be above 0"):
         plot_schedules({"a": Linear(1, 0, 1)}, 10, "x.png", base_lr=0)
+    for size in ((0, 4), (7, 0)):
+        with pytest.raises(ValueError, match="`size` must be above 0, got 0"):
+            plot_schedules({"a": Linear(1, 0, 1)}, 10, "x.png", size=size)
     assert not list(tmp_path.iterdir())
 
 

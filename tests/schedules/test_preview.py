@@ -81,6 +81,8 @@ def test_base_rates_that_an_earlier_scheduler_left_are_kept_as_in_training():
 def test_over_time_each_step_is_an_equal_part():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     assert LearningRateScheduler(Linear(None, 1, 0), clock="time").preview(optimizer, 4) == {0: [1, 0.75, 0.5, 0.25]}
+    many = LearningRateScheduler(Linear(None, 1, 0), clock="time").preview(optimizer, 3000)
+    assert many == {0: pytest.approx([1 - step / 3000 for step in range(3000)], abs=1e-12)}
     with pytest.raises(ValueError, match="`warmup` must be a share of the time"):
         LearningRateScheduler(WarmupCosine(2), clock="time").preview(optimizer, 4)
 

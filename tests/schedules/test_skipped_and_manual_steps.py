@@ -58,12 +58,16 @@ def scaled_trainer(path, callback):
 def test_steps_that_the_gradient_scaler_skips(tmp_path, clock):
     schedule = Linear(8, 1, 0)
     module = overflowing_module({2, 3})
-    trainer = scaled_trainer(tmp_path, LearningRateScheduler(schedule, clock=clock))
+    callback = LearningRateScheduler(schedule, clock=clock, record=True)
+    trainer = scaled_trainer(tmp_path, callback)
     trainer.fit(module, loader(8))
     assert trainer.global_step == 8
     assert len(module.optimizer.used) == 6  # the scaler did not call the optimizer for two of them
     positions = {"attempted": [0, 1, 4, 5, 6, 7], "applied": [0, 1, 2, 3, 4, 5]}[clock]
     assert rates(module) == pytest.approx([0.1 * schedule(position) for position in positions])
+    # a skipped step is one of those that count attempts
+    positions = {"attempted": range(8), "applied": range(6)}[clock]
+    assert callback.lrs == pytest.approx([0.1 * schedule(position) for position in positions])
 
 
 # -- manual optimization
@@ -149,3 +153,33 @@ def test_manual_steps_that_the_scaler_skips_are_attempts(tmp_path):
     trainer.fit(module, loader(8))
     assert rates(module) == pytest.approx([0.1 * schedule(position) for position in (0, 1, 4, 5, 6, 7)])
     assert callback.lrs == pytest.approx([0.1 * schedule(position) for position in range(8)])
+
+
+def test_a_manual_step_that_runs_its_closure_several_times_is_one(tmp_path):
+    class Searching(torch.optim.LBFGS):
+        def step(self, closure):
+            used.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    used, module = [], make_module()
+    module.automatic_optimization = False
+
+    def training_step(batch, batch_idx):
+        optimizer = module.optimizers()
+
+        def closure():
+            calls.append(batch_idx)
+            optimizer.zero_grad()
+            loss = module.layer(batch).pow(2).mean()
+            module.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure=closure)
+
+    calls, module.training_step = [], training_step
+    module.configure_optimizers = lambda: Searching(module.layer.parameters(), lr=0.1, max_iter=3)
+    schedule = Linear(8, 1, 0)
+    callback = LearningRateScheduler(schedule, record=True)
+    fit(tmp_path, callback, module=module, batches=4)
+    assert len(calls) > 4
+    assert used == callback.lrs == expected(schedule, 4)

@@ -3,6 +3,7 @@
 import math
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import lightning.pytorch as unified
 import pytest
@@ -22,7 +23,9 @@ from lightning_plugins import (
     WarmupStableDecay,
 )
 from lightning_plugins.core.lightning import MisconfigurationException
+from lightning_plugins.core.time_limit import TimeLimit
 from lightning_plugins.schedules import time_budget
+from lightning_plugins.schedules.run_plan import TimePlan
 from lightning_plugins.schedules.time_budget import TimeBudget, resolve_in_time
 from tests.support.training import loader, make_module, make_trainer, rates
 
@@ -366,6 +369,32 @@ def test_ranks_have_one_position_with_few_broadcasts(monkeypatch):
     clock.now += 2.0  # slow batches
     ranks("after_batch")
     assert ranks.broadcasts == before + 1
+
+
+def test_ranks_share_the_time_after_1_2_4_batches_at_most_128_and_after_each_pause(monkeypatch):
+    ranks, when = Ranks(monkeypatch, Clock(), lambda: 0.0), []
+    for number in range(1, 600):
+        before = ranks.broadcasts
+        ranks("after_batch")
+        when += [number] * (ranks.broadcasts - before)
+    assert when == [1, 3, 7, 15, 31, 63, 127, 255, 383, 511]
+    before = ranks.broadcasts
+    for what, broadcasts in (("after_pause", 1), ("after_batch", 2), ("after_batch", 2), ("after_batch", 3)):
+        ranks(what)
+        assert ranks.broadcasts == before + broadcasts
+
+
+def test_a_plan_reads_the_clock_again_after_a_pause(clock):
+    plan, shared = TimePlan(Linear(None, 1, 0), "a test"), []
+    plan._limit = TimeLimit(0.0, 100.0)
+    strategy = SimpleNamespace(broadcast=lambda value: shared.append(value) or value)
+    plan.begin(SimpleNamespace(world_size=2, strategy=strategy), automatic=True)
+    clock.now += 0.25
+    assert plan.position() == 250
+    before = len(shared)
+    clock.now += 20
+    assert plan.position(pause=True) == 20_250
+    assert len(shared) == before + 1
 
 
 def test_batches_that_become_slower_never_move_the_position_back(monkeypatch):

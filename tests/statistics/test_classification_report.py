@@ -164,7 +164,7 @@ def expected_text(model, phase, epochs=1):
 
 
 def test_a_report_is_printed_and_saved_after_every_validation(package, capsys):
-    report = ClassificationReport(8, path=["out/r.txt", "out/{epoch}/{phase}.json", "out/r.csv", "out/r.png"])
+    report = ClassificationReport(8, path=["out/{epoch}/{phase}.json", "out/r.txt", "out/r.csv", "out/r.png"])
     _, model = fit([report], CLASSIFIERS[package]("dict"), package=package)
     text, values = expected_text(model, "validation", epochs=2)
     assert Path("out/r.txt").read_text() == text

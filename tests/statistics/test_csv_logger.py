@@ -20,6 +20,7 @@ from tests.support.statistics_runs import (
     loaders,
     read,
     trainer_of,
+    without_time,
 )
 
 METRICS = ["accuracy", "top5_accuracy", "perplexity"]
@@ -210,6 +211,17 @@ def test_a_second_fit_of_the_same_callback_goes_on():
     times = [float(row["time"]) for row in rows]
     assert times == sorted(times)
     assert not Path("log.1.csv").exists()
+
+
+def test_a_second_fit_of_the_same_callback_from_a_checkpoint_writes_no_row_twice(tmp_path):
+    logger, recorder = CSVStatisticsLogger("log.csv"), StatisticsRecorder()
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit([logger, recorder, checkpoint], enable_checkpointing=True, max_epochs=1)
+    fit([logger, recorder, checkpoint], ckpt_path=tmp_path / "epoch=0.ckpt", enable_checkpointing=True)
+    whole = without_time("log.csv")
+    fit([logger, recorder, checkpoint], ckpt_path=tmp_path / "epoch=0.ckpt", enable_checkpointing=True)
+    assert without_time("log.csv") == whole
+    assert len(whole) == 1 + 10
 
 
 def test_validate_test_and_fast_dev_run_write_nothing():

@@ -141,9 +141,79 @@ def test_a_validation_that_returns_nothing_has_the_loss_that_it_logs(name, recor
         assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(running[-1], rel=1e-6)
 
 
+def test_the_losses_that_several_validation_loaders_log_are_kept_apart_and_together():
+    class Two(Quiet):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            super().validation_step(batch, batch_idx)
+
+    recorder = StatisticsRecorder()
+    recorder.subscribe(reader := Recording())
+    _, model = fit([recorder], Two(), data=several_loaders(), max_epochs=1, num_sanity_val_steps=0)
+    parts = [(part[1], len(part[3])) for part in model.seen if part[0] == "validation"]
+    found, half = reader.ends[-1].values, len(parts) // 2
+    for suffix, own in (("", parts), ("/dataloader_idx_0", parts[:half]), ("/dataloader_idx_1", parts[half:])):
+        losses, sizes = zip(*own, strict=True)
+        assert found[f"loss{suffix}"] == pytest.approx(np.average(losses, weights=sizes), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "options"),
+    [
+        ("val_margin", float, {}),
+        ("val_loss", float, {"on_step": True, "on_epoch": False}),
+        ("val_loss", float, {"reduce_fx": "max"}),
+        ("val_loss", torchmetrics.MeanMetric, {}),
+    ],
+    ids=["another name", "for a batch alone", "no mean", "a metric"],
+)
+def test_what_is_logged_and_no_mean_of_losses_is_not_taken_for_one(name, value, options):
+    class Other(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.value = value() if value is not float else None
+
+        def validation_step(self, batch, batch_idx):
+            loss = super().validation_step(batch, batch_idx)
+            if self.value is not None:
+                self.value.update(loss)
+            self.log(name, loss if self.value is None else self.value, **options)
+
+    fit([CSVStatisticsLogger("log.csv")], Other(), max_epochs=1)
+    rows = [row for row in read("log.csv") if row["phase"] == "validation"]
+    assert [row["loss"] for row in rows] == ["", ""]
+
+
+def test_a_validation_that_does_nothing_that_is_seen_counts_nowhere_and_says_so(caplog):
+    class Hidden(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.layer(batch[0])
+
+    caplog.set_level("INFO")
+    for options, batches in (({}, []), ({"predictions": lambda outputs, batch: batch[0]}, [1, 2])):
+        caplog.clear()
+        recorder = StatisticsRecorder(["accuracy"], **options)
+        recorder.subscribe(reader := Recording())
+        fit([recorder], Hidden(), max_epochs=1, num_sanity_val_steps=0)
+        said = [record.message for record in caplog.records if "does not call the module" in record.message]
+        assert len(said) == (not batches)
+        assert [row.batch for row in reader.rows if row.phase == "validation"] == batches
+
+
+def test_a_loss_that_a_later_validation_logs_under_another_name_is_found():
+    class Renaming(Quiet):
+        def validation_step(self, batch, batch_idx):
+            self.name = "loss" if self.current_epoch else "val_loss"
+            super().validation_step(batch, batch_idx)
+
+    trainer, _ = fit([CSVStatisticsLogger("log.csv")], Renaming(), num_sanity_val_steps=0)
+    assert float(read("log.csv")[-1]["loss"]) == pytest.approx(float(trainer.callback_metrics["loss"]))
+
+
 @pytest.mark.filterwarnings("ignore:.*None")
 @pytest.mark.parametrize("metrics", [[], ["accuracy"]])
-def test_batches_of_none_count_nowhere(metrics):
+def test_batches_of_none_count_nowhere(metrics, caplog):
+    caplog.set_level("INFO")
+
     class Gaps(Classifier):
         def training_step(self, batch, batch_idx):
             return None if batch is None else super().training_step(batch, batch_idx)
@@ -161,6 +231,8 @@ def test_batches_of_none_count_nowhere(metrics):
         return [(row.phase, row.values, row.loss_step) for row in reader.rows]
 
     assert run(lambda batches: [None, *batches[:1], None, None, *batches[1:], None]) == run(lambda batches: batches)
+    # that is said of batches that a step was given, and did nothing with
+    assert "counts nowhere" not in caplog.text
 
 
 def test_a_metric_that_cannot_be_computed_yet_is_blank_and_says_so_once(caplog):

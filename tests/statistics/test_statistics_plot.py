@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
+from sklearn.metrics import confusion_matrix
 
-from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder
+from lightning_plugins import ClassificationReport, CSVStatisticsLogger, StatisticsRecorder
 from lightning_plugins.statistics import plot
-from lightning_plugins.statistics.plot import plot_log, read_curves
+from lightning_plugins.statistics.plot import plot_confusion_matrix, plot_log, read_curves
 from tests.support.statistics_runs import fit, read
 
 
@@ -156,6 +158,47 @@ def test_axes_are_logarithmic_on_request_where_they_can_be(monkeypatch):
     plot_log(small("log.csv", 0.0), log=True)
     plot_log(small("log.csv"))
     assert [figure.axes[0].get_yscale() for figure in figures[1:]] == ["linear", "linear"]
+
+
+def test_the_loss_of_each_batch_is_drawn_thinner_and_paler_than_the_running_mean(monkeypatch):
+    figures = drawn(monkeypatch)
+    Path("log.csv").write_text("epoch,batch,phase,loss,loss_step\n1,1,train,4.0,4.0\n1,2,train,3.0,2.0\n")
+    plot_log("log.csv")
+    lines = {line.get_label(): line for line in figures[0].axes[0].get_lines()}
+    assert 0 < lines["each batch"].get_linewidth() < lines["train"].get_linewidth()
+    assert 0 < lines["each batch"].get_alpha() < lines["train"].get_alpha() == 1
+
+
+def test_a_confusion_matrix_is_colored_by_the_shares_of_each_label(monkeypatch):
+    figures, original = [], plot._figure
+    monkeypatch.setattr(plot, "_figure", lambda *size: figures.append(original(*size)) or figures[-1])
+    truth, predicted = np.array([0, 1, 1, 1, 2, 2]), np.array([0, 1, 2, 2, 2, 1])
+    report = ClassificationReport(3, target_names=["cat", "dog", "cow"], path="r.png")
+    report.update(torch.tensor(predicted), torch.tensor(truth))
+    plot_confusion_matrix(report._report(report._counts.vector), Path("r.png"))
+    axis = figures[0].axes[0]
+    (image,) = axis.get_images()
+    assert image.get_clim() == (0, 1)
+    assert np.allclose(image.get_array(), confusion_matrix(truth, predicted, normalize="true"))
+    assert [(text.get_position(), text.get_text(), text.get_color()) for text in axis.texts] == [
+        ((column, row), str(count), "white" if share > 0.5 else "black")
+        for row, (counts, shares) in enumerate(
+            zip(
+                confusion_matrix(truth, predicted),
+                confusion_matrix(truth, predicted, normalize="true"),
+                strict=True,
+            )
+        )
+        for column, (count, share) in enumerate(zip(counts, shares, strict=True))
+    ]
+    for axes in (axis.xaxis, axis.yaxis):
+        assert [label.get_text() for label in axes.get_ticklabels()] == ["cat", "dog", "cow"]
+        assert list(axes.get_ticklocs()) == [0, 1, 2]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("prediction", "label")
+
+
+def test_a_picture_without_a_suffix_is_a_png():
+    assert plot_log(small("log.csv"), "curves").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_default_picture_takes_no_file_and_no_picture_takes_the_log():

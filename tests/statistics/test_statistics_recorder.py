@@ -261,11 +261,23 @@ def test_nothing_is_remembered_that_nobody_will_ask_for():
         def on_validation_batch_start(self, trainer, *args):
             kept.append(len(recorder.recording.sources._captured) + len(report._sources._captured))
 
+        on_predict_batch_end = on_validation_batch_start
+
     trainer, model = fit([recorder, report, Spy()])
-    assert set(kept) == {0}
-    assert len(kept) == 2 + 4
     trainer.predict(model, DataLoader(dataset(8).tensors[0]))
+    assert kept == [0] * (2 + 4 + 8)
     assert not model._forward_hooks
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_predictions_of_a_skipped_batch_are_never_those_of_the_next():
+    class Skipping(Classifier):
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0]) if batch_idx == 0 else self.layer(batch[0])
+            return torch.nn.functional.cross_entropy(logits, batch[1]) if batch_idx else None
+
+    with pytest.raises(ValueError, match="found no predictions"):
+        fit([StatisticsRecorder(["accuracy"])], Skipping(), num_sanity_val_steps=0, limit_train_batches=2)
 
 
 class Bare(Classifier):

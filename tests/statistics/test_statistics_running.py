@@ -350,10 +350,24 @@ def test_another_number_of_classes_in_mid_phase_is_refused():
         sums.update(torch.tensor(1.0), predictions, targets)
 
 
+def test_class_numbers_after_scores_are_refused():
+    (loss, predictions, targets) = random_batches(2, 4, sizes=(4,))[0]
+    sums = run(["accuracy"], [(loss, predictions, targets)])
+    with pytest.raises(ValueError, match="read as scores of classes before and as class numbers now"):
+        sums.update(torch.tensor(loss), predictions.argmax(1), targets)
+
+
 def test_rows_beside_rows_of_three_dimensions_have_their_classes_last():
     predictions, targets = torch.rand(2, 3, 5), torch.eye(5)[torch.tensor([[0, 1, 2], [3, 4, 0]])]
     batch = read_batch(predictions, targets)
     assert batch.predictions.tolist() == predictions.reshape(6, 5).tolist()
+    assert batch.labels.tolist() == [0, 1, 2, 3, 4, 0]
+
+
+def test_rows_beside_rows_of_four_dimensions_have_their_classes_second():
+    predictions, targets = torch.rand(2, 5, 3, 1), torch.eye(5)[torch.tensor([[[0], [1], [2]], [[3], [4], [0]]])]
+    batch = read_batch(predictions, targets.movedim(-1, 1))
+    assert batch.predictions.tolist() == [predictions[n, :, row, 0].tolist() for n in range(2) for row in range(3)]
     assert batch.labels.tolist() == [0, 1, 2, 3, 4, 0]
 
 

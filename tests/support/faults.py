@@ -126,6 +126,9 @@ def _code(node: ast.AST, around: tuple[tuple[int, int], ...]) -> Iterator[tuple[
                 continue
             if isinstance(child, (ast.If, ast.Assign)) and re.match("if TYPE_CHECKING|__all__", ast.unparse(child)):
                 continue
+            # the defaults of an overload are for type checkers
+            if isinstance(child, ast.FunctionDef) and "overload" in map(ast.unparse, child.decorator_list):
+                continue
             spans = around
             if isinstance(child, (ast.expr, ast.stmt)):
                 spans = ((child.lineno, child.end_lineno), *around)
