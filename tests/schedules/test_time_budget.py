@@ -389,12 +389,15 @@ def test_a_plan_reads_the_clock_again_after_a_pause(clock):
     plan._limit = TimeLimit(0.0, 100.0)
     strategy = SimpleNamespace(broadcast=lambda value: shared.append(value) or value)
     plan.begin(SimpleNamespace(world_size=2, strategy=strategy), automatic=True)
-    clock.now += 0.25
-    assert plan.position() == 250
-    before = len(shared)
+    assert len(shared) == 1
+    # the first batch reads it, and the second takes as long as the first
+    for position in (250, 500):
+        clock.now += 0.25
+        assert plan.position() == position
+    assert len(shared) == 2
     clock.now += 20
-    assert plan.position(pause=True) == 20_250
-    assert len(shared) == before + 1
+    assert plan.position(pause=True) == 20_500
+    assert len(shared) == 3
 
 
 def test_batches_that_become_slower_never_move_the_position_back(monkeypatch):
