@@ -4,7 +4,9 @@ A key is the module, the text of the line, and the change.
 """
 
 _EITHER_ORDER = "the larger or smaller of two numbers is the same in either order"
+_NO_READER = "without a reader every patience of 0 and less makes a flush due after one row, and no row is handed out"
 _ONE_KIND = "all tensors of a group have one type and one device, so the last says the same as the first"
+_ONE_LENGTH = "both are as long as the layout of the counts; `strict` asserts it"
 _SCRATCH = "the size of a scratch buffer changes no number: every size is a choice between memory and time"
 _SIGN = "scores are only compared: twice a score ranks as the score does"
 _WIDER = "a range that reaches farther takes in more of the same file"
@@ -57,7 +59,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): _EITHER_ORDER,
     (
         "lightning_plugins/statistics/rows.py",
+        "return min(map(_FLUSH_SECONDS, self.readers), default=0.0)",
+        "0.0 -> (-1.0)",
+    ): _NO_READER,
+    (
+        "lightning_plugins/statistics/rows.py",
         "per_row = (time.monotonic() - self._last_flush) / max(1, len(self._waiting))",
         "max(1, len(self._waiting)) -> (max(len(self._waiting), 1))",
     ): _EITHER_ORDER,
+    (
+        "lightning_plugins/statistics/running.py",
+        "sums = dict(zip(self.labels.names, self._counts.unbind(), strict=True))",
+        "True -> (False)",
+    ): _ONE_LENGTH,
 }

@@ -38,15 +38,15 @@ def logged_values(trainer: Trainer, *, on_step: bool) -> dict[str, Tensor]:
     return found
 
 
-def logged_loss(trainer: Trainer) -> dict[int, tuple[Tensor, Tensor]]:
+def logged_loss(trainer: Trainer) -> dict[int | None, tuple[Tensor, Tensor]]:
     """Return the loss that the module has logged so far in a validation, as sum and weight, by validation loader.
 
-    It is what is called ``loss``, ``val_loss``, ``valid/loss`` or the like, and is averaged over the phase.
+    A single loader has no number, but ``None``. The loss is what is called ``loss``, ``val_loss``, ``valid/loss`` or the like, and is averaged over the phase.
     """
-    found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    found: dict[str, dict[int | None, tuple[Tensor, Tensor]]] = {}
     for item in (trainer._results or {}).values():
         meta: Any = item.meta
         is_mean = item.is_tensor and meta.on_epoch and meta.is_mean_reduction
         if is_mean and _LOSS.fullmatch(meta.name) and not item.has_reset:
-            found.setdefault(meta.name, {})[meta.dataloader_idx or 0] = item.value, item.cumulated_batch_size
+            found.setdefault(meta.name, {})[meta.dataloader_idx] = item.value, item.cumulated_batch_size
     return min(found.items(), key=lambda entry: entry[0] == "loss")[1] if found else {}

@@ -277,7 +277,7 @@ class Recording:
         """Whether a validation step did anything with its batch."""
         if outputs is not None:
             return True
-        if batch is not None and self._needs_predictions and self.sources.listens and not self.sources.heard:
+        if batch is not None and self.sources.listens and not self.sources.heard:
             self._tell_once(
                 "StatisticsRecorder: a validation batch whose step returns nothing and does not call the module "
                 "counts nowhere."

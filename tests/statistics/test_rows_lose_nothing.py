@@ -126,7 +126,8 @@ class Quiet(Classifier):
 
 @pytest.mark.parametrize("name", ["val_loss", "val/loss", "loss", "validation_loss"])
 @pytest.mark.parametrize("recorder", [[], [StatisticsRecorder()], [StatisticsRecorder(["accuracy"])]])
-def test_a_validation_that_returns_nothing_has_the_loss_that_it_logs(name, recorder):
+def test_a_validation_that_returns_nothing_has_the_loss_that_it_logs(name, recorder, caplog):
+    caplog.set_level("INFO")
     model = Quiet()
     model.name = name
     trainer, _ = fit([*copy.deepcopy(recorder), CSVStatisticsLogger("log.csv")], model)
@@ -139,6 +140,7 @@ def test_a_validation_that_returns_nothing_has_the_loss_that_it_logs(name, recor
     assert float(rows[-1]["loss"]) == pytest.approx(float(trainer.callback_metrics[name]))
     if recorder:
         assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(running[-1], rel=1e-6)
+    assert "logs none" not in caplog.text
 
 
 def test_the_losses_that_several_validation_loaders_log_are_kept_apart_and_together():
@@ -166,7 +168,9 @@ def test_the_losses_that_several_validation_loaders_log_are_kept_apart_and_toget
     ],
     ids=["another name", "for a batch alone", "no mean", "a metric"],
 )
-def test_what_is_logged_and_no_mean_of_losses_is_not_taken_for_one(name, value, options):
+def test_what_is_logged_and_no_mean_of_losses_is_not_taken_for_one(name, value, options, caplog):
+    caplog.set_level("INFO")
+
     class Other(Classifier):
         def __init__(self):
             super().__init__()
@@ -181,6 +185,17 @@ def test_what_is_logged_and_no_mean_of_losses_is_not_taken_for_one(name, value, 
     fit([CSVStatisticsLogger("log.csv")], Other(), max_epochs=1)
     rows = [row for row in read("log.csv") if row["phase"] == "validation"]
     assert [row["loss"] for row in rows] == ["", ""]
+    assert "the step returns no loss and logs none, so validation has none either" in caplog.text
+
+
+def test_of_two_losses_that_a_validation_logs_its_own_is_taken():
+    class Both(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("loss", 7.0)
+            self.log("val_loss", 3.0)
+
+    fit([CSVStatisticsLogger("log.csv")], Both(), max_epochs=1)
+    assert [float(row["loss"]) for row in read("log.csv") if row["phase"] == "validation"] == [3.0, 3.0]
 
 
 def test_a_validation_that_does_nothing_that_is_seen_counts_nowhere_and_says_so(caplog):

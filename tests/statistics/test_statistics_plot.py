@@ -172,8 +172,9 @@ def test_the_loss_of_each_batch_is_drawn_thinner_and_paler_than_the_running_mean
 def test_a_confusion_matrix_is_colored_by_the_shares_of_each_label(monkeypatch):
     figures, original = [], plot._figure
     monkeypatch.setattr(plot, "_figure", lambda *size: figures.append(original(*size)) or figures[-1])
-    truth, predicted = np.array([0, 1, 1, 1, 2, 2]), np.array([0, 1, 2, 2, 2, 1])
-    report = ClassificationReport(3, target_names=["cat", "dog", "cow"], path="r.png")
+    # no label is class 3, and a prediction is
+    truth, predicted = np.array([0, 1, 1, 1, 2, 2, 2]), np.array([0, 1, 2, 2, 2, 2, 3])
+    report = ClassificationReport(4, target_names=["cat", "dog", "cow", "hen"], path="r.png")
     report.update(torch.tensor(predicted), torch.tensor(truth))
     plot_confusion_matrix(report._report(report._counts.vector), Path("r.png"))
     axis = figures[0].axes[0]
@@ -192,8 +193,8 @@ def test_a_confusion_matrix_is_colored_by_the_shares_of_each_label(monkeypatch):
         for column, (count, share) in enumerate(zip(counts, shares, strict=True))
     ]
     for axes in (axis.xaxis, axis.yaxis):
-        assert [label.get_text() for label in axes.get_ticklabels()] == ["cat", "dog", "cow"]
-        assert list(axes.get_ticklocs()) == [0, 1, 2]
+        assert [label.get_text() for label in axes.get_ticklabels()] == ["cat", "dog", "cow", "hen"]
+        assert list(axes.get_ticklocs()) == [0, 1, 2, 3]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("prediction", "label")
 
 

@@ -269,6 +269,14 @@ def test_nothing_is_remembered_that_nobody_will_ask_for():
     assert not model._forward_hooks
 
 
+def test_a_recorder_of_the_loss_alone_listens_to_no_module():
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            assert not pl_module._forward_hooks
+
+    recorded([], callbacks=[Spy()], max_epochs=1)
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_predictions_of_a_skipped_batch_are_never_those_of_the_next():
     class Skipping(Classifier):

@@ -383,3 +383,12 @@ def test_of_several_ranks_one_goes_on_from_the_sums_of_all():
     states = [rank.state() for rank in ranks]
     assert (states[0]["train"], states[0]["samples"]) == (saved["train"], 6)
     assert (states[1]["train"], states[1]["samples"]) == ({"batches": 0, "sums": [], "metrics": {}}, 0)
+
+
+def test_rows_are_read_together_by_what_the_last_of_them_has_shown():
+    sums, rows = PhaseSums(statistic_set(["accuracy"])), []
+    for target in (1.0, 2.0):
+        sums.update(torch.tensor(1.0), torch.tensor([0.3, 0.8]), torch.tensor([0.0, target]))
+        rows.append(StatisticsRow("train", 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, sums.state_now()))
+    with pytest.raises(ValueError, match="must be 0 or 1, or between them"):
+        evaluate(sums.statistics, rows)
