@@ -41,7 +41,8 @@ def logged_values(trainer: Trainer, *, on_step: bool) -> dict[str, Tensor]:
 def logged_loss(trainer: Trainer) -> dict[int | None, tuple[Tensor, Tensor]]:
     """Return the loss that the module has logged so far in a validation, as sum and weight, by validation loader.
 
-    A single loader has no number, but ``None``. The loss is what is called ``loss``, ``val_loss``, ``valid/loss`` or the like, and is averaged over the phase.
+    It is what is called ``loss``, ``val_loss``, ``valid/loss`` or the like, and is averaged over the phase. A single
+    loader has no number, but ``None``.
     """
     found: dict[str, dict[int | None, tuple[Tensor, Tensor]]] = {}
     for item in (trainer._results or {}).values():
