@@ -135,12 +135,15 @@ def _checked(path: Path, said: Any) -> tuple[str, int]:
 
 
 def _places(path: Path, found: Any) -> Iterator[tuple[str, int, int]]:
-    """Yield where the marks are, if they can be there."""
+    """Yield where the marks are, if they can be there: each rank has files of its own."""
+    seen: set[str] = set()
     for place in found if isinstance(found, list) else [found]:
         name, begin, length = place if isinstance(place, list) and len(place) == 3 else ("", -1, -1)
         plain = isinstance(name, str) and name == Path(name).name and "\0" not in name
         if not plain or not all(type(number) is int and 0 <= number < 2**63 for number in (begin, length)):
             raise CheckpointError(f"`{SAVE}` in {path / _REST} must name places in its files, got {shown(place)}.")
-        if length > _LONGEST:
-            raise CheckpointError(f"`{SAVE}` in {path / _REST} must name short places, got {shown(place)}.")
+        if length > _LONGEST or name in seen:
+            rule = "short places, one in a file"
+            raise CheckpointError(f"`{SAVE}` in {path / _REST} must name {rule}, got {shown(place)}.")
+        seen.add(name)
         yield name, begin, length

@@ -93,6 +93,7 @@ def test_nothing_is_asked_of_a_directory_without_marks(tmp_path):
         (lambda said: {**said, "places": [["__0_0.distcp", -1, 9]]}, "must name places in its files"),
         (lambda said: {**said, "places": [["__0_0.distcp", 0, 2.5]]}, "must name places in its files"),
         (lambda said: {**said, "places": [["__0_0.distcp", 0, 10**9]]}, "must name short places"),
+        (lambda said: {**said, "places": said["places"] * 2}, "must name short places, one in a file"),
         (lambda said: {**said, "places": [["__0_0.distcp", 10**12, 9]]}, "are of different saves"),
     ],
 )
