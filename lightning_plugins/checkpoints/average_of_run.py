@@ -50,6 +50,8 @@ class AverageOfRun:
         trainer, path = self.trainer, self.target if target is None else target
 
         def mean() -> CheckpointMean:
+            # here, where a fault of one rank is raised on all
+            path.parent.mkdir(parents=True, exist_ok=True)
             sources = [self.files.open(source) for source in self.paths]
             made = CheckpointMean(sources, replace=dict(replace or {}))
             self.ema = ema_of(made)

@@ -15,7 +15,13 @@ from lightning_plugins.checkpoints.run_identity import Lineage, checked_lineage,
 from lightning_plugins.core import checkpoint_keys, flat_shards
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.checkpoint_file import CheckpointError
-from lightning_plugins.core.checkpoints_of_run import checkpoint_folder, followed, keeper_of, model_checkpoints
+from lightning_plugins.core.checkpoints_of_run import (
+    checkpoint_folder,
+    followed,
+    keeper_of,
+    model_checkpoints,
+    wait_for_files,
+)
 from lightning_plugins.core.distributed_sets import marking
 from lightning_plugins.core.lightning import (
     LightningModule,
@@ -186,6 +192,7 @@ class CheckpointAveraging(Callback):
         """Average, refresh, compare."""
         if self._pool is None:
             return
+        wait_for_files(trainer)
         self._prune(trainer)
         choice: Choice = trainer.strategy.broadcast(self._pool.choose() if trainer.is_global_zero else Choice())
         if not trainer.is_global_zero:
@@ -287,8 +294,10 @@ class CheckpointAveraging(Callback):
             for place in filter(None, (pool.folder, resumed and resumed.parent)):
                 self._files.moved(Path(self._saved_in), place)
         if resumed is not None and resumed.exists():
-            # it is the run's own because the Trainer has loaded it; its own state cannot name it
-            self._files.add(resumed, keeper=keeper_in(resumed))
+            # it is the run's own because the Trainer has loaded it; its own state cannot name it, nor the file that a
+            # link, such as ModelCheckpoint's last.ckpt, stands for
+            file = resumed.parent / resumed.readlink() if resumed.is_symlink() else resumed
+            self._files.add(file, keeper=keeper_in(file))
         self._saved_in = str(pool.folder)
         self.patches.wrap(trainer.strategy, "save_checkpoint", self._saving(trainer))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,12 @@ def checkpoint_folder(trainer: Any, checkpoint: Any) -> str:
     if checkpoint is not None and checkpoint.dirpath:
         return str(checkpoint.dirpath)
     return str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+
+
+def wait_for_files(trainer: Any) -> None:
+    """Wait for checkpoints that are written in the background, as AsyncCheckpointIO does.
+
+    It is how Lightning waits for them, a moment later, when the fit has ended; it reports there what went wrong.
+    """
+    with contextlib.suppress(Exception):
+        trainer.strategy.checkpoint_io.teardown()

@@ -125,6 +125,11 @@ class _Wrapper:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.wrapper(self.original, *args, **kwargs) if self.active else self.original(*args, **kwargs)
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """What torch's schedulers wrap a method of an optimizer by: the function, to be called with the owner first."""
+        return lambda _, *args, **kwargs: self(*args, **kwargs)
+
 
 class _Patch:
     """One replaced attribute."""

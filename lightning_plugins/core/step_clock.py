@@ -19,10 +19,45 @@ from torch.optim import Optimizer
 from lightning_plugins.core.patching import Patches
 
 
-class StepClock:
-    """Counts the attempted and the applied steps of one optimizer through its step hooks.
+class StepHooks:
+    """Calls functions before and after every step of an optimizer, as torch's step hooks do.
 
     Optimizers that fire no hooks, such as wrappers without ``Optimizer.__init__``, have their ``step`` wrapped instead.
+
+    Args:
+        optimizer: The optimizer. :meth:`remove` leaves it as it was.
+        before: Called with the optimizer and the arguments of ``step``, as a tuple and as a dict.
+        after: Likewise.
+    """
+
+    def __init__(self, optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
+        self._optimizer, self._before, self._after = optimizer, before, after
+        self._handles: tuple[Any, ...] = ()
+        self._patches = Patches()
+        try:
+            # torch marks the `step` of a class that fires hooks when the first instance is made
+            if getattr(type(optimizer).step, "hooked", False):
+                self._handles = (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
+        except AttributeError:
+            pass
+        if not self._handles:
+            self._patches.wrap(optimizer, "step", self._watched_step)
+
+    def remove(self) -> None:
+        """Call them no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._patches.undo()
+
+    def _watched_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before(self._optimizer, args, kwargs)
+        result = original(*args, **kwargs)
+        self._after(self._optimizer, args, kwargs)
+        return result
+
+
+class StepClock:
+    """Counts the attempted and the applied steps of one optimizer through its :class:`StepHooks`.
 
     Args:
         optimizer: The optimizer to listen to. :meth:`close` takes the hooks off again.
@@ -48,20 +83,7 @@ class StepClock:
         self._skipped_inside: Tensor | None = None
         # a step may be under way
         self._running = True
-        self._optimizer = optimizer
-        self._handles: tuple[Any, ...] = ()
-        self._patches = Patches()
-        try:
-            # torch marks the `step` of a class that fires hooks when the first instance is made
-            if getattr(type(optimizer).step, "hooked", False):
-                self._handles = (
-                    optimizer.register_step_pre_hook(self._before_step),
-                    optimizer.register_step_post_hook(self._after_step),
-                )
-        except AttributeError:
-            pass
-        if not self._handles:
-            self._patches.wrap(optimizer, "step", self._watched_step)
+        self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
 
     @property
     def applied(self) -> int:
@@ -83,15 +105,7 @@ class StepClock:
 
     def close(self) -> None:
         """Take the hooks off the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._patches.undo()
-
-    def _watched_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._before_step(self._optimizer, args, kwargs)
-        result = original(*args, **kwargs)
-        self._after_step(self._optimizer, args, kwargs)
-        return result
+        self._hooks.remove()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._running = True

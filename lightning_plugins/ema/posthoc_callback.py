@@ -111,7 +111,7 @@ class PostHocEMA(AveragingCallback):
         self.rules = [PowerDecay(sigma) for sigma in self.sigma_rels]
         super().__init__([*self.rules], UpdateCounter(), sigma_rels=self.sigma_rels)
         self.every_n_steps = whole_number("every_n_steps", every_n_steps, at_least=1, unit="steps")
-        self.dirpath = None if dirpath is None else Path(a_path("dirpath", dirpath))
+        self.dirpath = None if dirpath is None else Path(a_path("dirpath", dirpath)).absolute()
         self.dtype = one_of("dtype", dtype, ("float32", "float16", "bfloat16"))
         self.file_format = one_of("file_format", file_format, FORMATS)
         self._restored: list[dict[str, Tensor]] | None = None
@@ -383,4 +383,4 @@ def _whole_averages(
 def _beside_checkpoints(trainer: Trainer) -> Path:
     """Return ``posthoc_ema/`` beside the directory of the run's checkpoints."""
     dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
-    return (Path(dirpath).parent if dirpath else Path(trainer.default_root_dir)) / _FOLDER
+    return (Path(dirpath).parent if dirpath else Path(trainer.default_root_dir)).absolute() / _FOLDER

@@ -20,9 +20,8 @@ from lightning_plugins.core.lightning import (
 from lightning_plugins.core.loaders import loader_batch_size
 from lightning_plugins.core.strategies import check_strategy, forwards_are_collective
 from lightning_plugins.core.validation import LightningPluginsWarning, shown, takes, whole_number
-from lightning_plugins.microbatching.logging import BatchMetrics
 from lightning_plugins.microbatching.loop import BatchInPieces, PiecewiseClosure, RanksInStep
-from lightning_plugins.microbatching.out_of_memory import StepState, add_hint, is_out_of_memory
+from lightning_plugins.microbatching.out_of_memory import add_hint, is_out_of_memory
 from lightning_plugins.microbatching.pieces import Pieces, Split
 from lightning_plugins.microbatching.size_finder import SizeSearch
 
@@ -99,7 +98,6 @@ class MicroBatching(Callback):
         super().__init__(size=size)
         self._found: int | None = None
         self._search: SizeSearch | None = None
-        self._metrics: BatchMetrics | None = None
         self._in_step: RanksInStep | None = None
         self._pieces = Pieces("samples", None)
         self._warned = False
@@ -145,16 +143,14 @@ class MicroBatching(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of Lightning's closures and say so once."""
-        self._metrics = BatchMetrics(pl_module)
         full = loader_batch_size(trainer)
         self._pieces = Pieces(self.count, self.split, module=pl_module, full=full)
         self._in_step = None
         if forwards_are_collective(trainer.strategy):
-            state = StepState(pl_module, self._metrics.metrics, trainer.strategy.root_device)
-            self._in_step = RanksInStep(trainer, state)
+            self._in_step = RanksInStep(trainer)
         self._warned = False
         if self.size == "auto":
-            self._search = SizeSearch(trainer, self._metrics, self._found)
+            self._search = SizeSearch(trainer, self._found)
             known = f"in pieces of at most {self._found} samples" if self._found else "whole"
             rank_zero_info(f"MicroBatching: batches run {known}, and in smaller pieces if memory runs out.")
         else:
@@ -173,7 +169,7 @@ class MicroBatching(Callback):
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of what belongs to the run."""
-        self._search = self._metrics = self._in_step = None
+        self._search = self._in_step = None
         self._pieces = Pieces("samples", None)
 
     def get_state(self) -> dict[str, Any]:
@@ -200,10 +196,7 @@ class MicroBatching(Callback):
         size, search, pieces = self.size, self._search, self._pieces
         if isinstance(size, int) and trainer.world_size == 1 and pieces.length(kwargs["batch"]) <= size:
             return whole(kwargs, optimizer, batch_idx)
-        metrics = self._metrics or BatchMetrics(nn.Module())
-        batch = BatchInPieces(
-            trainer, kwargs, optimizer, batch_idx, pieces=pieces, metrics=metrics, in_step=self._in_step
-        )
+        batch = BatchInPieces(trainer, kwargs, optimizer, batch_idx, pieces=pieces, in_step=self._in_step)
 
         def run() -> Any:
             batch.begin()

@@ -100,7 +100,7 @@ class BatchMetrics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.metrics = metrics = metrics_in(module)
+        metrics = metrics_in(module)
         self._mergeable = [m for m in metrics if m.full_state_update is False and not m.dist_sync_on_step]
 
     @contextmanager

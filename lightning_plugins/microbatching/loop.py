@@ -14,7 +14,7 @@ from lightning_plugins.core.counting import Count
 from lightning_plugins.core.lightning import MisconfigurationException, Trainer
 from lightning_plugins.microbatching.logging import BatchMetrics, PieceLogs
 from lightning_plugins.microbatching.merging import merge, shares, weighted, weighted_sum
-from lightning_plugins.microbatching.out_of_memory import StepState
+from lightning_plugins.microbatching.out_of_memory import StateBeforeBatch
 from lightning_plugins.microbatching.pieces import Pieces
 
 
@@ -47,12 +47,11 @@ class RanksInStep:
 
     Args:
         trainer: The Trainer, in a fit.
-        state: What a step changes besides the weights.
     """
 
-    def __init__(self, trainer: Trainer, state: StepState) -> None:
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
         self._device = trainer.strategy.root_device
-        self._state = state
 
     def most(self, pieces: int) -> int:
         """Return the largest number of pieces that any rank has; every rank must call it, and waits for the others."""
@@ -63,7 +62,7 @@ class RanksInStep:
     @contextmanager
     def leaving_nothing(self) -> Iterator[None]:
         """Put random numbers, buffers and metrics back at the end."""
-        before = self._state.snapshot()
+        before = StateBeforeBatch(self._trainer.lightning_module, self._device)
         yield
         before.restore()
 
@@ -77,7 +76,6 @@ class BatchInPieces:
         optimizer: The optimizer of the coming backward.
         batch_idx: The batch's index in the epoch.
         pieces: How the batch is counted and split.
-        metrics: The module's metrics.
         in_step: Keeps ranks in step whose every forward is a collective, ``None`` where each runs for itself.
 
     Attributes:
@@ -92,14 +90,12 @@ class BatchInPieces:
         batch_idx: int,
         *,
         pieces: Pieces,
-        metrics: BatchMetrics,
         in_step: RanksInStep | None = None,
     ) -> None:
         self._trainer = trainer
         self._loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
         self._kwargs = kwargs
         self._pieces = pieces
-        self._metrics = metrics
         self._in_step = in_step
         self._logs = PieceLogs(trainer.fit_loop.epoch_loop._results)
         self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
@@ -146,7 +142,8 @@ class BatchInPieces:
         pieces = [batch] if whole else self._pieces.split(batch, sizes)
         self._weights = [1.0] if whole else shares(pieces, sizes, self._pieces.count)
         self._sizes = sizes
-        with nullcontext() if whole else self._metrics.one_batch(), self._logs.collecting():
+        metrics = nullcontext() if whole else BatchMetrics(self._trainer.lightning_module).one_batch()
+        with metrics, self._logs.collecting():
             self._results = [self._run_piece(index, piece) for index, piece in enumerate(pieces)]
             for index in range(len(pieces), self._runs):
                 self._run_for_others(index, pieces[-1])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.metric_state import MetricState
+from lightning_plugins.core.metric_state import MetricState, metrics_in
 from lightning_plugins.core.random_state import RandomState
 
 _TEXTS = (
@@ -93,43 +92,25 @@ def add_hint(error: BaseException, hint: str) -> None:
         error.args = (f"{message}\n{hint}", *error.args[1:])
 
 
-class StepState:
-    """What a training step changes besides the weights, found once, to be kept before every batch.
+class StateBeforeBatch:
+    """A copy of what a training step changes besides the weights; whose that is, is looked up before every batch.
 
     Args:
-        module: Its buffers (a forward updates running statistics) and gradients are kept.
-        metrics: Metrics whose states are kept (torchmetrics' own are no buffers).
+        module: Its buffers (a forward updates running statistics), its metrics (whose states are no buffers) and its
+            gradients are kept.
         device: Its random numbers are kept besides the host's.
     """
 
-    def __init__(self, module: nn.Module, metrics: Iterable[Any], device: torch.device) -> None:
-        self.parameters = list(module.parameters())
-        self.buffers = [child._buffers for child in module.modules() if child._buffers]
-        self.metrics = list(metrics)
-        self.device = device
-
-    def snapshot(self) -> StateBeforeBatch:
-        """Return a copy of everything but the gradients."""
-        return StateBeforeBatch(self)
-
-
-class StateBeforeBatch:
-    """A copy of the state before a batch.
-
-    Args:
-        state: Where the state is.
-    """
-
-    def __init__(self, state: StepState) -> None:
-        self._parameters = state.parameters
-        self._random = RandomState([state.device])
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._parameters = list(module.parameters())
+        self._random = RandomState([device])
         self._buffers = [
-            (buffers, name, buffer, buffer.detach().clone())
-            for buffers in state.buffers
-            for name, buffer in buffers.items()
+            (child._buffers, name, buffer, buffer.detach().clone())
+            for child in module.modules()
+            for name, buffer in child._buffers.items()
             if buffer is not None
         ]
-        self._metrics = [(metric, MetricState(metric)) for metric in state.metrics]
+        self._metrics = [(metric, MetricState(metric)) for metric in metrics_in(module)]
         self._gradients: list[Tensor | None] | None = None
 
     @torch.no_grad()

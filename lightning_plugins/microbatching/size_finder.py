@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core.lightning import Trainer, rank_zero_info
-from lightning_plugins.microbatching.logging import BatchMetrics
 from lightning_plugins.microbatching.loop import BatchInPieces
-from lightning_plugins.microbatching.out_of_memory import StepState, empty_caches, halved, is_out_of_memory
+from lightning_plugins.microbatching.out_of_memory import StateBeforeBatch, empty_caches, halved, is_out_of_memory
 
 
 class SizeSearch:
@@ -24,19 +23,18 @@ class SizeSearch:
 
     Args:
         trainer: The Trainer, in a fit.
-        metrics: The module's metrics.
         size: A size found before, ``None`` to begin with whole batches.
     """
 
     # batches at one size after which DDP runs unguarded
     SETTLED = 10
 
-    def __init__(self, trainer: Trainer, metrics: BatchMetrics, size: int | None) -> None:
+    def __init__(self, trainer: Trainer, size: int | None) -> None:
         self.size = size
         self._batch: BatchInPieces | None = None
         self._ranks = Ranks(trainer) if trainer.world_size > 1 else None
         self._passed = 0
-        self._state = StepState(trainer.lightning_module, metrics.metrics, trainer.strategy.root_device)
+        self._trainer = trainer
 
     @property
     def settled(self) -> bool:
@@ -62,7 +60,7 @@ class SizeSearch:
 
     def _guarded(self, batch: BatchInPieces, agree: Callable[[int | None], int | None]) -> None:
         """Run the batch until an attempt succeeds; what it logs waits, since logging may synchronize the ranks."""
-        before = self._state.snapshot()
+        before = StateBeforeBatch(self._trainer.lightning_module, self._trainer.strategy.root_device)
         batch.on_first_backward = before.keep_gradients
         while True:
             wanted = None

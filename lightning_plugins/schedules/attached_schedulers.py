@@ -13,10 +13,12 @@ from lightning_plugins.core.lightning import (
     MisconfigurationException,
     Trainer,
     rank_zero_info,
+    rank_zero_warn,
     torch_optimizers,
 )
+from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.schedules.scheduler import ScheduleLR
-from lightning_plugins.schedules.scheduler_arguments import named_groups
+from lightning_plugins.schedules.scheduler_arguments import first_of, named_groups
 
 _NEVER = sys.maxsize  # frequency at which Lightning steps our scheduler, which follows the optimizer by itself
 _REWRITE_BASE_RATES = ("CyclicLR", "OneCycleLR")  # torch's; the user's own rate is lost in their groups
@@ -121,8 +123,7 @@ class AttachedSchedulers:
         if getattr(scheduler, "optimizer", None) is not optimizer:
             return False
         if not isinstance(scheduler, ScheduleLR):  # torch's cyclic ones drive the momentum as well
-            cycles = getattr(scheduler, "cycle_momentum", False) and parameter in ("momentum", "betas")
-            return parameter == "lr" or cycles
+            return parameter == "lr" or (_cycles_momentum(scheduler) and parameter in ("momentum", "betas"))
         ours = named_groups(self._schedule, optimizer.param_groups)
         return scheduler.parameter == parameter and not ours.isdisjoint(scheduler.named_groups())
 
@@ -147,11 +148,28 @@ class AttachedSchedulers:
                 )
             configs.remove(config)
             rank_zero_info(f"LearningRateScheduler replaces the module's {name}.")
+            if self.options["parameter"] == "lr" and any(_cycles_momentum(part) for part in _parts(config.scheduler)):
+                group = optimizer.param_groups[0]
+                momentum = first_of(group.get("momentum", group.get("betas")))
+                rank_zero_warn(
+                    f"The {name} that is replaced has overwritten the optimizer's own momentum, which stays at "
+                    f"{momentum:g}. Pass it cycle_momentum=False, or return the optimizer alone from "
+                    "`configure_optimizers`.",
+                    category=LightningPluginsWarning,
+                )
 
 
 def _rewrites_base_rates(scheduler: Any) -> bool:
-    kinds = {type(part).__name__ for part in (scheduler, *getattr(scheduler, "_schedulers", ()))}
-    return bool(kinds.intersection(_REWRITE_BASE_RATES))
+    return any(type(part).__name__ in _REWRITE_BASE_RATES for part in _parts(scheduler))
+
+
+def _cycles_momentum(scheduler: Any) -> bool:
+    return bool(getattr(scheduler, "cycle_momentum", False))
+
+
+def _parts(scheduler: Any) -> tuple[Any, ...]:
+    """Return a scheduler and those that it is made of."""
+    return (scheduler, *getattr(scheduler, "_schedulers", ()))
 
 
 def _holds(optimizers: Sequence[Optimizer], optimizer: Optimizer) -> bool:

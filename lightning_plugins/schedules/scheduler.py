@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_plugins.core.step_clock import StepClock
+from lightning_plugins.core.step_clock import StepClock, StepHooks
 from lightning_plugins.core.validation import (
     LightningPluginsWarning,
     a_list,
@@ -128,10 +128,7 @@ class ScheduleLR(LRScheduler):
             check_group(group, self.parameter)
         self._set_base_rates(optimizer)
         self.step_clock = StepClock(optimizer) if clock == "applied" else None
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
         super().__init__(optimizer)
 
     @property
@@ -203,8 +200,7 @@ class ScheduleLR(LRScheduler):
 
     def close(self) -> None:
         """Take the hooks off the optimizer; the rates stay as they are."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
         if self.step_clock is not None:
             self.step_clock.close()
 

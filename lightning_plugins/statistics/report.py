@@ -113,6 +113,8 @@ class ClassificationReport(Callback):
         self.digits = whole_number("digits", digits)
         self.zero_division = _checked_zero_division(zero_division)
         self.paths = _checked_paths(path)
+        # what relative paths are relative to
+        self._folder = Path()
         super().__init__(labels=self.labels, path=self.paths)
         self._sources = StepSources(predictions, targets, type(self).__name__)
         self.task = one_of("task", task, TASKS)
@@ -163,6 +165,7 @@ class ClassificationReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start to listen for predictions."""
         super().setup(trainer, pl_module, stage)
+        self._folder = Path.cwd()
         if trainer.is_global_zero and stage != "predict":
             for path in self.paths:
                 check_writable("path", _filled(path, "test" if stage == "test" else "validation", 1))
@@ -224,7 +227,7 @@ class ClassificationReport(Callback):
 
     def _save(self, report: Report, path: Path) -> None:
         try:
-            _save(report, path)
+            _save(report, self._folder / path)
         except OSError as error:
             reason = error.strerror or str(error)
             if str(path) not in self._complained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_the_last_files_that_model_checkpoint_kept_are_averaged(tmp_path, save_l
     assert not (tmp_path / "c" / "averaged_pool").exists()
     assert averaging.scores is None
     assert select_checkpoints(tmp_path / "c", last=3) == expected
+
+
+def test_files_that_are_still_being_written_in_the_background_are_waited_for(tmp_path):
+    io = NAMESPACES["lightning.pytorch"].plugins.io
+
+    class Slow(io.TorchCheckpointIO):
+        def save_checkpoint(self, *args, **kwargs):
+            time.sleep(0.2)
+            super().save_checkpoint(*args, **kwargs)
+
+    averaging = CheckpointAveraging(last=2, compare=False)
+    checkpoint = model_checkpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    options = {"plugins": [io.AsyncCheckpointIO(Slow())], "max_epochs": 2}
+    trainer(tmp_path, callbacks=[averaging, checkpoint], **options).fit(Regressor(), loader(), **VALIDATION)
+    assert sources(averaging.path) == [tmp_path / f"epoch={epoch}.ckpt" for epoch in range(2)]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

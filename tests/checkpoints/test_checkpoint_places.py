@@ -71,6 +71,14 @@ def test_nothing_is_left_by_looking_whether_a_place_can_be_written(tmp_path):
     assert looks.found == []
 
 
+def test_the_directory_of_an_output_is_made(tmp_path):
+    averaging = CheckpointAveraging(last=2, output="new/deep/averaged.ckpt", compare=False)
+    files = model_checkpoint(tmp_path, save_top_k=-1)
+    trainer(tmp_path, callbacks=[averaging, files], max_epochs=2).fit(Regressor(), loader(), **VALIDATION)
+    assert averaging.path == tmp_path / "new" / "deep" / "averaged.ckpt"
+    assert averaging.path.exists()
+
+
 def full_disk(*args, **kwargs):
     raise OSError(28, "No space left on device")
 

@@ -6,7 +6,7 @@ import torch
 
 from lightning_plugins import CheckpointAveraging
 from lightning_plugins.core.lightning import CallbackOfBoth
-from tests.support.checkpoints_models import load_state, loader, module_class, trainer
+from tests.support.checkpoints_models import load_state, loader, model_checkpoint, module_class, sources, trainer
 
 
 class Death(unified.Callback):
@@ -83,3 +83,14 @@ def test_a_fit_that_fails_before_it_trains_leaves_the_loop_as_it_was(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         fit.fit(module_class()(), loader(), loader(seed=1))
     assert "run" not in vars(fit.fit_loop)
+
+
+@pytest.mark.filterwarnings("error:.*have changed since this run")
+def test_the_file_behind_a_link_that_is_resumed_from_is_the_runs_own(tmp_path):
+    for epochs in (2, 3):
+        averaging = CheckpointAveraging(last=3, compare=False)
+        saving = model_checkpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_last="link")
+        fit = trainer(tmp_path, callbacks=[averaging, saving], max_epochs=epochs)
+        fit.fit(module_class()(), loader(), loader(), ckpt_path=tmp_path / "last.ckpt" if epochs == 3 else None)
+    assert (tmp_path / "last.ckpt").is_symlink()
+    assert sources(averaging.path) == [tmp_path / f"epoch={epoch}.ckpt" for epoch in range(3)]

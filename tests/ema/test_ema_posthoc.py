@@ -21,6 +21,7 @@ from lightning_plugins.ema.snapshots import (
     write_frozen,
     write_snapshot,
 )
+from tests.support.ema_changes import At
 from tests.support.ema_runs import THETA, Net, Scripted, follow, numbers, regression, same, trainer
 
 PROFILES = [(step, sigma) for sigma in (0.05, 0.10) for step in (2, 4, 6, 8, 10)]
@@ -141,6 +142,17 @@ def test_default_directory_lies_beside_the_checkpoints(tmp_path):
     assert [snapshot.step for snapshot in list_snapshots(tmp_path / "posthoc_ema")] == [5]
     trainer(PostHocEMA(every_n_steps=5), default_root_dir=tmp_path / "root").fit(Scripted(), numbers(5))
     assert [snapshot.step for snapshot in list_snapshots(tmp_path / "root" / "posthoc_ema")] == [5]
+
+
+@pytest.mark.parametrize(("dirpath", "folder"), [("mine", "mine"), (None, "root/posthoc_ema")])
+def test_a_run_that_changes_the_working_directory_keeps_its_folder(tmp_path, monkeypatch, dirpath, folder):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    moves = At(5, lambda *_: monkeypatch.chdir(tmp_path / "elsewhere"), batch=True)
+    run = trainer(PostHocEMA(every_n_steps=2, dirpath=dirpath), moves, default_root_dir="root")
+    run.fit(Scripted(), numbers(10))
+    assert [found.step for found in list_snapshots(tmp_path / folder)] == [2, 4, 6, 8, 10]
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_new_run_moves_old_snapshots_aside(tmp_path, caplog):

@@ -10,7 +10,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from lightning_plugins.microbatching.merging import combine_logged, merge, shares, weighted_sum
-from lightning_plugins.microbatching.out_of_memory import StepState, add_hint, halved
+from lightning_plugins.microbatching.out_of_memory import StateBeforeBatch, add_hint, halved
 
 NAN = float("nan")
 
@@ -145,10 +145,10 @@ def test_a_hint_is_given_once():
 def test_a_snapshot_puts_everything_back_as_often_as_one_likes():
     module = torch.nn.BatchNorm1d(2)
     module.register_buffer("absent", None)
-    metric = MeanMetric()
+    module.metric = metric = MeanMetric()
     metric.update(3.0)
     module.weight.grad = torch.ones(2)
-    before = StepState(module, [metric], torch.device("cpu")).snapshot()
+    before = StateBeforeBatch(module, torch.device("cpu"))
     before.keep_gradients()
     drawn = []
     for _ in range(2):

@@ -1,10 +1,12 @@
-"""Memory that ran out is recognized in the words of every library below PyTorch, and other errors are not."""
+"""Memory that ran out is recognized in the words of every library below PyTorch; nothing of the attempt is left."""
 
 import sys
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.utilities.memory import is_oom_error
 
 from lightning_plugins import MicroBatching
@@ -169,3 +171,41 @@ def test_gradients_are_averaged_over_the_ranks_and_none_is_made_for_what_no_rank
     ranks_beside(monkeypatch, brought, model)._average_gradients()
     found = {name: None if parameter.grad is None else parameter.grad.tolist() for name, parameter in model.items()}
     assert found == {"both": [2.0, 3.0], "other": [4.0, 1.0], "own": [2.0, 3.0], "none": None, "frozen": None}
+
+
+def test_parts_that_were_exchanged_are_put_back_too_when_a_batch_runs_again():
+    class Exchanged(pl.LightningModule):
+        def __init__(self, fails_at=0):
+            super().__init__()
+            self.body, self.calls, self.fails_at = torch.nn.Linear(2, 2).double(), 0, fails_at
+
+        def on_train_epoch_start(self):
+            self.head, self.mean = torch.nn.Linear(2, 1).double(), torchmetrics.MeanMetric()
+            self.head.register_buffer("seen", torch.zeros(()))
+            self.trainer.optimizers[0].add_param_group({"params": list(self.head.parameters())})
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            self.head.seen += len(batch)
+            self.mean.update(torch.full((len(batch),), float(batch_idx)))
+            loss = self.head(self.body(batch)).pow(2).mean()
+            if self.calls == self.fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory (simulated).")
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.body.parameters(), lr=0.1)
+
+    runs = []
+    # in pieces of 4; in the second epoch the second piece of the first batch fails
+    for callbacks, fails_at in (([], 0), ([MicroBatching("auto")], 6)):
+        torch.manual_seed(0)
+        module = Exchanged(fails_at)
+        if callbacks:
+            callbacks[0]._found = 4
+        data = [torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+        fit(module, callbacks, data, epochs=2, accumulate_grad_batches=2)
+        runs.append((module.state_dict(), module.mean.compute(), module.calls))
+    assert runs[1][2] == 4 + 2 + 4 + 4
+    assert callbacks[0].size_found == 2
+    torch.testing.assert_close(runs[1][:2], runs[0][:2], rtol=1e-12, atol=1e-14)

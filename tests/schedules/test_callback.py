@@ -236,7 +236,8 @@ def test_replacing_a_scheduler_that_rewrote_the_base_rates_needs_them(tmp_path):
             module=make_module(scheduler=one_cycle),
         )
     module = make_module(scheduler=one_cycle)
-    fit(tmp_path, LearningRateScheduler(WarmupLinear(2), existing="replace", base_lr=0.3), module=module)
+    with pytest.warns(LightningPluginsWarning, match="momentum, which stays at 0.95. Pass it cycle_momentum=False"):
+        fit(tmp_path, LearningRateScheduler(WarmupLinear(2), existing="replace", base_lr=0.3), module=module)
     assert rates(module) == expected(WarmupLinear(2, total=10), 10, 0.3)
 
 

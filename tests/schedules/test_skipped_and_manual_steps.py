@@ -183,3 +183,40 @@ def test_a_manual_step_that_runs_its_closure_several_times_is_one(tmp_path):
     fit(tmp_path, callback, module=module, batches=4)
     assert len(calls) > 4
     assert used == callback.lrs == expected(schedule, 4)
+
+
+class NoInit(torch.optim.Optimizer):
+    """A wrapper without ``Optimizer.__init__``, as timm's Lookahead is: torch fires no hooks of it."""
+
+    def __init__(self, base):
+        self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, base.defaults, base.state
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.base.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("clock", ["attempted", "applied"])
+@pytest.mark.parametrize("automatic", [True, False])
+def test_the_steps_of_an_optimizer_that_fires_no_hooks_are_followed(tmp_path, automatic, clock):
+    module = make_module()
+    module.automatic_optimization = automatic
+
+    def step_by_hand(batch, batch_idx):
+        optimizer = module.optimizers()
+        optimizer.zero_grad()
+        module.manual_backward(module.layer(batch).pow(2).mean())
+        optimizer.step()
+
+    def configure_optimizers():
+        module.optimizer = RecordingSGD(module.layer.parameters(), lr=0.1)
+        return NoInit(module.optimizer)
+
+    module.configure_optimizers = configure_optimizers
+    if not automatic:
+        module.training_step = step_by_hand
+    beside = LearningRateScheduler(Linear(8, 1, 0), parameter="momentum")
+    fit(tmp_path, LearningRateScheduler(Linear(8, 1, 0), clock=clock), callbacks=[beside], module=module, batches=8)
+    assert rates(module) == expected(Linear(8, 1, 0), 8)

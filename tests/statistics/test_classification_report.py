@@ -181,6 +181,18 @@ def test_a_report_is_printed_and_saved_after_every_validation(package, capsys):
     assert Path("out/r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_changes_the_working_directory_keeps_its_files(tmp_path, monkeypatch):
+    class Moves(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fit([ClassificationReport(8, path="report.txt"), Moves()], max_epochs=1)
+    assert [path.name for path in tmp_path.rglob("*.txt")] == ["report.txt"]
+    assert (tmp_path / "report.txt").exists()
+
+
 def test_a_test_has_a_file_of_its_own():
     report = ClassificationReport(8, path=["r.txt", "{phase}.json"])
     trainer = trainer_of(pl, [report])
