@@ -10,7 +10,7 @@ from lightning_plugins.core.durations import RunLengthUnknownError, ScheduleTooL
 from lightning_plugins.core.lightning import MisconfigurationException, Trainer, rank_zero_info, rank_zero_warn
 from lightning_plugins.core.run_length import RunAhead, RunEnd, run_ahead, run_end, source_of_length
 from lightning_plugins.core.time_limit import TimeLimit, time_limit
-from lightning_plugins.core.validation import LightningPluginsWarning, real_number
+from lightning_plugins.core.validation import LightningPluginsWarning, real_number, whole_number
 from lightning_plugins.schedules.continuation import Course, resolve
 from lightning_plugins.schedules.schedule import Schedule
 from lightning_plugins.schedules.time_budget import TimeBudget, resolve_in_time
@@ -162,8 +162,8 @@ class TimePlan(RunPlan):
 
     def resolved_for(self, total_steps: int, steps_per_epoch: float | None) -> Schedules:
         """Return the schedule for so many equal parts of the time."""
-        budget = TimeBudget(0.0, total_steps / 1000)
-        return cast(Schedules, each_schedule(self._schedule, lambda part: resolve_in_time(part, budget)))
+        whole_number("total_steps", total_steps, unit="steps")
+        return cast(Schedules, each_schedule(self._schedule, lambda part: resolve_in_time(part, total_steps)))
 
     def forget(self) -> None:
         """Forget another run."""
@@ -193,7 +193,7 @@ class TimePlan(RunPlan):
         share = trainer.strategy.broadcast if trainer.world_size > 1 else None
         self._budget = budget = TimeBudget(known, self._limit.remaining, share)
         try:
-            self._followed = each_schedule(self._schedule, lambda part: resolve_in_time(part, budget))
+            self._followed = each_schedule(self._schedule, lambda part: resolve_in_time(part, budget.total))
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         return budget.position

@@ -44,8 +44,9 @@ class TimeBudget:
         self._before, remaining = (elapsed, remaining) if share is None else share((elapsed, remaining))
         self.total = max(round((self._before + remaining) * _PER_SECOND), 0)
         self._begin = seconds()
-        # the last shared reading, the batches since, those until the next, and the seconds of one
-        self._known, self._batches, self._stretch, self._pace = self._before, 0, 1, 0.0
+        # the last shared reading, the batches since, and those until the next, which tells the seconds of one
+        self._known, self._batches, self._stretch = self._before, 0, 1
+        self._pace: float
         self._position = round(self._before * _PER_SECOND)
 
     @property
@@ -88,8 +89,8 @@ class TimeBudget:
         return self._position
 
 
-def resolve_in_time(schedule: Schedule, budget: TimeBudget) -> Schedule:
-    """Return ``schedule`` with its shares in milliseconds.
+def resolve_in_time(schedule: Schedule, total: int) -> Schedule:
+    """Return ``schedule`` with its shares in milliseconds, of which the run has ``total``.
 
     Raises:
         ValueError: If a length is in steps or epochs, or a part depends on the number of steps: what time they take is
@@ -102,7 +103,7 @@ def resolve_in_time(schedule: Schedule, budget: TimeBudget) -> Schedule:
                 "that has an end, such as WarmupCosine('5%')."
             )
     try:
-        return schedule.resolve_for(_TimeHorizon(budget.total, None, budget.total))
+        return schedule.resolve_for(_TimeHorizon(total, None, total))
     except ScheduleTooLongError as error:
         raise ScheduleTooLongError(f"{error} Here a step is a millisecond.") from error
 

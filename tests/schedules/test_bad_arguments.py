@@ -36,8 +36,8 @@ def optimizer(**options):
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **{"lr": 0.1, **options})
 
 
-def scaled(factor):
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": factor}]
+def grouped(**entries):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], **entries}]
     return torch.optim.SGD(groups, lr=0.1)
 
 
@@ -139,11 +139,11 @@ CASES = [
         r"`parameter` must name a number of the optimizer's groups, got 'foreach': None",
     ),
     (
-        lambda: ScheduleLR(optimizer(momentum=0.5, weight_decay=0.1), Constant(), parameter="rate"),
+        lambda: ScheduleLR(grouped(initial_lr=0.1, momentum=0.5, weight_decay=0.1), Constant(), parameter="rate"),
         ValueError,
         r"got 'rate'; there are lr, momentum, weight_decay\.$",
     ),
-    (lambda: ScheduleLR(scaled(-0.5), Constant()), ValueError, r"`lr_scale` must be at least 0, got -0\.5"),
+    (lambda: ScheduleLR(grouped(lr_scale=-0.5), Constant()), ValueError, r"`lr_scale` must be at least 0, got -0\.5"),
     (
         lambda: WarmupCosineLR(optimizer(), 10, 5),
         ValueError,

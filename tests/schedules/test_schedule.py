@@ -329,6 +329,15 @@ def test_an_unknown_length_is_an_error_that_names_it(schedule, message):
         schedule(0)
 
 
+@pytest.mark.parametrize("kind", [Linear, Cosine, OneMinusSqrt, Polynomial, Exponential])
+def test_a_ramp_without_a_length_fills_the_run(kind):
+    assert kind(None, 1, 0.5).resolve(10) == kind(10, 1, 0.5)
+
+
+def test_a_polynomial_of_no_given_power_is_a_line():
+    assert Polynomial(4, 1, 0).preview(6) == [1, 0.75, 0.5, 0.25, 0, 0]
+
+
 def test_open_parts_fill_their_stretch():
     join = Join([Linear(None, 0, 1), Cosine(None, 1, 0)], ["25%"]).resolve(100)
     assert join.parts == (Linear(25, 0, 1), Cosine(75, 1, 0))

@@ -313,10 +313,9 @@ def test_lengths_whose_time_is_not_known_are_refused_with_the_remedy(tmp_path, c
 
 
 def test_what_has_shares_alone_is_taken():
-    budget = TimeBudget(0.0, 10.0)
-    inverse = resolve_in_time(InverseSqrt("5%"), budget)
+    inverse = resolve_in_time(InverseSqrt("5%"), 10_000)
     assert [inverse(0), inverse(500), inverse(2000)] == [0, 1, 0.5]
-    cycles = resolve_in_time(Linear(None, 1, 0).cycle("25%").hold_every("1%").scale(2), budget)
+    cycles = resolve_in_time(Linear(None, 1, 0).cycle("25%").hold_every("1%").scale(2), 10_000)
     assert cycles(2599) == pytest.approx(2 * (1 - 0 / 25))
     assert cycles(1250) == pytest.approx(2 * (1 - 12 / 25))
 
@@ -384,6 +383,20 @@ def test_ranks_share_the_time_after_1_2_4_batches_at_most_128_and_after_each_pau
         assert ranks.broadcasts == before + broadcasts
 
 
+def test_batches_of_seconds_read_the_clock_each_and_quick_ones_after_them_do_not(monkeypatch):
+    clock = Clock()
+    ranks = Ranks(monkeypatch, clock, lambda: 0.0)
+    for number in range(1, 6):
+        clock.now += 2
+        ranks("after_batch")
+        assert ranks.broadcasts == number
+    for _ in range(100):
+        clock.now += 0.001
+        ranks("after_batch")
+    # after 1, 2, 4, ... of them
+    assert ranks.broadcasts == 5 + 6
+
+
 def test_a_plan_reads_the_clock_again_after_a_pause(clock):
     plan, shared = TimePlan(Linear(None, 1, 0), "a test"), []
     plan._limit = TimeLimit(0.0, 100.0)
@@ -398,6 +411,10 @@ def test_a_plan_reads_the_clock_again_after_a_pause(clock):
     clock.now += 20
     assert plan.position(pause=True) == 20_500
     assert len(shared) == 3
+    for position in (20_750, 21_000):
+        clock.now += 0.25
+        assert plan.position() == position
+    assert len(shared) == 4
 
 
 def test_batches_that_become_slower_never_move_the_position_back(monkeypatch):
