@@ -83,9 +83,9 @@ def test_best_goes_by_the_record_of_the_newest_file(tmp_path):
 
 
 def test_best_of_the_highest_with_mode_max(tmp_path):
-    for step, score in ((10, 0.5), (20, 0.9), (30, 0.7)):
+    for step, score in ((10, 0.9), (20, 0.7), (30, 0.5)):
         scored(tmp_path, f"{step}.ckpt", step, score, {f"{step}.ckpt": score}, mode="max")
-    assert names(select_checkpoints(tmp_path, best=2)) == ["20.ckpt", "30.ckpt"]
+    assert names(select_checkpoints(tmp_path, best=2)) == ["10.ckpt", "20.ckpt"]
 
 
 def test_best_falls_back_to_each_files_own_metric(tmp_path):

@@ -147,6 +147,10 @@ def test_a_half_life_is_a_duration(rule, steps):
     assert ema.average_state_dict()["weight"].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_half_life_in_steps_is_the_same_in_every_run():
+    assert HalfLife(steps=3).resolve(10) == HalfLife(steps=3)
+
+
 def test_a_half_life_of_no_step_copies():
     assert HalfLife("1%").resolve(10)(1) == 0.0
     assert HalfLife(samples=1).for_samples_per_step(2)(1) == 0.25

@@ -96,6 +96,7 @@ def other_net(**changes):
             lambda c: c[RECORD_KEY]["averages"]["ema"].update({"net.0.bias": torch.ones(3)}),
             r"average 'ema' must have .*misshapen: net.0.bias \(3,\) for \(8,\)",
         ),
+        (lambda c: c[RECORD_KEY].pop("state_dict"), f"`{RECORD_KEY}` must be a record of averaged weights, got dict"),
         (lambda c: c.update({RECORD_KEY: [1]}), f"`{RECORD_KEY}` must be a record of averaged weights, got list"),
         (lambda c: c[RECORD_KEY].update(raw=[1]), f"`{RECORD_KEY}` must have tensors by name as `raw`, got list"),
         (

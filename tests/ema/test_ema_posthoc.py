@@ -269,6 +269,7 @@ def test_set_aside_spares_what_is_not_later(tmp_path):
         ({"sigma_rels": ()}, r"`sigma_rels` must be one or more different numbers, got \(\)"),
         ({"sigma_rels": (0.1, 0.1)}, r"`sigma_rels` must be one or more different numbers, got \(0.1, 0.1\)"),
         ({"sigma_rels": range(1, 12_001)}, r"`sigma_rels` must be at most 100 numbers, got 12000"),
+        ({"sigma_rels": [number / 1000 for number in range(1, 102)]}, r"`sigma_rels` must be at most 100 .* got 101"),
         ({"sigma_rels": (0.1, 0.5)}, r"`sigma_rels` must be above 0 and below 0.288675, got 0.5"),
         ({"every_n_steps": 0}, r"`every_n_steps` must be at least 1 step, got 0"),
         ({"dtype": "int8"}, r"`dtype` must be one of 'float32', 'float16', 'bfloat16', got 'int8'"),
@@ -278,6 +279,10 @@ def test_set_aside_spares_what_is_not_later(tmp_path):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PostHocEMA(**arguments)
+
+
+def test_a_hundred_averages_are_allowed():
+    assert len(PostHocEMA([number / 1000 for number in range(1, 101)]).rules) == 100
 
 
 def test_callback_is_picklable_and_its_state_plain(tmp_path):

@@ -39,6 +39,12 @@ def test_extra_memory_is_bounded(monkeypatch):
     assert allocated < 8e6
 
 
+def test_what_is_collected_is_copied_only_where_that_is_asked_for():
+    shadow = Shadow(nn.Linear(2, 2))
+    first, again, copied = (shadow.collect("average", copies=copies)["weight"] for copies in (False, False, True))
+    assert first.data_ptr() == again.data_ptr() != copied.data_ptr()
+
+
 def test_a_dropped_average_leaves_no_trace():
     module = nn.Linear(2, 2)
     shadow = Shadow(module)

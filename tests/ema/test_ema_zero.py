@@ -15,6 +15,7 @@ from lightning_plugins.core.zero import Zero, ZeroClock, load_full, zero_of
 from lightning_plugins.core.zero_directory import full_weights, is_deepspeed_directory, step_of
 from lightning_plugins.ema.master_shadow import LatestMasterShadow, MasterShadow
 from lightning_plugins.ema.zero_files import files_of, read_part, write_part
+from lightning_plugins.ema.zero_saves import ZeroSaves
 from tests.support import zero_stand_ins as stand_ins
 
 DECAY = 0.75
@@ -57,13 +58,12 @@ def trained(ranks, steps=5):
     return shadows, expected
 
 
-def written(directory, shadows, step=5):
+def written(directory, shadows):
     for rank, shadow in enumerate(shadows):
-        others = [part for part in shadow.others() if rank == 0]
-        keys = list(shadow.module.state_dict())
-        write_part(
-            directory, "ema", step=step, rank=rank, ranks=2, keys=keys, parts=shadow.averages(), others=others
-        )  # fmt: skip
+        strategy = SimpleNamespace(broadcast=lambda path: path, save_checkpoint=lambda checkpoint, path: None)
+        saves = ZeroSaves("ema")
+        saves.watch(SimpleNamespace(strategy=strategy, global_rank=rank, world_size=2), lambda shadow=shadow: shadow)
+        strategy.save_checkpoint({}, directory)
 
 
 def deepspeed_directory(path, step=5):
@@ -129,6 +129,9 @@ def test_a_rank_finds_its_part_again_bit_for_bit(ranks, tmp_path):
         again = MasterShadow(Zero(engine), module, start=start)
         assert all(torch.equal(a.values, b.values) for a, b in zip(again.averages(), shadow.averages(), strict=True))
     assert read_part(tmp_path, "other", step=5, rank=0, ranks=2, parts=shadows[0].parts) is None
+    others = [torch.load(path)["others"] for path in files_of(tmp_path)["ema"]]
+    # what is whole on every rank is written once
+    assert [[part["names"] for part in found] for found in others] == [[["shift"]], []]
 
 
 def test_the_mean_of_the_latest_snapshots_of_the_masters_is_found_again_bit_for_bit(ranks, tmp_path):

@@ -236,3 +236,4 @@ def test_the_strategy_of_an_earlier_fit_saves_nothing_of_a_later_one(tmp_path):
     trainer(ema).fit(Half(), data())
     run.save_checkpoint(tmp_path / "earlier")
     assert files_of(tmp_path / "earlier") == {}
+    assert (tmp_path / "earlier" / "latest").is_file()
