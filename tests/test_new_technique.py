@@ -3,15 +3,12 @@
 The tests of what every callback promises then run on it there, from its row; and each place that is left out fails one.
 """
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import conditions
+from tests.support import conditions, fork_server
 from tests.support.snippets import ROOT, python_path
 from tests.test_import_rules import lint
 
@@ -204,9 +201,10 @@ def write(tree, leave_out=()):
 
 def run_tests(tree, *arguments):
     """Run pytest in a tree; return what it printed and the names of the tests that failed."""
-    environment = {**os.environ, "PYTHONPATH": python_path(tree, tree / "examples")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    path = python_path(tree, tree / "examples")
+    done = fork_server.pytest_in(
+        tree, "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *arguments, path=path, timeout=600
+    )
     printed = done.stdout + done.stderr
     return printed, {
         name.partition("[")[0] for name in re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", printed, re.MULTILINE)

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.support import conditions, expected_warnings, record
+from tests.support import conditions, expected_warnings, fork_server, record
 from tests.support.snippets import ROOT, python_path
 
 
@@ -133,6 +133,7 @@ def test_a_row_for_each_client_is_of_the_pinned_version(group):
         assert found["passed"] > 0 == found["failed"] == found["error"] == found["skipped"], client
 
 
+@pytest.mark.slow
 def test_a_record_holds_what_was_run(tmp_path):
     """In a process of its own, in which one test passes, one fails, one breaks and one is skipped."""
     tests = tmp_path / "test_four.py"
@@ -145,15 +146,8 @@ def test_a_record_holds_what_was_run(tmp_path):
         "def test_four(): pass\n"
     )
     (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--record", "record.json", "test_four.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    arguments = ["-q", "-p", "no:cacheprovider", "--record", "record.json", "test_four.py"]
+    done = fork_server.pytest_in(tmp_path, *arguments, path=python_path(), timeout=300)
     assert done.returncode == 1, done.stderr
     written = json.loads((tmp_path / "record.json").read_text())
     assert written["counts"] == {"passed": 1, "failed": 1, "error": 1, "skipped": 1, "xfailed": 0}

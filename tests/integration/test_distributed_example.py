@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import math
-import os
 import re
 import subprocess
 import sys
@@ -12,24 +11,26 @@ import pytest
 import torch
 
 from lightning_plugins import extract_weights
+from tests.support import fork_server
 from tests.support.meeting_place import MeetingPlace
 from tests.support.snippets import ROOT
 
 PROGRAM = ROOT / "examples" / "distributed.py"
 TRIAL = ["--accelerator", "cpu", "--epochs", "3"]
-# how to start it -> the interpreter's arguments before the program
-STARTS = {"by itself": [], "by torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 WEIGHTS = ["raw, last step", "EMA, last step", "best single (EMA)", "averaged (EMA)"]
 
 
 def run(folder, start, *arguments):
-    command = [sys.executable, *STARTS[start], PROGRAM, *TRIAL, *arguments]
-    with MeetingPlace() as place:
-        # torchrun finds a port of its own, and holds it
-        environment = {**os.environ, **(place.environment if start == "by itself" else {})}
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+    """Start the program; by itself it starts the second process, a fresh interpreter."""
+    if start == "by itself":
+        with MeetingPlace() as place:
+            return fork_server.program(
+                PROGRAM, *TRIAL, *arguments, folder=folder, timeout=300, environment=place.environment
+            )
+    # torchrun finds a port of its own, and holds it
+    command = [sys.executable, *TORCHRUN, PROGRAM, *TRIAL, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow

@@ -9,8 +9,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -20,10 +18,10 @@ import pytest
 import pytorch_lightning
 import torch
 
+from tests.support import fork_server
 from tests.support.callback_runs import loader, make_classifier
 from tests.support.cases import CALLBACKS, make
 from tests.support.leftovers import of_module, of_optimizer, of_process, of_trainer
-from tests.support.snippets import python_path
 from tests.support.training import make_trainer
 
 NAMESPACES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
@@ -135,18 +133,16 @@ def test_nothing_is_left(name, namespace):
 @pytest.mark.slow
 def test_nothing_is_left_after_a_real_signal(tmp_path):
     """In a process of its own: Lightning ignores a second Ctrl-C for good."""
-    program = "from tests.integration.test_innocent_user import interrupt_in_this_process as run; run()"
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"of the run": [], "of the process": [], "rows": 2}
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    process = [[str(tmp_path)], {**os.environ}, str(output), str(errors)]
+    assert fork_server.run(interrupt_in_this_process, [process], 300) == [0], errors.read_text()[-2000:]
+    assert json.loads(output.read_text().splitlines()[-1]) == {"of the run": [], "of the process": [], "rows": 2}
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2  # the header and the batch before the signal
 
 
-def interrupt_in_this_process():
+def interrupt_in_this_process(folder):
     """Interrupt a bare Trainer, then one with everything; print what the second leaves and the first does not."""
+    os.chdir(folder)
     end = ("training_step", interrupted, 2)
     without = left(*run(lightning.pytorch, end, [], scheduled=True))
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,14 +1,11 @@
 """Statistics in processes that Lightning starts itself: pickled (spawn), or inherited (fork, as in notebooks)."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.support import fork_server
 from tests.support.meeting_place import MeetingPlace
-from tests.support.snippets import ROOT
 
 # The weights stay as they are, so that every number of the run can be computed beside it.
 PROGRAM = """
@@ -69,19 +66,13 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
 def test_two_processes_of_lightnings_own_give_the_numbers_of_all_the_data(strategy, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with MeetingPlace() as place:
-        done = subprocess.run(
-            [sys.executable, "program.py", strategy],
-            cwd=tmp_path,
-            env={**os.environ, **place.environment, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+        done = fork_server.program(
+            tmp_path / "program.py", strategy, folder=tmp_path, timeout=300, environment=place.environment
         )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

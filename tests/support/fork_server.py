@@ -73,13 +73,35 @@ def run(function, processes, timeout):
     return _servers[os.getpid()].ask(request)
 
 
-def program(path, *arguments, folder, timeout, warn=True):
-    """Run a program as ``python path arguments`` does in ``folder``; return what ``subprocess.run`` returns."""
+def program(path, *arguments, folder, timeout, warn=True, environment=()):
+    """Run a program as ``python path arguments`` does in ``folder``; return what ``subprocess.run`` returns.
+
+    ``environment`` is added to that of this process.
+    """
     with tempfile.TemporaryDirectory() as place:
         output, errors = Path(place, "output"), Path(place, "errors")
         given = [str(path), [str(argument) for argument in arguments], str(folder), warn]
-        (code,) = run(_as_program, [[given, {**os.environ}, str(output), str(errors)]], timeout)
+        (code,) = run(_as_program, [[given, {**os.environ, **dict(environment)}, str(output), str(errors)]], timeout)
         return subprocess.CompletedProcess([path, *arguments], code, output.read_text(), errors.read_text())
+
+
+def pytest_in(folder, *arguments, path, timeout):
+    """Run ``python -m pytest arguments`` in ``folder``, with ``path`` as PYTHONPATH; return as :func:`program` does."""
+    with tempfile.TemporaryDirectory() as place:
+        output, errors = Path(place, "output"), Path(place, "errors")
+        given = [str(folder), [str(argument) for argument in arguments]]
+        environment = {**os.environ, "PYTHONPATH": path}
+        (code,) = run(_as_pytest, [[given, environment, str(output), str(errors)]], timeout)
+        return subprocess.CompletedProcess(["pytest", *arguments], code, output.read_text(), errors.read_text())
+
+
+def _as_pytest(folder, arguments):
+    os.chdir(folder)
+    sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+    # the folder may hold another copy of them
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
+    sys.exit(int(import_module("pytest").main(arguments)))
 
 
 def _as_program(path, arguments, folder, warn):
