@@ -3,6 +3,7 @@
 A key is the module, the text of the line, and the change.
 """
 
+_BEGINS = "a window that holds no batch, or less than none, begins with the next batch"
 _EITHER_ORDER = "the larger or smaller of two numbers is the same in either order"
 _NO_READER = "without a reader every patience of 0 and less makes a flush due after one row, and no row is handed out"
 _ONE_KIND = "all tensors of a group have one type and one device, so the last says the same as the first"
@@ -12,6 +13,11 @@ _SIGN = "scores are only compared: twice a score ranks as the score does"
 _WIDER = "a range that reaches farther takes in more of the same file"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "lightning_plugins/accumulation/carried_windows.py",
+        'self._begin = _started(trainer) - (loaded["position"] if loaded else 0)',
+        "0 -> (-1)",
+    ): _BEGINS,
     ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "30 -> (31)"): _WIDER,
     ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "2 -> (3)"): _WIDER,
     ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "65535 -> (65536)"): _WIDER,

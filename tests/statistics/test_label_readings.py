@@ -176,6 +176,13 @@ def test_multi_hot_rows_are_counted_by_entry(logits, task, of):
         assert found[MCC] == pytest.approx(wanted[MCC], rel=1e-6)
 
 
+def test_a_single_row_of_several_labels_decides_for_all(logits, labels):
+    rows = torch.nn.functional.one_hot(labels, CLASSES)
+    rows[7] = torch.tensor([1, 1, 0, 0, 1])
+    by_entry = ((logits >= 0) == rows.bool()).double().mean().item()
+    assert values_of([(logits, rows)], ["accuracy"])["accuracy"] == pytest.approx(by_entry)
+
+
 def test_a_task_decides_where_the_values_would_say_otherwise(logits, labels):
     rows = torch.nn.functional.one_hot(labels, CLASSES)
     by_entry = ((logits >= 0) == rows.bool()).double().mean().item()
