@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -42,10 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", help="each says more with --help")
     for command in _COMMANDS:
         command.add_parser(commands)
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        # a terminal that lacks a letter of a path shows its number; the work is done all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-        sys.stdout.flush()
+        # where there is no output at all, nothing
+        print(end="", flush=True)  # noqa: T201  # this is a program
     except KeyboardInterrupt:
         print("lightning-plugins: interrupted", file=sys.stderr)  # noqa: T201  # this is a program
         return _INTERRUPTED

@@ -58,6 +58,11 @@ class AppendOnlyFile:
         except OSError:
             return False
 
+    @property
+    def is_deleted(self) -> bool:
+        """Whether no path leads to this file any more, so that what is written to it is lost."""
+        return os.fstat(self._handle.fileno()).st_nlink == 0
+
     def read(self) -> bytes:
         """Return everything in the file, wherever it has been moved meanwhile."""
         self._handle.seek(0)

@@ -31,6 +31,8 @@ _CODES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -42,6 +44,9 @@ _CODES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+if hasattr(torch, "float8_e8m0fnu"):
+    # torch from 2.7
+    _CODES["F8_E8M0"] = torch.float8_e8m0fnu
 _LARGEST_HEADER = 50_000_000
 """Half of what the reference implementation takes: enough for 400,000 tensors."""
 _DIMENSIONS = 64

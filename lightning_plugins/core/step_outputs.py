@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ def loss_of(outputs: Any) -> Tensor | None:
         if loss.numel() != 1:
             return None
         return loss.detach() if loss.requires_grad else loss
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-        return torch.tensor(loss, dtype=torch.float64)
+    # NumPy's numbers are among them
+    if isinstance(loss, Real) and not isinstance(loss, bool):
+        return torch.tensor(float(loss), dtype=torch.float64)
     return None
 
 

@@ -134,6 +134,9 @@ class Archive:
     def _checked_entries(self, size: int) -> dict[str, zipfile.ZipInfo]:
         infos = self._zip.infolist()
         names = {info.orig_filename: info for info in infos}
+        self._folder = infos[0].orig_filename.partition("/")[0]
+        if f"{self._folder}/constants.pkl" in names:
+            raise UnreadableError("it is a TorchScript archive, not a checkpoint")
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
                 name = info.orig_filename[-40:]
@@ -142,9 +145,6 @@ class Archive:
             raise UnreadableError("it holds one name twice, or odd names")
         if sum(info.file_size for info in infos) > size:
             raise UnreadableError("its parts overlap")
-        self._folder = infos[0].orig_filename.partition("/")[0]
-        if f"{self._folder}/constants.pkl" in names:
-            raise UnreadableError("it is a TorchScript archive, not a checkpoint")
         return names
 
     def _entry(self, name: str) -> zipfile.ZipInfo:

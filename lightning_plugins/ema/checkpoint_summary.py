@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_plugins.core import checkpoint_keys
@@ -131,6 +132,10 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Return the size of ``tensors``, tied ones once."""
-    # tensors of directories are not read, and have no place in memory
-    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in tensors}.values())
+    """Return the size of ``tensors``, tied ones once; sparse ones as if all their elements were there."""
+    return sum({_place(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _place(tensor: Tensor) -> int:
+    """Return where a tensor lies in memory; its identity where it is in none, as those of directories, or sparse."""
+    return (tensor.data_ptr() if tensor.layout == torch.strided else 0) or id(tensor)

@@ -106,7 +106,10 @@ class ClassCounts:
                 return
         elif batch.reading == "rows":
             found = batch.predictions.shape[1]
-            raise ValueError(f"`num_classes` {self.num_classes} must be the number of scores in a row, got {found}.")
+            masks = "; masks of one score for each label need task='binary'" if self.num_classes == 2 else ""
+            raise ValueError(
+                f"`num_classes` {self.num_classes} must be the number of scores in a row, got {found}{masks}."
+            )
         self._count_classes(batch)
 
     def totals(self, vector: Tensor | None = None) -> ClassTotals:

@@ -6,8 +6,9 @@ here knows a Trainer.
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
+import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +150,10 @@ class CSVFile:
         self._columns = wider
 
     def _open(self) -> AppendOnlyFile:
+        if self._file is not None and self._file.is_deleted:
+            self._file.close()
+            self._file = None
+            _warn(f"{self.path} was deleted during the run: a new file has the rows from here on.")
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._is_new:
@@ -176,11 +181,7 @@ class CSVFile:
         self._file = AppendOnlyFile(self.path)
 
     def _header(self, columns: Sequence[str]) -> bytes:
-        if self._separator != ",":
-            return (self._separator.join(columns) + "\n").encode()
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(columns)
-        return text.getvalue().encode()
+        return (self._separator.join(map(_quoted, columns)) + "\n").encode()
 
     def _complain_once(self, about: str, message: str) -> None:
         if about not in self._complained:
@@ -190,10 +191,13 @@ class CSVFile:
     # resuming
 
     def _find_place(self, content: bytes) -> list[str]:
-        lines = content.splitlines(keepends=True)
+        # a spreadsheet may have put a mark of the encoding before the first name
+        lines = [line for line in content.removeprefix(codecs.BOM_UTF8).splitlines(keepends=True) if line.strip()]
         header = _cells(lines[0]) if lines else []
         if header[:2] != ["epoch", "batch"]:
             return self._give_up("its first line does not name the columns")
+        if lines[0].startswith(b"epoch") and not lines[0].startswith(f"epoch{self._separator}batch".encode()):
+            return self._give_up("it is of another layout")
         if self._fixed and header != self._columns:
             return self._give_up(f"its columns are not {', '.join(self._columns)}")
         place = self._row_number(lines, header)
@@ -241,10 +245,16 @@ def _key(row: Mapping[str, str]) -> list[str]:
     return [row.get(name, "") for name in _KEY]
 
 
+def _quoted(name: str) -> str:
+    """Return a column's name as a cell; in quotes where it needs them."""
+    return f'"{name.replace(chr(34), chr(34) * 2)}"' if re.search(r'[,"\r\n]|^ | $|^$', name) else name
+
+
 def _cells(line: bytes) -> list[str]:
     """Return the cells of a line, none if it is of no CSV file."""
     try:
-        return [cell.strip() for cell in next(csv.reader([line.decode(errors="replace").rstrip("\r\n")]), [])]
+        text = line.decode(errors="replace").rstrip("\r\n")
+        return [cell.strip() for cell in next(csv.reader([text], skipinitialspace=True), [])]
     except csv.Error:
         return []
 

@@ -125,6 +125,10 @@ class EventFile:
             self._waiting = self._waiting[bisect_right(ends, self._file.size) :]
 
     def _open(self) -> AppendOnlyFile:
+        if self._file is not None and self._file.is_deleted:
+            self._file.close()
+            self._file = None
+            _warn(f"{self._path} was deleted during the run: a new file has the events from here on.")
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._path = self._path or self.folder / _file_name(self._behind)

@@ -30,6 +30,8 @@ WIDEST = {"mps": torch.float32}
 """The widest type that a device adds in, where it is not float64."""
 
 NO_TOP_5 = "`top5_accuracy` needs a score for every class, and one class for every label."
+# types that torch only stores: it neither compares them with others nor adds them
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 # of a row's sum: half precision, label smoothing and mixing round
 _TOLERANCE = 0.01
 
@@ -192,6 +194,7 @@ def read_batch(
         >>> batch.reading, batch.right.tolist()
         ('scores of classes', [True, True, False])
     """
+    predictions, targets = (part.long() if part.dtype in _UNSIGNED else part for part in (predictions, targets))
     if predictions.dim() == 2 and targets.dim() == 1 and predictions.shape[1] > 1 and len(predictions) == len(targets):
         _check_task(task, "scores of classes", predictions.shape[1])
         return LabelledBatch("scores of classes", predictions, targets, ignore_index)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_plugins.core.lightning import Trainer
 
+_LINE_END = re.compile(r"[\r\n]+")
 _LOSS = re.compile(r"(?:(?:val|valid|validation|test|eval)[_/.-])?loss")
 
 
@@ -34,7 +35,8 @@ def logged_values(trainer: Trainer, *, on_step: bool) -> dict[str, Tensor]:
         value = results._get_cache(item, on_step)
         if isinstance(value, Tensor):
             name, forked = results._forked_name(item, on_step)
-            found[name if results.training or not on_step else forked] = value
+            # a row of a file has one line, and so has its header
+            found[_LINE_END.sub(" ", name if results.training or not on_step else forked)] = value
     return found
 
 

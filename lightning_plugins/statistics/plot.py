@@ -88,7 +88,7 @@ def read_curves(path: str | Path) -> Curves:
         ValueError: If it is not such a file, has no rows, or more statistics than fit a picture.
         OSError: If it cannot be read.
     """
-    with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8", errors="replace", newline="") as handle:
+    with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8-sig", errors="replace", newline="") as handle:
         try:
             found = list(csv.DictReader(handle, skipinitialspace=True))
         except csv.Error as error:
@@ -201,7 +201,7 @@ def _logs_in(path: Path) -> list[Path]:
 def _is_log(path: Path) -> bool:
     if is_special(path):
         return False
-    with path.open(encoding="utf-8", errors="replace") as handle:
+    with path.open(encoding="utf-8-sig", errors="replace") as handle:
         return re.match(r"epoch, ?batch[,\n]", handle.readline(1000)) is not None
 
 

@@ -374,7 +374,7 @@ class Recording:
     def _take_loaders(self, row: StatisticsRow) -> None:
         """Add the statistics of each validation loader, where there are several."""
         for loader, sums in enumerate(self._by_loader):
-            own = dataclasses.replace(row, sums=sums.state_now(), values=None)
+            own = dataclasses.replace(row, sums=sums.state_now(), values=None, more={})
             self.rows.evaluate([own], self.rows.reduce)
             row.more |= {f"{name}/dataloader_idx_{loader}": value for name, value in (own.values or {}).items()}
             row.values = None

@@ -207,7 +207,7 @@ class ClassificationReport(Callback):
         vector = self._counts.vector
         report = self._report(vector if add_up is None else add_up(vector))
         if trainer.is_global_zero and (report.totals.true.any() or report.totals.rows):
-            pl_module.print(report.text())
+            _print(pl_module, report.text())
             for path in self.paths:
                 self._save(
                     report, _filled(path, "test" if trainer.testing else "validation", trainer.current_epoch + 1)
@@ -238,6 +238,14 @@ class ClassificationReport(Callback):
                     LightningPluginsWarning,
                     stacklevel=2,
                 )
+
+
+def _print(pl_module: LightningModule, text: str) -> None:
+    try:
+        pl_module.print(text)
+    except UnicodeEncodeError:
+        # a terminal without the letters of a class's name
+        pl_module.print(text.encode("ascii", "backslashreplace").decode())
 
 
 def _save(report: Report, path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,10 +83,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what scikit-learn returns with ``output_dict=True``."""
-        by_class = zip(self.names(), *self._by_class(), strict=True)
-        rows = [(name, numbers) for name, *numbers in by_class] + list(self._averages().items())
         report: dict[str, Any] = {
-            name: dict(zip(HEADERS, [float(number) for number in numbers], strict=True)) for name, numbers in rows
+            name: dict(zip(HEADERS, [float(number) for number in numbers], strict=True))
+            for name, numbers in (*self._rows_by_class(), *self._averages().items())
         }
         if "accuracy" in report:
             report["accuracy"] = report["accuracy"]["precision"]
@@ -97,11 +96,16 @@ class Report:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("class", *HEADERS))
-        support = int(self._support().sum())
-        for name, values in self.to_dict().items():
-            cells = list(values.values()) if isinstance(values, Mapping) else ["", "", values, support]
-            writer.writerow((name, *cells[:3], int(cells[3])))
+        averages = self._averages()
+        if "accuracy" in averages:
+            averages["accuracy"] = ["", "", averages["accuracy"][2], averages["accuracy"][3]]
+        # two classes of one name have a row each
+        for name, (*scores, support) in (*self._rows_by_class(), *averages.items()):
+            writer.writerow((name, *(score if score == "" else float(score) for score in scores), int(support)))
         return text.getvalue()
+
+    def _rows_by_class(self) -> list[tuple[str, list[Any]]]:
+        return [(name, numbers) for name, *numbers in zip(self.names(), *self._by_class(), strict=True)]
 
     def shown_labels(self) -> list[int]:
         """Return the classes that the report has rows for."""

@@ -243,3 +243,15 @@ def test_synthesis_shows_its_progress_when_asked_to(run, capsys):
     silent = synthesize_ema(run / "snapshots", 0.07)
     assert capsys.readouterr().err == ""
     assert all(torch.equal(shown[name], silent[name]) for name in silent)
+
+
+def test_an_output_that_lacks_letters_or_is_not_there_costs_no_work(run):
+    code = (
+        "from lightning_plugins.cli import main; sys.stdout.reconfigure(encoding='ascii'); "
+        "sys.argv[1:] = ['extract', 'a.ckpt', '--weights', 'raw', '--output', '\u03bb.pt']; first = main(); "
+        "sys.stdout = None; sys.argv[1:] = ['inspect', 'a.ckpt']; sys.exit(10 * first + main())"
+    )
+    with start(run, code) as process:
+        output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output.decode(), errors.decode()) == (0, "\\u03bb.pt\n", "")
+    assert (run / "\u03bb.pt").exists()

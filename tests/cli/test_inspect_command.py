@@ -1,6 +1,7 @@
 """``inspect`` opens everything that the other commands read or write, as lines or as JSON."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -92,3 +93,20 @@ def test_a_safetensors_file_under_another_name_is_told(whole, tmp_path, capsys):
     (tmp_path / "x.ckpt").write_bytes((whole / "plain.safetensors").read_bytes())
     assert main(["inspect", str(tmp_path / "x.ckpt")]) == 2
     assert "a .safetensors file under another name" in capsys.readouterr().err
+
+
+def test_sparse_tensors_are_counted(tmp_path, capsys):
+    weights = {"a": torch.eye(3).to_sparse(), "b": torch.ones(2)}
+    torch.save({"state_dict": weights, "global_step": 1}, tmp_path / "sparse.ckpt")
+    torch.save(weights, tmp_path / "sparse.pt")
+    found = inspected(capsys, tmp_path / "sparse.ckpt")[1]["state_dict"]
+    assert (found["tensors"], found["elements"]) == (2, 11)
+    assert inspected(capsys, tmp_path / "sparse.pt")[1]["state_dict"]["tensors"] == 1
+
+
+def test_a_program_of_torchscript_is_told_as_what_it_is(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "program.pt", "w") as archive:
+        archive.writestr("program/constants.pkl", b"\x80\x02).")
+        archive.writestr("program/code/__torch__.py", "class Linear(Module): ...", zipfile.ZIP_DEFLATED)
+    assert main(["inspect", str(tmp_path / "program.pt")]) == 2
+    assert "it is a TorchScript archive, not a checkpoint" in capsys.readouterr().err

@@ -25,6 +25,7 @@ NEXT = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
 TEXT = json.dumps(F32)
 DEEP = "[" * 200 + "]" * 200
 # name -> header (a text is taken as it is), bytes of tensors
+EIGHT_BITS = ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
 REFUSED = {
     "an overlap": ({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}, 12),
     "the same bytes twice": ({"a": F32, "b": F32}, 8),
@@ -67,6 +68,10 @@ TAKEN = {
     "empty tensors": ({"a": {**F32, "shape": [0], "data_offsets": [0, 0]}, "b": F32}, 8),
     "a scalar": ({"a": {"dtype": "F64", "shape": [], "data_offsets": [0, 8]}}, 8),
     "another order of names": ({"b": NEXT, "a": F32}, 16),
+    "numbers of eight bits": (
+        {name: {"dtype": name, "shape": [2], "data_offsets": [2 * n, 2 * n + 2]} for n, name in enumerate(EIGHT_BITS)},
+        2 * len(EIGHT_BITS),
+    ),
     "unusual names": ({"\x7f\x1b]0;\u202e": F32, "__metadata": NEXT}, 16),
 }
 

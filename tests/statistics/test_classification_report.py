@@ -1,9 +1,11 @@
 """The classification report, against scikit-learn: to the last character and to the last bit."""
 
 import csv
+import io
 import itertools
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from sklearn.metrics import classification_report
+from sklearn.metrics import classification_report, precision_recall_fscore_support
 
 from lightning_plugins import ClassificationReport
 from tests.support.statistics_runs import CLASSIFIERS, Classifier, dataset, fit, loaders, trainer_of
@@ -235,3 +237,24 @@ def test_an_update_does_not_wait_for_the_device(monkeypatch):
     report.update(logits, targets)
     monkeypatch.undo()
     assert int(report._counts.totals().true.sum()) == 16
+
+
+def test_classes_of_one_name_have_a_row_each_in_the_csv():
+    names = ["a, b", "a, b", "c"]
+    report = ClassificationReport(3, target_names=names)
+    report.update(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
+    made = report._report(report._counts.vector).csv()
+    rows = list(csv.reader(made.splitlines()))[1:]
+    assert [row[0] for row in rows] == [*names, "accuracy", "macro avg", "weighted avg"]
+    wanted = np.stack(precision_recall_fscore_support([0, 1, 1, 2], [0, 1, 2, 2], zero_division=0), 1)
+    assert [[float(cell) for cell in row[1:]] for row in rows[:3]] == wanted.tolist()
+    assert rows[3][1:] == ["", "", "0.75", "4"]
+
+
+def test_an_output_without_the_letters_of_a_name_costs_no_run(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    report = ClassificationReport(8, target_names=[f"\u03bb{n}" for n in range(8)])
+    fit([report], max_epochs=1)
+    output.seek(0)
+    assert "\\u03bb" in output.read()

@@ -4,16 +4,20 @@ import csv
 import errno
 import math
 import os
+import re
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_plugins.core import append_only_file as files
 from lightning_plugins.core.files import replace_file
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.statistics.csv_file import CSVFile, shortest_float32
+from lightning_plugins.statistics.event_file import EventFile
 from tests.support.statistics_runs import read
 
 
@@ -121,6 +125,9 @@ def damaged(name, text):
     return {
         "other line ends": text.replace("\n", "\r\n"),
         "no last line end": text.rstrip("\n"),
+        "a mark of the encoding": "\ufeff" + text.replace("\n", "\r\n"),
+        "all cells in quotes": re.sub(r"([^,\n]+)", r'"\1"', text),
+        "empty lines": lines[0] + "\n" + "".join(lines[1:]) + "\n\n",
         "a torn last row": text + "1,11,tr",
         "rows deleted in the middle": "".join(lines[:3] + lines[6:]),
         "a column deleted": "".join(",".join(line.split(",")[:3]).rstrip("\n") + "\n" for line in lines),
@@ -133,6 +140,9 @@ def damaged(name, text):
     [
         "other line ends",
         "no last line end",
+        "a mark of the encoding",
+        "all cells in quotes",
+        "empty lines",
         "a torn last row",
         "rows deleted in the middle",
         "a column deleted",
@@ -196,6 +206,20 @@ def test_a_file_that_is_not_ours_is_moved_aside_whole(tmp_path, content, why):
     assert [row["batch"] for row in read(path)] == ["11"]
 
 
+def test_a_file_of_the_other_layout_is_moved_aside_whole(tmp_path):
+    path = tmp_path / "log.csv"
+    file = written(path, 3)
+    mark = file.mark()
+    file.close()
+    before = path.read_text()
+    resumed = CSVFile(path, separator=", ")
+    assert "it is of another layout" in resumed.resume(mark)[0]
+    resumed.add([{"epoch": "1/2", "batch": "4/4", "a, b": "1.0"}])
+    resumed.close()
+    assert path.read_text() == 'epoch, batch, "a, b"\n1/2, 4/4, 1.0\n'
+    assert (tmp_path / "log.1.csv").read_text() == before
+
+
 def test_other_fixed_columns_than_the_files_start_a_new_file(tmp_path):
     file = written(tmp_path / "log.csv", 3)
     mark = file.mark()
@@ -218,6 +242,26 @@ def test_resume_from_before_the_first_row_moves_the_file_aside(tmp_path):
     written(tmp_path / "log.csv", 3).close()
     file = CSVFile(tmp_path / "log.csv")
     assert file.resume({"rows": 0, "last": []}) == ["log.csv was moved to log.1.csv."]
+
+
+def test_a_file_that_is_deleted_in_mid_run_begins_anew(tmp_path):
+    folder, runs = tmp_path / "run", tmp_path / "run" / "events"
+    rows, events = written(folder / "log.csv", 3), EventFile(runs)
+    events.add([(1, 0.0, {"loss": 1.0})])
+    shutil.rmtree(folder)
+    with pytest.warns(LightningPluginsWarning, match=r"log\.csv was deleted during the run: a new file has the rows"):
+        rows.add([cells(4, late="1")])
+    with pytest.warns(LightningPluginsWarning, match="was deleted during the run: a new file has the events"):
+        events.add([(2, 0.1, {"loss": 0.5})])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows.add([cells(5)])
+        events.add([(3, 0.2, {"loss": 0.25})])
+    rows.close()
+    events.close()
+    assert [(row["batch"], row["late"]) for row in read(folder / "log.csv")] == [("4", "1"), ("5", "")]
+    found = EventAccumulator(str(runs)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in found] == [(2, 0.5), (3, 0.25)]
 
 
 def test_begin_takes_the_first_free_name(tmp_path):
@@ -358,6 +402,6 @@ def test_a_million_rows_need_not_be_parsed_to_find_the_place(tmp_path, monkeypat
     file = written(tmp_path / "log.csv", 2000)
     mark = file.mark()
     file.close()
-    monkeypatch.setattr(csv, "reader", lambda lines: (parsed.append(1), original(lines))[1])
+    monkeypatch.setattr(csv, "reader", lambda lines, **how: (parsed.append(1), original(lines, **how))[1])
     CSVFile(tmp_path / "log.csv").resume(mark)
     assert len(parsed) == 2  # the header and the one row

@@ -53,6 +53,18 @@ def check(found, wanted):
 # one class for every label
 
 
+@pytest.mark.parametrize("of", [torch.uint16, torch.uint32, torch.uint64])
+def test_class_numbers_may_be_of_types_that_torch_only_stores(logits, labels, of):
+    found = values_of(in_pieces(logits, labels.to(of)), ("accuracy", "top5_accuracy", MCC))
+    check(found, expected(labels, logits.argmax(1)))
+    check(values_of(in_pieces(logits.argmax(1).to(of), labels.to(of))), expected(labels, logits.argmax(1)))
+    void = labels.clone()
+    void[::3] = 255
+    kept = void != 255
+    found = values_of(in_pieces(logits, void.to(of)), ignore_index=255)
+    check(found, expected(labels[kept], logits.argmax(1)[kept]))
+
+
 @pytest.mark.parametrize("of", [torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool, torch.bfloat16])
 def test_one_hot_rows_are_classes(logits, labels, of):
     rows = torch.nn.functional.one_hot(labels, CLASSES).to(of)

@@ -114,6 +114,11 @@ def test_two_readings_that_remain_are_refused_naming_the_task():
         report_of(torch.randn(4, 3), odd, 3, pieces=1).compute()
     with pytest.raises(ValueError, match="`num_classes` 3 must be the number of scores in a row, got 4"):
         report_of(torch.randn(4, 4), torch.ones(4, 4), 3, pieces=1)
+    masks, truth = torch.randn(4, 5, 6), torch.rand(4, 5, 6) > 0.5
+    with pytest.raises(ValueError, match="got 6; masks of one score for each label need task='binary'"):
+        report_of(masks, truth, 2, pieces=1)
+    wanted = truth.flatten().long().numpy(), (masks >= 0).flatten().long().numpy()
+    check(report_of(masks, truth, 2, pieces=1, task="binary"), *wanted, zero_division=0)
 
 
 def test_batches_must_be_alike():

@@ -1,6 +1,7 @@
 """Whatever the module logs is in every file, with a recorder and without; and what belongs in no row is in none."""
 
 import copy
+import csv
 import pickle
 import re
 from pathlib import Path
@@ -111,6 +112,8 @@ def test_statistics_are_kept_for_each_loader_and_together(tmp_path):
         assert row[f"multiclass_accuracy{suffix}"] == pytest.approx(values["accuracy"])
         assert row[f"loss{suffix}"] == pytest.approx(values["loss"], rel=1e-6)
         assert float(trainer.callback_metrics[f"val_accuracy{suffix}"]) == pytest.approx(values["accuracy"])
+    # of each loader once, and no loader of a loader
+    assert sorted(row) == sorted(f"{name}{suffix}" for name in recorder.names for suffix in groups)
     assert float(checkpoint.best_model_score) == pytest.approx(row["accuracy/dataloader_idx_1"])
     assert float(read("log.csv")[-1]["loss/dataloader_idx_1"]) == row["loss/dataloader_idx_1"]
 
@@ -342,3 +345,33 @@ def test_the_progress_bar_shows_what_was_chosen_and_fits_80_columns(capsys):
     assert "accuracy" not in lines[-1]
     with pytest.raises(ValueError, match=r"`progress_bar` must name some of 'loss', 'accuracy', got 'acuracy'"):
         StatisticsRecorder(["accuracy"], progress_bar=["acuracy"])
+
+
+@pytest.mark.parametrize("layout", ["numbers", "s4tf"])
+def test_what_is_logged_under_odd_names_has_columns_that_are_read_back(layout):
+    class Odd(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            for name in ("a, b", 'the "loss"', "two\nlines", "late\r\nname" if self.current_epoch else "\u03bb/x"):
+                self.log(name, float(batch_idx))
+            return loss
+
+    fit(
+        [CSVStatisticsLogger("log.csv", layout=layout, flush_seconds=0)], Odd(), data=(loaders()[0], None), max_epochs=2
+    )
+    with Path("log.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, skipinitialspace=True))
+    names = ["a, b", 'the "loss"', "two lines"]
+    assert [[row[name] for name in names] for row in rows] == [[f"{n}.0"] * 3 for n in (0, 1, 2)] * 2
+    assert [row["\u03bb/x"] or row["late name"] for row in rows] == ["0.0", "1.0", "2.0"] * 2
+    assert None not in rows[0]
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float64, np.int64])
+def test_a_loss_that_is_a_number_counts_whatever_its_kind(number):
+    class Plain(Classifier):
+        def validation_step(self, batch, batch_idx):
+            return {"loss": number(2 + batch_idx)}
+
+    trainer, _ = fit([StatisticsRecorder()], Plain(), max_epochs=1)
+    assert float(trainer.callback_metrics["val_loss"]) == np.mean([2 + n for n in range(len(loaders()[1]))])

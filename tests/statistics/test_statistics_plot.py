@@ -233,3 +233,10 @@ def test_a_pipe_is_not_waited_for():
         plot_log("log.csv")
     with pytest.raises(ValueError, match="no log of CSVStatisticsLogger"):
         plot_log(".")
+
+
+def test_a_log_that_a_spreadsheet_has_saved_is_read_alike():
+    curves, path = logged(), Path("log.csv")
+    path.write_text(path.read_text().replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    assert read_curves(path).lines == curves.lines
+    assert plot_log(".", "curves.png").exists()
