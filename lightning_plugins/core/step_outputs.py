@@ -35,7 +35,7 @@ def loss_of(outputs: Any) -> Tensor | None:
             return None
         return loss.detach() if loss.requires_grad else loss
     # NumPy's numbers are among them
-    if isinstance(loss, Real) and not isinstance(loss, bool):
+    if not isinstance(loss, bool) and isinstance(loss, Real):
         return torch.tensor(float(loss), dtype=torch.float64)
     return None
 

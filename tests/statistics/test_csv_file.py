@@ -5,19 +5,16 @@ import errno
 import math
 import os
 import re
-import shutil
 import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_plugins.core import append_only_file as files
 from lightning_plugins.core.files import replace_file
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.statistics.csv_file import CSVFile, shortest_float32
-from lightning_plugins.statistics.event_file import EventFile
 from tests.support.statistics_runs import read
 
 
@@ -242,26 +239,6 @@ def test_resume_from_before_the_first_row_moves_the_file_aside(tmp_path):
     written(tmp_path / "log.csv", 3).close()
     file = CSVFile(tmp_path / "log.csv")
     assert file.resume({"rows": 0, "last": []}) == ["log.csv was moved to log.1.csv."]
-
-
-def test_a_file_that_is_deleted_in_mid_run_begins_anew(tmp_path):
-    folder, runs = tmp_path / "run", tmp_path / "run" / "events"
-    rows, events = written(folder / "log.csv", 3), EventFile(runs)
-    events.add([(1, 0.0, {"loss": 1.0})])
-    shutil.rmtree(folder)
-    with pytest.warns(LightningPluginsWarning, match=r"log\.csv was deleted during the run: a new file has the rows"):
-        rows.add([cells(4, late="1")])
-    with pytest.warns(LightningPluginsWarning, match="was deleted during the run: a new file has the events"):
-        events.add([(2, 0.1, {"loss": 0.5})])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rows.add([cells(5)])
-        events.add([(3, 0.2, {"loss": 0.25})])
-    rows.close()
-    events.close()
-    assert [(row["batch"], row["late"]) for row in read(folder / "log.csv")] == [("4", "1"), ("5", "")]
-    found = EventAccumulator(str(runs)).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in found] == [(2, 0.5), (3, 0.25)]
 
 
 def test_begin_takes_the_first_free_name(tmp_path):
