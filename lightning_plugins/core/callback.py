@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from enum import IntEnum
+from enum import IntEnum, auto
 from typing import Any, ClassVar
 
 from lightning_plugins.core.lightning import CallbackOfBoth, LightningModule, MisconfigurationException, Trainer
@@ -17,21 +17,21 @@ from lightning_plugins.core.validation import check_state_version
 class Stage(IntEnum):
     """The place of a callback among ours, from first to last within every hook."""
 
-    ACCUMULATION = 10
+    ACCUMULATION = auto()
     """Makes the gradient of the step complete."""
-    GRADIENTS = 20
+    GRADIENTS = auto()
     """Changes the complete gradient, as clipping does."""
-    RATES = 30
+    RATES = auto()
     """Sets learning rates and other hyper-parameters."""
-    WEIGHTS = 40
+    WEIGHTS = auto()
     """Follows or exchanges the weights."""
-    STATISTICS = 50
+    STATISTICS = auto()
     """Computes values of a batch or a phase."""
-    OUTPUT = 60
+    OUTPUT = auto()
     """Writes such values."""
-    CHECKPOINTS = 70
+    CHECKPOINTS = auto()
     """Reads or writes checkpoints."""
-    EVENTS = 80
+    EVENTS = auto()
     """Calls the user's functions: after every other callback, before checkpoints are written."""
 
 

@@ -49,11 +49,11 @@ class FlatShard:
         Until a window ends a rank has the whole gradient of its own batches, and beside it its share of the mean over
         ``ranks`` that it had before.
         """
-        flat = getattr(self.handle(), "flat_param", None)
+        flat: Any = getattr(self.handle(), "flat_param", None)
         own = getattr(flat, "grad", None)
         total = torch.zeros(self.shape, dtype=parameter.dtype, device=self.device)
         before = parameter.grad
-        if flat is not None and own is not None and own.shape == flat._unpadded_unsharded_size:
+        if own is not None and own.shape == flat._unpadded_unsharded_size:
             total += 0 if parameter.grad is None else parameter.grad
             torch.distributed.all_reduce(total)
             shard = getattr(flat, "_saved_grad_shard", None)

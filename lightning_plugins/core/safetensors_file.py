@@ -81,9 +81,11 @@ def read_header(path: Path) -> SafetensorsHeader:
         start = file.read(512)
         file.seek(8)
         length = int.from_bytes(start[:8], "little")
-        text = file.read(length) if length <= min(_LARGEST_HEADER, size) else b""
-    if size < 8 or len(text) != length:
-        raise UnreadableError(f"it is {kind_of_file(start) or 'cut off, or no .safetensors file'}")
+        text = file.read(length) if length <= _LARGEST_HEADER else b""
+    if not text or len(text) != length:
+        # where there is a header, it is shorter than its length
+        kind = None if text else kind_of_file(start)
+        raise UnreadableError(f"it is {kind or 'cut off, or no .safetensors file'}")
     try:
         return _checked(_parsed_header(text), 8 + length, size)
     except UnreadableError:

@@ -383,7 +383,7 @@ class _Slice(io.RawIOBase):
         self._at = offset + (0, self._at, self._length)[whence]
         return self._at
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = None) -> bytes:
         left = max(0, self._length - self._at)
         size = left if size is None or size < 0 else min(size, left)
         self._file.seek(self._begin + self._at)

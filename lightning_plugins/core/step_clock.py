@@ -149,6 +149,7 @@ class RunClock:
         # the Trainer's and the clock's count, as last compared
         self._steps: tuple[int, int] | None = None
         self._silent = False
+        self._optimizer: Any = None
         self._listen(applied)
 
     @property
@@ -186,8 +187,7 @@ class RunClock:
         return getattr(optimizers[0], "optimizer", optimizers[0]) if optimizers else self._optimizer
 
     def _listen(self, applied: int) -> None:
-        optimizers = self._trainer.optimizers
-        self._optimizer: Any = getattr(optimizers[0], "optimizer", optimizers[0])
+        self._optimizer = self._optimizer_of_trainer()
         self._clock = StepClock(self._optimizer)
         self.restore(applied)
         self._writes = self._clock.attempted, _writes_into(self._optimizer)
@@ -199,12 +199,11 @@ class RunClock:
         self.news.append("another optimizer was set up; its steps are counted from here on.")
 
     def _look_for_silent_steps(self, steps: int) -> None:
-        exchanged = self._optimizer_of_trainer() is not self._optimizer
-        if exchanged:
-            self._listen_to_another()
         scaled = getattr(self._trainer.precision_plugin, "scaler", None) is not None
         if scaled or len(self._trainer.optimizers) > 1:
             return
+        # in this batch: the next one begins by listening to it
+        exchanged = self._optimizer_of_trainer() is not self._optimizer
         seen, now = self._writes, (self._clock.attempted, _writes_into(self._optimizer))
         # the count of writes tells something only if no announced step came since it was taken
         if exchanged or (seen[0] == now[0] and seen[1] != now[1]):

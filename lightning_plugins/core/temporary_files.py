@@ -69,15 +69,15 @@ def _remove_unless_held(path: Path, grace: float) -> bool:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
         found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or time.time() - found.st_mtime < grace:
-            return False
-        # raises where the writer lives
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        # it may have been renamed meanwhile, and another one been put there
-        if not os.path.samestat(found, path.lstat()):
-            return False
-        path.unlink()
-        return True
+        left = stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime >= grace
+        if left:
+            # raises where the writer lives
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # it may have been renamed meanwhile, and another one been put there
+            left = os.path.samestat(found, path.lstat())
+        if left:
+            path.unlink()
+        return left
     finally:
         os.close(handle)
 

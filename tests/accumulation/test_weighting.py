@@ -136,6 +136,14 @@ def test_what_counts_can_be_pickled_in_a_fit():
 
 
 class TestCountCheck:
+    @pytest.mark.parametrize("total", [1, 0.25])
+    def test_one_item_has_been_counted(self, total):
+        check = CountCheck()
+        check.add_window(0)
+        assert not check.counted
+        check.add_window(total)
+        assert check.counted
+
     def test_stops_a_run_that_learns_nothing_before_its_epoch_ends(self):
         check = CountCheck()
         for _ in range(99):

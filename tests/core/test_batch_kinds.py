@@ -15,7 +15,7 @@ from lightning_plugins import Tokens
 from lightning_plugins.core.batches import SampleCounter, batch_length, look_up, split_batch
 from lightning_plugins.core.counting import counter
 from lightning_plugins.microbatching.merging import merge
-from tests.support.foreign_batches import Encoding, Frame, Graph, Graphs, Neighbors, Output
+from tests.support.foreign_batches import Encoding, Frame, Graph, Graphs, Neighbors, Output, Syntax
 
 
 def images(count, *, channels=3, same=False):
@@ -69,6 +69,8 @@ FOUR = {
     "texts as often as fields": {"x": zeros(4), "names": [["a", "b", "c", "d"], ["e", "f", "g", "h"]]},
     "two inputs": ((zeros(4, 2), zeros(4, 3)), (zeros(4, 2), zeros(4, 1))),
     "regression": [zeros(4, 3), zeros(4, 1)],
+    "three fields in a mapping": {"a": zeros(4), "b": zeros(4), "c": zeros(4)},
+    "settings, of which one is a class": {"x": zeros(4), "kind": Neighbors},
     "arrays": {"x": np.zeros((4, 2)), "y": np.zeros(4)},
     "nothing in a field": (zeros(4), None),
     "nothing in a list": [zeros(4), [None, None]],
@@ -137,6 +139,14 @@ def test_two_fields_of_a_batch_of_two_are_both_cut():
     assert [[tuple(field.shape) for field in piece] for piece in pieces] == [[(1, 4), (1, 1)]] * 2
 
 
+@pytest.mark.parametrize("count", [3, 2, 1])
+def test_two_fields_are_fields_whatever_the_loaders_batch_size(count):
+    """The last batch of a loader of two samples has one, and is no pair of samples."""
+    counter_of_two = SampleCounter(full=2)
+    assert counter_of_two([zeros(count, 4), zeros(count, 1)]) == count
+    assert counter_of_two.reading is None
+
+
 def test_as_many_fields_as_samples_have_one_number():
     counter_of_three = SampleCounter(full=3)
     assert counter_of_three([zeros(3, 4), zeros(3, 2), zeros(3, 1)]) == 3
@@ -179,7 +189,10 @@ UNCLEAR = {
     "pairs of image and class": ([(image, 3) for image in images(8)], "as 8 samples, .* or as fields of 3 samples"),
     "waveforms": ([zeros(1, 10 + index) for index in range(8)], "as 8 samples, .* or as fields of 1 samples"),
     "sequences": (UNSORTED, "disagree .* unless they are 4 samples"),
-    "images and masks": ((images(8), images(8, channels=1)), "unless they are 2 samples"),
+    "images and masks": (
+        (images(8), images(8, channels=1)),
+        "unless they are 2 samples",
+    ),
     "images and all their boxes": (
         {"image": images(8), "boxes": zeros(5, 4)},
         r"disagree on the number of samples: `batch\['boxes'\]` has 5, `batch\['image'\]\[0\]` has 3",
@@ -190,7 +203,7 @@ UNCLEAR = {
     ),
     "several loaders of like tensors": (
         {"a": [zeros(4, 2), zeros(4, 1)], "b": [zeros(6, 2), zeros(6, 1)]},
-        r"`batch\['a'\]\[0\]` has 4, .*`batch\['b'\]\[0\]` has 6",
+        r"`batch\['a'\]\[0\]` has 4, .*`batch\['b'\]\[0\]` has 6, .*`batch\['a'\]` is a list of 2",
     ),
     "loaders as dictionaries": (
         [{"x": zeros(4)}, {"x": zeros(6)}],
@@ -200,6 +213,7 @@ UNCLEAR = {
     "texts that disagree": ({"a": ["x", "y"], "b": ["z"]}, r"`batch\['a'\]` has 2, `batch\['b'\]` has 1"),
     "a graph": (GRAPHS[0], "the batch, a Graph, holds no tensor, array or list with a row per sample"),
     "nothing": ({}, "the batch, a dict, holds no tensor"),
+    "an object whose fields are no named tuple's": (Syntax(), "the batch, a Syntax, holds no tensor"),
 }
 
 

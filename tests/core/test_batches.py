@@ -137,6 +137,18 @@ class Holder:
         return "Holder"
 
 
+class Stored:  # as torch_geometric's graphs are: their fields lie in a store of their own
+    def keys(self):
+        return ["labels", 5]
+
+    def __getattr__(self, name):
+        if name == "labels":
+            return ROWS
+        raise AttributeError(name)
+
+    __repr__ = Holder.__repr__
+
+
 @dataclasses.dataclass(slots=True, repr=False)
 class Slotted:  # as darts' batches are: it has no `__dict__`
     image: int
@@ -154,8 +166,9 @@ class Slotted:  # as darts' batches are: it has no `__dict__`
         (Pair(0, ROWS), "label"),
         (Holder(), "labels"),
         (Slotted(0, ROWS), "label"),
+        (Stored(), "labels"),
     ],
-    ids=["mapping", "index", "index from the end", "named tuple", "attributes", "slots"],
+    ids=["mapping", "index", "index from the end", "named tuple", "attributes", "slots", "keys"],
 )
 def test_a_field_is_found(batch, key):
     assert look_up(batch, key) is ROWS
@@ -164,9 +177,11 @@ def test_a_field_is_found(batch, key):
 @pytest.mark.parametrize(
     ("batch", "key", "message"),
     [
+        ({}, "z", r"got 'z'\. This dict has: none that has a name\."),
         ({"x": 1, "y": 2}, "z", r"got 'z'\. This dict has: 'x', 'y'\."),
         ((1, 2), 2, r"got 2\. This tuple has: 0, 1\."),
         ((1, 2), "x", r"got 'x'\. This tuple has: only places, 0 to 1: give the number\."),
+        (Holder(), 0, r"got 0\. This Holder has: 'labels'\."),
         (Holder(), "label", r"got 'label'\. This Holder has: 'labels'\."),
         (Pair(1, 2), "text", r"got 'text'\. This Pair has: 'image', 'label'\."),
         (Slotted(1, 2), "text", r"got 'text'\. This Slotted has: 'image', 'label'\."),

@@ -125,9 +125,12 @@ def test_only_our_own_files_are_removed(tmp_path):
     (tmp_path / f".link.{token}.tmp").symlink_to(tmp_path / kept[0])
     (tmp_path / f".folder.{token}.tmp").mkdir()
     os.mkfifo(tmp_path / f".pipe.{token}.tmp")
-    before = sorted(tmp_path.iterdir())
+    for kind in ("folder", "pipe"):
+        aged(tmp_path / f".{kind}.{token}.tmp", 10**6)
+    before, opened = sorted(tmp_path.iterdir()), len(list(Path("/proc/self/fd").iterdir()))
     assert remove_abandoned(tmp_path) == remove_abandoned(tmp_path / "nowhere") == []
     assert sorted(tmp_path.iterdir()) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
 def test_a_link_to_nothing_is_not_written_through(tmp_path):

@@ -1,9 +1,12 @@
 """The length of a run: the arithmetic against a batch-by-batch simulation of Lightning's rule."""
 
+import math
+import types
+
 import pytest
 from hypothesis import given, strategies as st
 
-from lightning_plugins.core.run_length import AccumulationPlan, count_steps
+from lightning_plugins.core.run_length import AccumulationPlan, RunAhead, RunEnd, count_steps, run_ahead
 
 
 def simulate(plan, batches_per_epoch, epochs):
@@ -72,3 +75,68 @@ def test_goes_on_from_where_a_run_stands(epoch, batch, step):
 def test_a_long_run_is_counted_at_once():
     plan = AccumulationPlan(((0, 1), (10**6, 4)), unit="step")
     assert count_steps(plan, batches_per_epoch=10**9, epochs=10) == 10**6 + (10**10 - 10**6) // 4
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0.5, 2), (1, 4), (2.5, 10)])
+def test_the_steps_of_epochs_at_the_start_of_a_run(epochs, steps):
+    """Ten batches in windows of three: four steps an epoch."""
+    ahead = RunAhead(10, AccumulationPlan(((0, 3),)))
+    assert ahead.steps_of_epochs(epochs) == steps
+    assert ahead.as_state()["stands"] == [0, 0, 0]
+
+
+def test_the_steps_of_epochs_that_are_alike_are_exact():
+    """A sum of 10 and 0.15 times 10 is below 11.5 in floating point, which would be rounded down."""
+    assert RunAhead(10, AccumulationPlan(((0, 1),))).steps_of_epochs(1.15) == 1.15 * 10 == 11.5
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps"), [(AccumulationPlan(((0, 1), (1, 5))), 12), (AccumulationPlan(((0, 3),), carry=True), 7)]
+)
+def test_the_steps_of_epochs_that_are_not_alike(plan, steps):
+    """Ten steps and two; twenty batches in windows of three that go on in the next epoch."""
+    assert RunAhead(10, plan).steps_of_epochs(2) == steps
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "limit", "total"),
+    [(10, 3, None, 30), (10, 3, 7, 7), (10, 3, 70, 30), (None, 3, 7, 7), (None, 3, None, None), (10, None, 7, 7)],
+)
+def test_a_run_ends_with_its_epochs_or_its_steps(batches, epochs, limit, total):
+    assert RunAhead(batches, AccumulationPlan(((0, 1),))).total_steps(RunEnd(epochs, limit)) == total
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 3.5), (1, 7), (1.5, 9.5), (3, 17)])
+def test_the_steps_of_epochs_of_a_run_that_was_another_before(epochs, steps):
+    """Seven steps in the first epoch, five in each one ahead."""
+    assert RunAhead(10, AccumulationPlan(((0, 2),)), epoch=1, batch=0, step=7).steps_of_epochs(epochs) == steps
+
+
+@pytest.mark.parametrize(
+    ("batches", "is_last", "after_batch", "over"),
+    [
+        (10, False, False, 3),
+        (10, True, False, 10),
+        (math.inf, True, False, 3),
+        (10, False, True, 4),
+        (5, False, True, 4),
+        (4, False, True, 0),
+    ],
+)
+def test_a_resumed_run_stands_where_lightnings_loop_begins(batches, is_last, after_batch, over):
+    """Three batches are complete; a checkpoint that a batch's end wrote lies one before its own."""
+    progress = types.SimpleNamespace(current=types.SimpleNamespace(completed=3), is_last_batch=is_last)
+    loop = types.SimpleNamespace(restarting=True, restarted_on_train_batch_end=after_batch, batch_progress=progress)
+    trainer = types.SimpleNamespace(
+        fit_loop=types.SimpleNamespace(epoch_loop=loop),
+        num_training_batches=batches,
+        train_dataloader=None,
+        callbacks=[],
+        accumulate_grad_batches=1,
+        current_epoch=0,
+        global_step=3,
+    )
+    assert run_ahead(trainer).batch == over
+    assert run_ahead(trainer, 6).batch == 6
+    loop.restarting = False
+    assert run_ahead(trainer).batch == 0

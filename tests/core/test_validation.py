@@ -62,6 +62,25 @@ def test_a_message_shows_any_value_in_one_short_line(value):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("values", [9_999, 10_000])
+def test_the_values_of_a_long_list_are_not_asked_how_they_look(values):
+    class Asked:
+        def __repr__(self):
+            raise AssertionError
+
+    assert shown([Asked()] * values) == "a list that is too large to show"
+
+
+def test_nor_is_a_long_text_in_a_list():
+    class Asked(str):
+        __slots__ = ()
+
+        def __repr__(self):
+            raise AssertionError
+
+    assert shown([Asked("x" * 10_000_000)]) == "a list that is too large to show"
+
+
 def test_lists_that_hold_themselves_are_shown():
     cyclic = [1]
     cyclic.append(cyclic)
@@ -69,5 +88,13 @@ def test_lists_that_hold_themselves_are_shown():
 
 
 def test_ordinary_values_are_shown_as_they_are():
-    for value in ("5%", 0.1, ["a", {"b": (1, None)}], {"x": {1}}, Pair(1, "a"), collections.OrderedDict(a=1)):
+    for value in (
+        "5%",
+        0.1,
+        ["x" * 100],
+        ["a", {"b": (1, None)}],
+        {"x": {1}},
+        Pair(1, "a"),
+        collections.OrderedDict(a=1),
+    ):
         assert shown(value) == repr(value)

@@ -296,6 +296,28 @@ def test_what_torch_writes_is_read_as_torch_reads_it(tmp_path, zipped):
         assert found.foreign == []
 
 
+ORDINARY = [
+    [*(1, -1, 2**31, -(2**70), True, False, None, 0.5, "", "\u00e9" * 300, b"\xff" * 300, 2 + 3j), bytearray(b"ab")],
+    [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], [[]], {}, {"a": {"b": 1}}, {1: 2, "c": (None,)}],
+    [set(), {1}, {1, "a"}, {"a": {3}, "b": [{4, 5}]}],
+    [collections.OrderedDict(a=1, b=[2]), collections.Counter("aab")],
+    # what older protocols write as calls of their classes, which torch takes as little
+    [frozenset(), frozenset({1, 2}), b"", bytearray()],
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "protocol"), [(one, n) for one in ORDINARY for n in range(4 if one is ORDINARY[-1] else 2, 6)]
+)
+def test_ordinary_values_are_read_as_pickle_reads_them(content, protocol):
+    shared = [content, content, {"again": content}]
+    found = unpickle(p.dumps(shared, protocol))
+    assert found.content == p.loads(p.dumps(shared, protocol))
+    assert [*map(type, found.content[0][:12])] == [dict if isinstance(v, dict) else type(v) for v in content[:12]]
+    assert found.content[0] is found.content[1] is found.content[2]["again"]
+    assert (found.foreign, found.storages) == ([], {})
+
+
 class Settings:
     """An object of a user's that torch is told to be safe."""
 

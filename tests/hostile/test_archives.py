@@ -7,6 +7,7 @@ import warnings
 import zipfile
 
 import pytest
+import torch
 
 from lightning_plugins import average_checkpoints, extract_weights
 from lightning_plugins.core.stand_ins import UnreadableError
@@ -52,6 +53,20 @@ def zeros(archive, key):
     return file.getvalue()
 
 
+def saved():
+    """Return an archive of torch's own, which has a directory as large archives have them."""
+    file = io.BytesIO()
+    torch.save({"w": torch.ones(4)}, file)
+    return file.getvalue()
+
+
+def with_place(content, shift):
+    """Return an archive whose large directory is said to lie elsewhere."""
+    at = content.rindex(b"PK\x06\x07") + 8
+    return content[:at] + struct.pack("<Q", struct.unpack("<Q", content[at : at + 8])[0] + shift) + content[at + 8 :]
+
+
+SAVED = saved()
 WHOLE = op.archive(GOOD, VALUES)
 ARCHIVES = {
     "a deflated pickle": op.archive(GOOD, VALUES, compression=zipfile.ZIP_DEFLATED),
@@ -83,6 +98,8 @@ ARCHIVES = {
     "the end alone": with_end(WHOLE)[-22:],
     "a start alone": b"PK\x03\x04",
     "no entries": entries(),
+    "a large directory without its mark": patched(SAVED, b"PK\x06\x06", b"PK\x06\x00"),
+    "a large directory elsewhere": with_place(SAVED, -1),
     "tensors that lie on each other": None,
 }
 
@@ -128,6 +145,7 @@ def test_the_archive_that_the_others_are_made_from_is_taken(tmp_path):
     assert load(path, trust=False)["state_dict"]["w"].tolist() == [1, 2, 3, 4]
     assert with_end(WHOLE) == WHOLE
     assert load_bytes(WHOLE)["global_step"] == 1
+    assert load_bytes(with_place(SAVED, 0))["w"].tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -149,3 +167,16 @@ def test_an_old_file_that_lies_is_refused(tmp_path, content):
         average_checkpoints([path, path.with_name("2.pt")])
     with bounded(10, 1), pytest.raises(UnreadableError):
         load(path, trust=False)
+
+
+def test_an_old_file_has_room_for_its_storages_behind_its_pickles(tmp_path):
+    """What is stored is a length of eight bytes and four numbers: less than seven numbers."""
+    path = op.write(tmp_path / "1.pt", op.legacy(op.tensor(count=7), storages=struct.pack("<Q", 4) + op.FOUR))
+    with pytest.raises(UnreadableError, match="it is cut off: a tensor is longer than what is stored of it"):
+        load(path, trust=False)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_without_tensors_is_read(tmp_path, zipped):
+    torch.save({"global_step": 5}, tmp_path / "1.pt", _use_new_zipfile_serialization=zipped)
+    assert load(tmp_path / "1.pt", trust=False) == {"global_step": 5}

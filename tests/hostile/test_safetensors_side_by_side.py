@@ -46,6 +46,7 @@ REFUSED = {
     "a size with a decimal point": ('{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}', 8),
     "a size with an exponent": ('{"a": {"dtype": "F32", "shape": [2e0], "data_offsets": [0, 8]}}', 8),
     "a truth value for a size": ('{"a": {"dtype": "I8", "shape": [true], "data_offsets": [0, 1]}}', 1),
+    "a size beyond the largest": ({"a": {**F32, "shape": [0, 2**63], "data_offsets": [0, 0]}}, 0),
     "a negative zero": ('{"a": {"dtype": "F32", "shape": [0], "data_offsets": [-0, 0]}}', 0),
     "NaN": ('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', 8),
     "half a character": (f'{{"\\ud800": {TEXT}}}', 8),
@@ -66,6 +67,8 @@ TAKEN = {
     "no tensors": ({}, 0),
     "no tensors, but metadata": ({"__metadata__": {"": ""}}, 0),
     "empty tensors": ({"a": {**F32, "shape": [0], "data_offsets": [0, 0]}, "b": F32}, 8),
+    "the largest size": ({"a": {**F32, "shape": [0, 2**63 - 1], "data_offsets": [0, 0]}}, 0),
+    "sixty-four dimensions": ({"a": {"dtype": "F32", "shape": [1] * 64, "data_offsets": [0, 4]}}, 4),
     "a scalar": ({"a": {"dtype": "F64", "shape": [], "data_offsets": [0, 8]}}, 8),
     "another order of names": ({"b": NEXT, "a": F32}, 16),
     "numbers of eight bits": (
@@ -131,14 +134,27 @@ def test_lengths_that_lie(tmp_path, length):
         assert (reference(path), ours(path)) == (None, None)
 
 
+def test_a_length_of_eight_bytes_counts_with_its_last_one(tmp_path):
+    path = write(tmp_path / "x.safetensors", {"a": F32}, 8, len(json.dumps({"a": F32})) + 2**56)
+    assert (reference(path), ours(path)) == (None, None)
+
+
+def test_a_file_that_ends_within_its_header_is_cut_off(tmp_path):
+    path = write(tmp_path / "x.safetensors", {"a": F32}, 8)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UnreadableError, match=r"^it is cut off, or no"):
+        read_header(path)
+
+
 @pytest.mark.parametrize("size", range(8))
 def test_files_too_short_for_a_length(tmp_path, size):
     (tmp_path / "x.safetensors").write_bytes(bytes(size))
     assert (reference(tmp_path / "x.safetensors"), ours(tmp_path / "x.safetensors")) == (None, None)
 
 
-def test_a_hundred_thousand_dimensions_end(tmp_path):
-    header = {"a": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}
+@pytest.mark.parametrize("dimensions", [65, 100_000])
+def test_a_hundred_thousand_dimensions_end(tmp_path, dimensions):
+    header = {"a": {"dtype": "F32", "shape": [1] * dimensions, "data_offsets": [0, 4]}}
     with bounded(10, 1):
         assert ours(write(tmp_path / "x.safetensors", header, 4)) is None
 

@@ -6,10 +6,12 @@
 import io
 import pickle
 import random
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -21,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from lightning_plugins import average_checkpoints
 from lightning_plugins.checkpoints import CheckpointError
-from lightning_plugins.core.sharded_directory import covers
+from lightning_plugins.core.sharded_directory import ShardedTensors, _Slice, covers
 from lightning_plugins.core.stand_ins import UnreadableError
 from tests.support import counts
 from tests.support.damage import bounded
@@ -77,6 +79,61 @@ def write(folder, boxes, *, dtype=None, change=None, file="__0_0.distcp"):
 def test_a_division_is_put_together(tmp_path, boxes):
     paths = write(tmp_path / "one", boxes), write(tmp_path / "other", [((0, 0), (4, 6))])
     assert torch.equal(average_checkpoints(paths)["w"], WHOLE)
+
+
+def test_an_index_without_a_plan_names_its_tensors_by_what_stands_behind_the_first_dot(tmp_path):
+    state = {"layer.w": torch.ones(2), "layer._extra_state": 2}
+    with warnings.catch_warnings():  # that there is one process
+        warnings.simplefilter("ignore")
+        dcp.save({"state_dict": state, "epoch": 3}, checkpoint_id=tmp_path, no_dist=True)
+    index = pickle.loads((tmp_path / ".metadata").read_bytes())
+    index.planner_data = None
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    found = ShardedTensors(tmp_path, {"state_dict"})
+    assert found.extras == {"layer._extra_state": 2}
+    assert list(found.specs) == ["layer.w"]
+    assert found.tensor("layer.w").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("place", "names"),
+    [
+        (("state_dict", "v"), ["v"]),
+        (("state_dict", "layers", 0, "v"), ["layers.0.v"]),
+        (("optimizer", "w"), []),
+        # no places: the tensor's own name tells
+        (("state_dict",), ["w"]),
+        (("state_dict", None), ["w"]),
+        ("state_dict.v", ["w"]),
+    ],
+)
+def test_a_tensor_is_called_as_the_plan_says(tmp_path, place, names):
+    path = write(
+        tmp_path / "one", QUARTERS, change=lambda metadata: metadata.planner_data.update({"state_dict.w": place})
+    )
+    assert list(ShardedTensors(path, {"state_dict"}).specs) == names
+
+
+def test_a_part_of_a_file_is_read_as_a_file_of_its_own():
+    part, alone = _Slice(io.BytesIO(bytes(range(20))), 5, 10), io.BytesIO(bytes(range(5, 15)))
+    for move in (
+        lambda file: file.read(0),
+        lambda file: file.read(3),
+        lambda file: file.tell(),
+        lambda file: file.seek(-1, io.SEEK_CUR),
+        lambda file: file.read(4),
+        lambda file: file.seek(-4, io.SEEK_END),
+        lambda file: file.read(9),
+        lambda file: file.read(1),
+        lambda file: file.seek(2),
+        lambda file: file.read(None),
+        lambda file: file.seek(8),
+        lambda file: file.read(),
+        lambda file: file.seek(12),
+        lambda file: file.read(1),
+        lambda file: (file.seekable(), file.readable(), file.writable()),
+    ):
+        assert move(part) in {move(alone), (True, True, False)}
 
 
 def places(metadata):

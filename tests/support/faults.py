@@ -76,7 +76,9 @@ def _constant(node: ast.Constant) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _call(node: ast.Call) -> Iterator[tuple[str, ast.AST]]:
-    if len(node.args) == 2 and not any(isinstance(argument, ast.Starred) for argument in node.args):
+    # of two numbers the larger and the smaller are the same in either order
+    either = isinstance(node.func, ast.Name) and node.func.id in {"max", "min"}
+    if len(node.args) == 2 and not either and not any(isinstance(argument, ast.Starred) for argument in node.args):
         yield "arguments swapped", ast.Call(node.func, node.args[::-1], node.keywords)
 
 

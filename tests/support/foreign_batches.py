@@ -108,3 +108,12 @@ class Neighbors:
 
     nodes: torch.Tensor
     batch_size: int
+
+
+class Syntax:
+    """A node of a syntax tree, as Python's ``ast`` has them: its ``_fields`` are no named tuple's."""
+
+    _fields = ("left", "right")
+
+    def __init__(self):
+        self.left = self.right = torch.zeros(4)

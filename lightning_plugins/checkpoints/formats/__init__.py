@@ -18,7 +18,7 @@ from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.zero_directory import is_deepspeed_directory
 
 
-def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, trust: bool) -> Checkpoint:
     """Open a checkpoint of any format; tensors are not read yet.
 
     Args:

@@ -1,0 +1,89 @@
+"""What a rank does with its shares of tensors, against closed forms, in one process."""
+
+import weakref
+
+import pytest
+import torch
+
+from lightning_plugins.core.flat_shards import FlatShard
+from lightning_plugins.core.sharding import reshard
+
+
+@pytest.fixture
+def two_alike(monkeypatch):
+    """Two ranks that hold the same, so that a sum over them is twice what this one has."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group=None: tensor.mul_(2))
+
+
+class Record:
+    """What FSDP1 keeps of a flat parameter."""
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+
+class Part(torch.Tensor):
+    """A rank's part of a parameter, whose gradient has the shape of the whole while a window is open."""
+
+    grad = None
+
+
+PART = torch.tensor([1.0, 2.0, 3.0])
+# the part is the elements from the second on
+PLACED = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+OWN = torch.arange(8.0).view(2, 4)
+
+
+def shard_of(flat):
+    handle = Record(flat_param=flat)
+    shard = FlatShard(OWN.shape, 1, 2, weakref.ref(handle), torch.device("cpu"), None)
+    return shard, handle
+
+
+def test_a_share_lies_where_it_was_cut_from(two_alike):
+    shard, _ = shard_of(None)
+    assert torch.equal(shard.gather(PART), 2 * PLACED)
+    assert torch.equal(shard.scatter(PLACED, 3), PART)
+
+
+WINDOWS = {
+    "no gradient yet": (None, None, None, 0 * OWN),
+    "a window is over": (None, PART, None, 8 * PLACED),
+    "the first window is open": (OWN, OWN, None, 2 * OWN),
+    "the first window is open, without a batch that reached it": (OWN, None, None, 0 * OWN),
+    "a later window is open": (OWN, OWN, torch.cat([torch.ones(2), PART, torch.ones(2)]), 2 * OWN + 8 * PLACED),
+    "this rank's gradient is that of the shard": (PART, PART, None, 8 * PLACED),
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_gradient_is_the_sum_over_the_ranks(two_alike, window):
+    """The mean over four ranks, of which two have a share, is a quarter of their sum."""
+    gathered, gradient, saved, expected = WINDOWS[window]
+    shard, handle = shard_of(Record(grad=gathered, _unpadded_unsharded_size=OWN.shape, _saved_grad_shard=saved))
+    parameter = torch.zeros(3).as_subclass(Part)
+    parameter.grad = gradient
+    assert handle
+    assert torch.equal(shard.gradient(parameter, 4), expected)
+
+
+def test_only_what_fsdp_has_made_is_given_back_to_its_shards():
+    called = []
+
+    class Sharded(torch.nn.Module):
+        def unshard(self):
+            called.append("unshard")
+
+        def reshard(self):
+            called.append("reshard")
+
+    class Own(torch.nn.Module):
+        def reshard(self):
+            called.append("a function of the user's")
+
+    class Half(torch.nn.Module):
+        def unshard(self):
+            called.append("unshard")
+
+    reshard(torch.nn.Sequential(Own(), Half(), Sharded()))
+    assert called == ["reshard"]
