@@ -142,7 +142,7 @@ class CarriedWindows:
         loaded, self._loaded, self.stepped = self._loaded, None, False
         if loaded is not None and loaded["gradients"] is None:
             raise ValueError(
-                "The gradients of a carried window must lie beside the checkpoint, in its folder "
+                "`gradients` of a carried window must lie beside the checkpoint, in its folder "
                 f"{SECOND_SETS_FOLDER}, but it was put together from a directory without it. Resume from the "
                 "directory, or from an epoch whose last window was full."
             )

@@ -81,10 +81,11 @@ class Callback(CallbackOfBoth):
     # -- hooks, in the order in which they fire
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look up the foreign names that are needed, refuse a second one of its key, and take the place in the order.
+        """Look up the foreign names that are needed, refuse a second one, and take the place in the order.
 
         Raises:
-            MisconfigurationException: If the Trainer has two callbacks whose states a checkpoint could not tell apart.
+            MisconfigurationException: If the Trainer has two callbacks whose states a checkpoint could not tell apart,
+                or one callback twice.
         """
         check_names(trainer, _technique(type(self)))
         self._refuse_twin(trainer.callbacks)  # type: ignore[attr-defined]
@@ -98,6 +99,10 @@ class Callback(CallbackOfBoth):
 
     def _refuse_twin(self, callbacks: list[Any]) -> None:
         stateless = type(self).get_state is Callback.get_state and type(self).state_dict is Callback.state_dict
+        if stateless and sum(found is self for found in callbacks) > 1:
+            raise MisconfigurationException(
+                f"A callback must be in a Trainer once, got the same {type(self).__name__} twice. Remove one."
+            )
         if stateless or [getattr(found, "state_key", "") for found in callbacks].count(self.state_key) < 2:
             return
         arguments = [f"`{name}`" for name in self._told_apart_by if name in inspect.signature(type(self)).parameters]

@@ -51,6 +51,13 @@ def test_bad_arguments():
         on_events("never")
 
 
+def test_one_callback_cannot_be_in_a_trainer_twice(tmp_path):
+    callback = EventCallback(a_function)
+    with pytest.raises(MisconfigurationException, match="must be in a Trainer once, got the same EventCallback twice"):
+        make_trainer(tmp_path, callbacks=[callback, callback]).fit(make_module(), loader(2))
+    make_trainer(tmp_path, callbacks=[callback, EventCallback(a_function)]).fit(make_module(), loader(2))
+
+
 def test_events_are_given_by_member_value_or_name():
     callback = EventCallback(a_function, events=["batchEnd", "EPOCH_END", Event.BATCH_END])
     assert callback.events == (Event.BATCH_END, Event.EPOCH_END)
