@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import time
 import warnings
@@ -147,13 +148,15 @@ def test_a_row_writes_its_own_bytes_and_no_more(monkeypatch):
     assert max(written[1:]) <= len("1,2000,0.5\n")
 
 
-def test_a_directory_that_vanishes_during_training_costs_a_warning():
+def test_a_directory_that_vanishes_during_training_costs_a_warning_and_its_rows():
     class Vandal(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            Path("logs/log.csv").unlink(missing_ok=True)
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                shutil.rmtree("logs")
 
-    with pytest.warns(LightningPluginsWarning, match="log.csv was moved or replaced during the run"):
+    with pytest.warns(LightningPluginsWarning, match="log.csv was deleted during the run: a new file has the rows"):
         fit([CSVStatisticsLogger("logs/log.csv"), Vandal()])
+    assert {row["epoch"] for row in read(Path("logs/log.csv"))} == {"2"}
 
 
 @pytest.mark.parametrize("first", ["csv", "tensorboard"])
