@@ -54,9 +54,12 @@ def checkpoint_folder(trainer: Any, checkpoint: Any) -> str:
 
 
 def wait_for_files(trainer: Any) -> None:
-    """Wait for checkpoints that are written in the background, as AsyncCheckpointIO does.
+    """Wait for checkpoints that Lightning's AsyncCheckpointIO writes in the background.
 
-    It is how Lightning waits for them, a moment later, when the fit has ended; it reports there what went wrong.
+    Its teardown waits, and a later save begins anew; Lightning calls it a moment later and reports what went wrong.
+    That of another IO may let go of what later saves need.
     """
-    with contextlib.suppress(Exception):
-        trainer.strategy.checkpoint_io.teardown()
+    io = trainer.strategy.checkpoint_io
+    if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(io).__mro__):
+        with contextlib.suppress(Exception):
+            io.teardown()

@@ -86,6 +86,24 @@ def test_files_that_are_still_being_written_in_the_background_are_waited_for(tmp
     assert sources(averaging.path) == [tmp_path / f"epoch={epoch}.ckpt" for epoch in range(2)]
 
 
+def test_what_writes_files_is_not_closed_before_the_last_one(tmp_path):
+    calls = []
+
+    class Connected(NAMESPACES["lightning.pytorch"].plugins.io.TorchCheckpointIO):
+        def save_checkpoint(self, *args, **kwargs):
+            calls.append("save")
+            super().save_checkpoint(*args, **kwargs)
+
+        def teardown(self):
+            calls.append("close")
+
+    callbacks = [CheckpointAveraging(last=2), model_checkpoint(tmp_path, save_top_k=-1, save_last=True)]
+    trainer(tmp_path, callbacks=callbacks, plugins=[Connected()], max_epochs=2).fit(Regressor(), loader(), **VALIDATION)
+    assert "save" in calls
+    assert "close" not in calls[:-1]
+    assert callbacks[0].path is not None
+
+
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_the_best_files_are_averaged_by_the_record_of_model_checkpoint(tmp_path, mode):
     averaging = CheckpointAveraging(best=2)
