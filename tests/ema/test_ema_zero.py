@@ -290,3 +290,8 @@ def test_the_command_line_opens_such_directories(ranks, tmp_path, capsys):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match=r"is a directory of DeepSpeed\. .*--weights raw --trust --output FILE.pt"):
         average_checkpoints([directory, deepspeed_directory(tmp_path / "other")])
+
+
+def test_a_run_without_zero_has_nothing_to_read():
+    trainer = SimpleNamespace(strategy=SimpleNamespace(), ckpt_path="a directory")
+    assert ZeroSaves("ema").read(trainer, nn.Linear(1, 1)) is None

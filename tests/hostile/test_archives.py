@@ -140,6 +140,14 @@ def test_an_archive_that_torch_could_not_have_written_is_refused(tmp_path, name)
             assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["a longer directory", "a large directory without its mark", "a large directory elsewhere"]
+)
+def test_a_directory_that_cannot_be_right_is_not_read(name):
+    with pytest.raises(UnreadableError, match="its directory is damaged"):
+        load_bytes(ARCHIVES[name])
+
+
 def test_the_archive_that_the_others_are_made_from_is_taken(tmp_path):
     path = op.write(tmp_path / "1.ckpt", WHOLE)
     assert load(path, trust=False)["state_dict"]["w"].tolist() == [1, 2, 3, 4]
