@@ -32,8 +32,14 @@ class MeetingPlace:
     def __enter__(self) -> MeetingPlace:
         """Answer from now on. Fork before: it takes a thread."""
         listening = os.dup(self._socket.fileno())
+        # with libuv, torch 2.6 cannot take a socket that is there
         self._store = TCPStore(
-            "127.0.0.1", self.port, is_master=True, wait_for_workers=False, master_listen_fd=listening
+            "127.0.0.1",
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listening,
+            use_libuv=False,
         )
         return self
 
