@@ -85,7 +85,7 @@ def test_an_index_without_a_plan_names_its_tensors_by_what_stands_behind_the_fir
     state = {"layer.w": torch.ones(2), "layer._extra_state": 2}
     with warnings.catch_warnings():  # that there is one process
         warnings.simplefilter("ignore")
-        dcp.save({"state_dict": state, "epoch": 3}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.save({"state_dict": state, "epoch": 3}, checkpoint_id=tmp_path)
     index = pickle.loads((tmp_path / ".metadata").read_bytes())
     index.planner_data = None
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
