@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_plugins.accumulation.carried_windows import CarriedWindows
-from lightning_plugins.accumulation.weighting import Window, scale, scale_gradients, weigh_backward
-from lightning_plugins.accumulation.windows import batches_for, plan_changes
+from lightning_plugins.accumulation.weighting import Window, first_gradient, scale, scale_gradients, weigh_backward
+from lightning_plugins.accumulation.windows import batches_for, describe, plan_changes
 from lightning_plugins.accumulation.zero_windows import ZeroWindows
-from lightning_plugins.core.automatic_optimization import check_automatic
+from lightning_plugins.core.automatic_optimization import check_automatic, overrides
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.counting import Count, CountCheck, CountedBy, as_count, counter, wide
 from lightning_plugins.core.distributed_sets import put_beside, refuse_cut_off
@@ -36,7 +37,8 @@ class GradientAccumulation(Callback):
     Lightning divides every loss by the number of batches and averages ranks, which is right only if all batches of
     all ranks hold equally many items and the window is full. Here every item counts the same: with batches of unequal
     size, a short window at an epoch's end, unequal token counts, fully masked batches, and ranks that differ. The
-    optimizer, gradient clipping and every hook after ``on_before_optimizer_step`` of this callback see that gradient.
+    optimizer, gradient clipping and every ``on_before_optimizer_step`` see that gradient, also where the module's
+    ``optimizer_step`` steps in a way of its own.
     The formula is in :mod:`lightning_plugins.accumulation.weighting`. Equal, full windows are bit-identical to
     ``Trainer(accumulate_grad_batches=...)``.
 
@@ -44,8 +46,8 @@ class GradientAccumulation(Callback):
     ``outputs["loss"]`` stay what Lightning makes of them (the latter divided by the number of batches).
 
     When:
-        Each batch's loss is weighted in ``on_before_backward``; the gradient is complete in
-        ``on_before_optimizer_step``, before any other callback here, clipping and the optimizer see it.
+        Each batch's loss is weighted in ``on_before_backward``; the gradient is complete when the closure of the
+        window's last batch returns, before any callback's ``on_before_optimizer_step``, clipping and the optimizer.
 
     Checkpoint:
         The number that weights are relative to; with ``carry=True`` also the place, the count and the gradients of an
@@ -80,7 +82,8 @@ class GradientAccumulation(Callback):
         ValueError: If a number is below 1, ``schedule`` lacks step 0 or ``count`` is another string; during the run if
             ``count`` returns a negative number, only zeros, or cannot read the batch.
         MisconfigurationException: At setup: manual optimization, ``Trainer(accumulate_grad_batches=...)`` or another
-            callback that sets it, LBFGS, an untested strategy, or an effective batch size that no window has.
+            callback that sets it, LBFGS, an untested strategy, or an effective batch size that no window has; during
+            the run if the module's ``optimizer_zero_grad`` does not zero.
 
     Example:
         >>> GradientAccumulation(effective_batch_size=256).effective_batch_size
@@ -118,6 +121,11 @@ class GradientAccumulation(Callback):
         self._count: Count = 0
         self._counted = False
         self._weight: Count = 1
+        # what the gradients of a complete window were multiplied by
+        self._factor: Count | None = None
+        # whether the module zeroes gradients in a way of its own, and what one of them was before it did
+        self._zeroes_itself = False
+        self._before_zeroing: tuple[int, int] | None = None
         self._plan: AccumulationPlan | None = None
         self._scheduled = False
         self._holds = False
@@ -171,6 +179,9 @@ class GradientAccumulation(Callback):
         rank_zero_info(f"GradientAccumulation: {self._describe(trainer)}.")
         trainer.accumulate_grad_batches = self._batches_now(trainer)
         self._window.total = 0
+        self._zeroes_itself = overrides(pl_module, "optimizer_zero_grad")
+        automatic = trainer.fit_loop.epoch_loop.automatic_optimization
+        self.patches.wrap(automatic, "_optimizer_step", partial(self._optimizer_step, trainer))
         try:
             self._zero = ZeroWindows.take_over(trainer, self.patches)
         except ValueError as error:
@@ -189,17 +200,20 @@ class GradientAccumulation(Callback):
             self._begin_scheduled(trainer, pl_module, batch_idx)
         if self._zero is not None:
             self._zero.next_batch(trainer)
-        self._count, self._counted = self._counter(batch), False
+        self._count, self._counted, self._factor = self._counter(batch), False, None
         if self._window.reference is None:
             self._window.reference = _reference(trainer, self._count)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin the window anew: what was counted before is not in the gradients any more."""
-        self._window.total = 0
-        self._counted = False
+        self._window.total, self._counted, self._factor = 0, False, None
+        if self._zeroes_itself:
+            self._before_zeroing = first_gradient(_parameters(trainer))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the backward by the batch's count; a batch that runs in pieces has several."""
+        if self._before_zeroing is not None:
+            self._check_zeroed(trainer, pl_module)
         # counted here, since a `training_step` that returned None must not count
         if not self._counted:
             self._counted = True
@@ -207,32 +221,11 @@ class GradientAccumulation(Callback):
             if isinstance(self._count, Tensor):
                 self._check.add_batch(self._count)
         weight = self._weight
+        if self._factor is not None:
+            # the window is complete: an optimizer that runs the closure again adds to a gradient that is multiplied
+            weight = weight * self._factor
         if isinstance(weight, Tensor) or weight != 1:
             weigh_backward(loss, weight)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Turn the window's gradient into that of the mean over all its items."""
-        zero = self._zero
-        if zero is not None and not zero.ends:
-            # Lightning asks DeepSpeed for a step after every batch
-            return
-        # ranks that share a batch count it each, and are counted each
-        total, ranks = self._window.total, trainer.world_size
-        if ranks > 1:
-            total = _sum(trainer, total)
-        divisor = trainer.accumulate_grad_batches * (1 if zero is None else zero.divisor)
-        factor = self._window.factor(total, batches=divisor, ranks=ranks)
-        # equal, full windows pay nothing
-        if isinstance(factor, Tensor) or factor != 1:
-            if zero is not None:
-                scale(zero.gradients(), factor)
-            else:
-                parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-                scale_gradients(parameters, factor)
-        if not self._check.counted:
-            self._check.add_window(total)
-        if self._carried is not None:
-            self._carried.stepped = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the counts that were left on the device."""
@@ -290,6 +283,43 @@ class GradientAccumulation(Callback):
 
     # what the hooks are made of
 
+    def _optimizer_step(self, trainer: Trainer, original: Any, batch_idx: int, closure: Callable[..., Any]) -> None:
+        """Complete the gradient in the closure: a module's ``optimizer_step`` may leave out the hook before a step."""
+        original(batch_idx, partial(self._run_last_batch, trainer, closure))
+
+    def _run_last_batch(self, trainer: Trainer, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the closure, and turn the window's gradient into that of the mean over all its items."""
+        result = closure(*args, **kwargs)
+        zero = self._zero
+        # Lightning asks DeepSpeed for a step after every batch
+        if self._factor is not None or (zero is not None and not zero.ends):
+            return result
+        # ranks that share a batch count it each, and are counted each
+        total, ranks = self._window.total, trainer.world_size
+        if ranks > 1:
+            total = _sum(trainer, total)
+        divisor = trainer.accumulate_grad_batches * (1 if zero is None else zero.divisor)
+        factor = self._factor = self._window.factor(total, batches=divisor, ranks=ranks)
+        # equal, full windows pay nothing
+        if isinstance(factor, Tensor) or factor != 1:
+            if zero is not None:
+                scale(zero.gradients(), factor)
+            else:
+                scale_gradients(_parameters(trainer), factor)
+        if not self._check.counted:
+            self._check.add_window(total)
+        if self._carried is not None:
+            self._carried.stepped = True
+        return result
+
+    def _check_zeroed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        before, self._before_zeroing = self._before_zeroing, None
+        if before is not None and first_gradient(_parameters(trainer)) == before:
+            raise MisconfigurationException(
+                f"`optimizer_zero_grad` of {type(pl_module).__name__} has left the gradients of an earlier window, of "
+                f"which GradientAccumulation decides. Let it zero them, or accumulate without GradientAccumulation."
+            )
+
     def _load_data(self, trainer: Trainer, original: Callable[[], None]) -> None:
         """Load the training data, and set the window again if another loader has another batch size."""
         original()
@@ -308,8 +338,8 @@ class GradientAccumulation(Callback):
         batches = trainer.accumulate_grad_batches = self._batches_now(trainer)
         # Lightning zeroes gradients at multiples only; this window begins at a joint
         if batch_idx % batches:
+            self.on_before_zero_grad(trainer, pl_module, trainer.optimizers[0])
             pl_module.optimizer_zero_grad(trainer.current_epoch, batch_idx, trainer.optimizers[0])
-            self._window.total = 0
 
     def _batches_now(self, trainer: Trainer) -> int:
         plan = self.accumulation_plan(trainer)
@@ -344,16 +374,11 @@ class GradientAccumulation(Callback):
 
     def _describe(self, trainer: Trainer) -> str:
         changes = self.accumulation_plan(trainer).changes
-        size, ranks = loader_batch_size(trainer), data_ranks(trainer)
-        samples = f" of {size} samples" if size else ""
-        if ranks > 1:
-            samples += f" on each of {ranks} processes"
-        parts = []
-        for start, batches in changes:
-            part = f"{batches} {'batches' if batches > 1 else 'batch'}{samples} per optimizer step"
-            part += f" (effective batch size {batches * size * ranks})" if size else ""
-            parts.append(f"from step {start} on {part}" if len(changes) > 1 else part)
-        return "; ".join(parts)
+        return describe(changes, batch_size=loader_batch_size(trainer), ranks=data_ranks(trainer))
+
+
+def _parameters(trainer: Trainer) -> Iterator[Any]:
+    return (parameter for group in torch_optimizers(trainer)[0].param_groups for parameter in group["params"])
 
 
 def _sum(trainer: Trainer, count: Count) -> Count:

@@ -87,3 +87,14 @@ def scale(tensors: Iterable[Tensor], factor: Count) -> None:
             torch._foreach_mul_(gradients, factor.to(device=device, dtype=dtype))
         else:
             torch._foreach_mul_(gradients, factor)
+
+
+def first_gradient(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int] | None:
+    """Return the first gradient's identity and how often it was written to, ``None`` if there is no gradient.
+
+    Zeroing it in any way changes this. A new gradient at the same place is written to less often.
+    """
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            return id(gradient), gradient._version
+    return None

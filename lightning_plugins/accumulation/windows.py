@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_plugins.core.validation import shown, whole_number
 
@@ -59,3 +59,21 @@ def batches_for(effective_batch_size: int, *, batch_size: int, ranks: int) -> in
             f"got {effective_batch_size}. Take {nearest}, or another batch size in the loader."
         )
     return batches
+
+
+def describe(changes: Sequence[tuple[int, int]], *, batch_size: int | None, ranks: int) -> str:
+    """Return in words what a step is made of.
+
+    Example:
+        >>> describe([(0, 4)], batch_size=8, ranks=2)
+        '4 batches of 8 samples on each of 2 processes per optimizer step (effective batch size 64)'
+    """
+    samples = f" of {batch_size} samples" if batch_size else ""
+    if ranks > 1:
+        samples += f" on each of {ranks} processes"
+    parts = []
+    for start, batches in changes:
+        part = f"{batches} {'batches' if batches > 1 else 'batch'}{samples} per optimizer step"
+        part += f" (effective batch size {batches * batch_size * ranks})" if batch_size else ""
+        parts.append(f"from step {start} on {part}" if len(changes) > 1 else part)
+    return "; ".join(parts)

@@ -13,6 +13,11 @@ def draws_batches(pl_module: Any) -> bool:
     return "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
 
 
+def overrides(pl_module: Any, name: str) -> bool:
+    """Return whether the module has a method of its own in the place of Lightning's."""
+    return getattr(getattr(pl_module, name), "__qualname__", "") != f"LightningModule.{name}"
+
+
 def check_automatic(pl_module: LightningModule, technique: str) -> None:
     """Refuse manual optimization and a ``training_step`` that draws its batches by itself.
 

@@ -132,6 +132,8 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         (_EPOCH, "_should_accumulate", "a carried window does not end with an epoch"),
         (_EPOCH, "_num_ready_batches_reached", "the last window ends with the run"),
         (_AUTOMATIC, "_make_zero_grad_fn", "nor does it begin with one"),
+        (_AUTOMATIC, "_optimizer_step", "every way of stepping runs the closure that it is given"),
+        ("torch.Tensor", "_version", "whether a gradient was zeroed"),
         (f"{_EPOCH}.batch_progress.total", "started", "batches that have a place in a window"),
         ("torch", "_foreach_mul_", "one kernel scales all gradients"),
     ),
