@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_plugins.checkpoints.average_plan import size_on_disk
 from lightning_plugins.checkpoints.formats import open_checkpoint
-from lightning_plugins.checkpoints.record import read_record
+from lightning_plugins.checkpoints.record import read_records
 from lightning_plugins.checkpoints.selection import found_in
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.validation import plain_value
@@ -51,18 +51,18 @@ def describe_weights(path: str | Path, *, trust: bool = False) -> dict[str, Any]
     }
 
 
-def describe_directory(path: str | Path) -> list[dict[str, Any]]:
+def describe_directory(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return what each checkpoint in a directory says of itself, in the order of steps; no weights are read.
 
     Returns:
-        For each ``path``, ``file_bytes``, ``epoch``, ``global_step``, ``score``, and ``mean``: whether it is one.
+        For each ``path``, ``file_bytes``, ``epoch``, ``global_step``, ``score``, and ``mean``: whether it is one. Then
+        a line for each that cannot be read.
 
     Raises:
-        OSError: If it cannot be opened.
-        ValueError: If a file is damaged.
+        OSError: If the directory cannot be opened.
     """
-    records = sorted(map(read_record, found_in(Path(path))), key=lambda one: (one.step is None, one.step or 0))
-    return [
+    records, faults = read_records(found_in(Path(path)))
+    found = [
         {
             "path": str(record.path),
             "file_bytes": size_on_disk(record.path),
@@ -71,5 +71,6 @@ def describe_directory(path: str | Path) -> list[dict[str, Any]]:
             "score": record.score,
             "mean": record.manifest is not None,
         }
-        for record in records
+        for record in sorted(records, key=lambda one: (one.step is None, one.step or 0))
     ]
+    return found, list(faults.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_plugins.core.checkpoint_file import CheckpointError, unreadable
 from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.stand_ins import StoredTensor, UnreadableError
-from lightning_plugins.core.torch_file import Archive
+from lightning_plugins.core.torch_file import Archive, is_archive, read_legacy
 
 # a score; larger whole numbers are none that a float holds
 _LARGEST = 1e300
@@ -75,6 +75,19 @@ def read_record(path: str | Path) -> Record:
     return _torch_record(path, path)
 
 
+def read_records(paths: Iterable[Path]) -> tuple[list[Record], dict[Path, str]]:
+    """Return what checkpoints say of themselves, and of those that cannot be read why not, one line each."""
+    records, faults = [], {}
+    for path in paths:
+        try:
+            records.append(read_record(path))
+        except CheckpointError as error:  # noqa: PERF203  # the others are read all the same
+            faults[path] = str(error)
+        except OSError as error:
+            faults[path] = f"{path} cannot be read: {error.strerror or error}."
+    return records, faults
+
+
 def read_manifest(path: str | Path) -> Mapping[str, Any] | None:
     """Return the manifest of a file that :func:`average_checkpoints` wrote, ``None`` for any other checkpoint."""
     return read_record(path).manifest
@@ -82,15 +95,17 @@ def read_manifest(path: str | Path) -> Mapping[str, Any] | None:
 
 def _torch_record(path: Path, file_path: Path) -> Record:
     with open_regular(file_path) as file:
-        if file.read(4) != b"PK\x03\x04":
-            # older than torch 1.6, or no checkpoint: opening it will tell
-            return Record(path)
-        file.seek(0)
+        zipped = False
         try:
-            archive = Archive(file)
-            content = archive.found.content if isinstance(archive.found.content, dict) else {}
+            zipped = is_archive(file)
+            archive = Archive(file) if zipped else None
+            found = read_legacy(file).content if archive is None else archive.found.content
+            content = found if isinstance(found, dict) else {}
             kept = _kept_files(archive, path, content.get("callbacks"))
         except UnreadableError as error:
+            if not zipped and path.suffix != ".ckpt":
+                # other programs' files may have such a suffix, too
+                return Record(path)
             raise CheckpointError(unreadable(file_path, error)) from error
     manifest = content.get(checkpoint_keys.MEAN)
     return Record(
@@ -125,7 +140,7 @@ class _KeptFiles:
     keeper: str = ""
 
 
-def _kept_files(archive: Archive, path: Path, callbacks: Any) -> _KeptFiles:
+def _kept_files(archive: Archive | None, path: Path, callbacks: Any) -> _KeptFiles:
     """Return ModelCheckpoint's record; of several that rank files the one that names this file, else the first."""
     found = _KeptFiles()
     written: set[str] = set()
@@ -169,9 +184,9 @@ def looked_up(path: Path, scores: Mapping[str, Any]) -> Any:
     return next((scores[tail] for tail in tails if tail in scores), None)
 
 
-def _number(archive: Archive, value: Any) -> float | None:
+def _number(archive: Archive | None, value: Any) -> float | None:
     if isinstance(value, StoredTensor):
-        return archive.scalar(value)
+        return None if archive is None else archive.scalar(value)
     return float(value) if isinstance(value, (int, float)) and -_LARGEST < value < _LARGEST else None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_plugins.checkpoints.record import Record, looked_up, read_record
+from lightning_plugins.checkpoints.record import Record, looked_up, read_record, read_records
 from lightning_plugins.checkpoints.run_identity import newest_run
 from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.module_state import shorten
@@ -57,6 +57,9 @@ def select_checkpoints(
     rest: runs with a :class:`CheckpointAveraging` are told apart by what it writes into their files, and the latest
     begun is the newest; others by an epoch that falls while the step rises, and the one with the highest step is.
 
+    A file that cannot be read is an error if it could be one of those asked for. It could not where the step or epoch
+    in its name (``step=20``) or its score in ModelCheckpoint's record says so; then a warning names it.
+
     Args:
         dirpath: The directory. Of a sub-directory only files count that ModelCheckpoint put there because of a slash
             in a metric's name (``filename="{epoch}-{val/loss:.2f}"``).
@@ -75,7 +78,7 @@ def select_checkpoints(
         NotADirectoryError: If ``dirpath`` is none.
         TypeError: If a number is not whole.
         ValueError: If ``last`` and ``best`` are both given, or no file has a score. A :class:`CheckpointError` if a
-            file is damaged.
+            file that could be one of those asked for cannot be read.
 
     Example:
         >>> import torch
@@ -118,6 +121,21 @@ class Limits:
         return _between(record.step, self.min_step, self.max_step) and _between(
             record.epoch, self.min_epoch, self.max_epoch
         )
+
+    def may_admit(self, path: Path) -> bool:
+        """Return whether a file that cannot be read may lie inside: it is there, and its name does not deny it."""
+        step, epoch = _said(path, "step"), _said(path, "epoch")
+        return (
+            path.exists()
+            and (step is None or _between(step, self.min_step, self.max_step))
+            and (epoch is None or _between(epoch, self.min_epoch, self.max_epoch))
+        )
+
+
+def _said(path: Path, what: str) -> int | None:
+    """Return the step or epoch that ModelCheckpoint has written into a name, ``None`` if there is none."""
+    found = re.search(rf"(?<!\w){what}=(\d+)(?![\d.])", path.stem)
+    return int(found[1]) if found else None
 
 
 def _between(value: int | None, low: int | None, high: int | None) -> bool:
@@ -170,18 +188,37 @@ def choose(
         raise ValueError(f"`last` and `best` cannot be given together, got last={shown(last)} and best={shown(best)}.")
     last = None if last is None else whole_number("last", last, at_least=1, unit="checkpoints")
     best = None if best is None else whole_number("best", best, at_least=1, unit="checkpoints")
+    limits = limits or Limits()
     named, notes = _usable([read_record(path) for path in paths])
     records = one_per_step(named)
+    faults: dict[Path, str] = {}
     for directory in directories:
-        there, more = _of_newest_run(directory)
-        records, notes = records + one_per_step(there), notes + more
-    records = sorted([record for record in records if limits is None or limits.admit(record)], key=step_of)
+        readable, unreadable = read_records(found_in(directory))
+        there, more = _of_newest_run(directory, readable)
+        records, notes, faults = records + one_per_step(there), notes + more, faults | unreadable
+    records = sorted(filter(limits.admit, records), key=step_of)
     scores, mode = known_scores(records)
-    if best is not None:
+    ranking = next((record.scores for record in reversed(records) if record.scores), {})
+    if best is not None and (records or not faults):
         records = _best(records, scores, mode, best, directories)
     elif last is not None:
         records = last_of(records, last)
     asked = last or best
+    admitted = [path for path in faults if limits.may_admit(path)]
+    if len(records) == last:
+        lowest = Limits(min_step=step_of(records[0]))
+        admitted = [path for path in admitted if lowest.may_admit(path)]
+    elif len(records) == best:
+        sign = 1 if mode == "min" else -1
+        worst = max(sign * scores[record.path] for record in records)
+        told = {path: looked_up(path, ranking) for path in admitted}
+        admitted = [path for path, score in told.items() if score is None or sign * score <= worst]
+    if admitted:
+        raise CheckpointError(
+            f"{shorten([faults[path].rstrip('.') for path in admitted], 10)}. What cannot be read may be one of the "
+            "checkpoints asked for: take it out of the directory, or name the files."
+        )
+    notes += [f"Left out: {why}" for why in faults.values()]
     if asked is not None and len(records) < asked:
         what = "with a score " if best else ""
         where = "" if records else f" in {shorten([str(directory) for directory in directories])}"
@@ -189,9 +226,9 @@ def choose(
     return Selection(records, notes, scores)
 
 
-def _of_newest_run(directory: Path) -> tuple[list[Record], list[str]]:
-    """Return the checkpoints of the newest run in a directory, and what to say of the rest."""
-    records, notes = _usable([*(read_record(path) for path in found_in(directory)), *_found_below(directory)])
+def _of_newest_run(directory: Path, readable: list[Record]) -> tuple[list[Record], list[str]]:
+    """Return the checkpoints of the newest run in and below a directory, and what to say of the rest."""
+    records, notes = _usable([*readable, *_found_below(directory)])
     told = {record.path: (record.lineage, record.step or 0, record.epoch) for record in records}
     newest = set(newest_run(list(told), told))
     rest = [printable(str(path.relative_to(directory))) for path in told if path not in newest]

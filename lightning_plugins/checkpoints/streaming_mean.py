@@ -189,8 +189,10 @@ class CheckpointMean:
             piece.copy_(self.newest.flat(name, start, stop))
             return
         values = [source.flat(name, start, stop) for source in self.sources]
-        wide = _adding_dtype(spec.dtype, self.dtype)
-        mean = self._running_mean(values, wide) if wide == spec.dtype else self._divided_sum(values, wide)
+        if spec.dtype.is_complex:
+            piece, *values = map(_parts, (piece, *values))
+        wide = torch.float64 if torch.float64 in (self.dtype, piece.dtype) else torch.float32
+        mean = self._running_mean(values, wide) if wide == piece.dtype else self._divided_sum(values, wide)
         _round_into(piece, mean)
         # a finite sum, which needs no second tensor, shows that all are finite; an infinite one shows nothing
         summed = piece if piece.dtype.itemsize >= 4 else mean
@@ -279,11 +281,9 @@ def _division_by(total: float) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.div_(total)
 
 
-def _adding_dtype(dtype: torch.dtype, requested: torch.dtype) -> torch.dtype:
-    """Return the type that numbers of ``dtype`` are added in."""
-    if dtype.is_complex:
-        return torch.complex128 if requested == torch.float64 or dtype == torch.complex128 else torch.complex64
-    return torch.float64 if torch.float64 in (requested, dtype) else torch.float32
+def _parts(numbers: Tensor) -> Tensor:
+    """Return the real and imaginary parts of complex numbers, in turn: the mean of numbers is that of their parts."""
+    return torch.view_as_real(numbers.resolve_conj()).reshape(-1)
 
 
 def _round_into(target: Tensor, values: Tensor) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from lightning_plugins._version import __version__
 from lightning_plugins.cli import average, extract, inspect, plot, schedule, synthesize
-from lightning_plugins.cli.commands import BAD_INPUT, Parser
-from lightning_plugins.core.validation import first_line, printable
+from lightning_plugins.cli.commands import BAD_INPUT, Parser, complain
+from lightning_plugins.core.validation import first_line
 
 _COMMANDS = (average, extract, synthesize, schedule, plot, inspect)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; ``None``: the process's own.
 
     Returns:
-        Exit status: 0, or 2 after one line about bad input on standard error. 130 after Ctrl-C, 141 when the
-        output is no longer read.
+        Exit status: 0, or 2 after one line about bad input on standard error; 1 where all that could be done was done,
+        after a line for each thing that could not. 130 after Ctrl-C, 141 when the output is no longer read.
     """
     parser = Parser(prog="lightning-plugins", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
         # where there is no output at all, nothing
         print(end="", flush=True)  # noqa: T201  # this is a program
     except KeyboardInterrupt:
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
         return _UNREAD
     except (ImportError, OSError, TypeError, ValueError, MemoryError, RuntimeError) as error:
-        print(f"lightning-plugins: error: {printable(_reason(error))}", file=sys.stderr)  # noqa: T201
+        complain(_reason(error))
         return BAD_INPUT
-    return 0
+    return status or 0
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,8 @@ from lightning_plugins.core.validation import printable, shown
 
 _DESCRIPTION = """\
 Average checkpoints into one that loads: Lightning's, plain state dicts,
-safetensors, sharded directories. Shows what goes in first.
+safetensors, sharded directories. Shows what goes in first. A file in a
+directory that cannot be read is refused if it could be one of those asked for.
 """
 _EPILOG = """\
 examples:

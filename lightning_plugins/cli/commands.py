@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +16,7 @@ else:
     Commands = object
 
 BAD_INPUT = 2
+NOT_ALL = 1
 CHECKPOINTS = (".ckpt", ".safetensors")
 WEIGHTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
@@ -41,6 +43,11 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def say(value: object) -> None:
     """Print one line on the output, with nothing in it that a terminal would act upon."""
     print(printable(str(value)))  # noqa: T201  # this is a program
+
+
+def complain(text: str) -> None:
+    """Print one line on the error output, as :func:`say` does on the output."""
+    print(f"lightning-plugins: error: {printable(text)}", file=sys.stderr)  # noqa: T201  # this is a program
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_plugins import checkpoints, ema
-from lightning_plugins.cli.commands import Commands, add_trust, say
+from lightning_plugins.cli.commands import NOT_ALL, Commands, add_trust, complain, say
 from lightning_plugins.core.validation import shortened, shown
 
 _DESCRIPTION = """\
 Say what a checkpoint holds, without running what it names: Lightning's, plain
-state dicts, safetensors, sharded directories, and all in a directory.
+state dicts, safetensors, sharded directories, and all in a directory. Of those
+in it that cannot be read it says why on the error output, and the exit status
+is 1.
 """
 _EPILOG = """\
 examples:
@@ -33,22 +35,25 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Print a line for each thing that is there, or for each checkpoint of a directory."""
+def run(arguments: argparse.Namespace) -> int:
+    """Print a line for each thing that is there, or for each checkpoint of a directory; return the exit status."""
     from lightning_plugins.core.sharded_directory import is_sharded_checkpoint  # noqa: PLC0415  # imports torch
     from lightning_plugins.core.zero_directory import is_deepspeed_directory  # noqa: PLC0415  # likewise
 
     path = Path(arguments.path)
     if is_deepspeed_directory(path):
         _print(ema.describe_zero_directory(path), as_json=arguments.json)
-        return
-    if path.is_dir() and not is_sharded_checkpoint(path):
-        found = checkpoints.describe_directory(path)
-        if not found:
+    elif path.is_dir() and not is_sharded_checkpoint(path):
+        found, faults = checkpoints.describe_directory(path)
+        if not found and not faults:
             raise ValueError(f"{path} holds no checkpoints.")
         _print(found, as_json=arguments.json)
-        return
-    _print(_described(path, trust=arguments.trust), as_json=arguments.json)
+        for fault in faults:
+            complain(fault)
+        return NOT_ALL if faults else 0
+    else:
+        _print(_described(path, trust=arguments.trust), as_json=arguments.json)
+    return 0
 
 
 def _described(path: Path, *, trust: bool) -> dict[str, Any]:

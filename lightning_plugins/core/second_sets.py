@@ -105,7 +105,7 @@ def belonging(path: Path, checkpoint: Mapping[str, Any]) -> SecondSets | None:
             "different saves. The run was killed while it wrote the directory, or a part was copied alone. Take "
             "another checkpoint."
         )
-    if any((path / name).is_file() for name in (".metadata", _REST)):
+    if any((path / name).is_file() for name in (".metadata", _REST)) or any(path.glob("*.distcp")):
         check_marks(path, checkpoint.get(SAVE))
     if said is not None:
         check_marks(path / SECOND_SETS_FOLDER, checkpoint[SECOND_SETS].get("marks"))

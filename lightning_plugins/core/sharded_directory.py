@@ -52,9 +52,10 @@ _MOST_CORNERS = 2_000_000  # that are looked at to see whether the parts of a te
 def is_sharded_checkpoint(path: Path) -> bool:
     """Return whether ``path`` is a directory of ``torch.distributed.checkpoint``, and not the folder inside of one.
 
-    One that was cut off may have Lightning's ``meta.pt`` without an index.
+    One that was cut off may have Lightning's ``meta.pt`` or files of its ranks without an index.
     """
-    return any((path / name).is_file() for name in (".metadata", "meta.pt")) and path.name != SECOND_SETS_FOLDER
+    written = any((path / name).is_file() for name in (".metadata", "meta.pt")) or any(path.glob("*.distcp"))
+    return written and path.name != SECOND_SETS_FOLDER
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -55,11 +55,11 @@ def load(path: Path, *, trust: bool) -> Any:
             than tensors and plain values. The message is the reason alone, on one line.
     """
     with open_regular(path) as file:
-        is_archive = _is_archive(file)
+        zipped = is_archive(file)
         if not trust:
-            _check_names(Archive(file).found if is_archive else _read_legacy(file))
+            _check_names(Archive(file).found if zipped else read_legacy(file))
     # files of torch before 1.6 are no archives and cannot be mapped
-    return _load(path, weights_only=not trust, mmap=is_archive)
+    return _load(path, weights_only=not trust, mmap=zipped)
 
 
 def load_bytes(content: bytes) -> Any:
@@ -86,8 +86,12 @@ def reason(error: object) -> str:
     return f"torch cannot load it ({type(error).__name__})"
 
 
-def _is_archive(file: IO[bytes]) -> bool:
-    """Return whether a file is an archive; raise if it is evidently of another kind."""
+def is_archive(file: IO[bytes]) -> bool:
+    """Return whether a file is an archive.
+
+    Raises:
+        UnreadableError: If it is evidently of another kind than files of ``torch.save``.
+    """
     start = file.read(512)
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
@@ -207,8 +211,12 @@ def _check_directory(file: IO[bytes]) -> int:
     return size
 
 
-def _read_legacy(file: IO[bytes]) -> Unpickled:
-    """Return what a file holds that torch before 1.6 wrote: five pickles, then the storages."""
+def read_legacy(file: IO[bytes]) -> Unpickled:
+    """Return what a file holds that torch before 1.6 wrote: five pickles, then the storages.
+
+    Raises:
+        UnreadableError: If it is none, is cut off, or claims more than it holds.
+    """
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         # a mapping reads what there is; a file would make room for any length that a pickle names
         content = cast("IO[bytes]", mapped)

@@ -80,7 +80,7 @@ class PostHocEMA(AveragingCallback):
             goes on in the directory that it began in if that lies beside or below its checkpoint's or below the
             Trainer's root directory; a checkpoint cannot name any other place.
         dtype: Type in which snapshots are stored: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` at half the size
-            and three or two digits. The averages themselves are kept in float32.
+            and three or two digits; complex weights always as complex64. The averages themselves are kept in float32.
         file_format: ``"torch"`` or ``"safetensors"``, which needs the package of that name.
 
     Raises:

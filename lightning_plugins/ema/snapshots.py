@@ -109,13 +109,16 @@ def write_snapshot(
         step: Applied steps so far.
         sigma_rels: The relative standard deviations of the averages.
         contents: Their tensors.
-        dtype: Type in which the averages are stored.
+        dtype: Type in which the averages are stored, complex ones always as complex64.
         file_format: ``"torch"`` or ``"safetensors"``.
     """
     path = dirpath / f"step={step:010d}{_SUFFIXES[file_format]}"
     header = {"version": VERSION, "step": step, "sigma_rels": list(sigma_rels), "tied": contents.tied}
     header.update({name: value for name in ("run", "began", "first_names") if (value := getattr(contents, name))})
-    averages = [{name: tensor.to(dtype) for name, tensor in average.items()} for average in contents.averages]
+    averages = [
+        {name: tensor.to(torch.complex64 if tensor.is_complex() else dtype) for name, tensor in average.items()}
+        for average in contents.averages
+    ]
     dirpath.mkdir(parents=True, exist_ok=True)
     with replacing(path, overwrite=True) as file:
         if file_format == "torch":

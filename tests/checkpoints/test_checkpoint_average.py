@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from lightning_plugins import average_checkpoints
-from lightning_plugins.checkpoints import plan_average, read_manifest, weights_digest
+from lightning_plugins.checkpoints import CheckpointError, plan_average, read_manifest, weights_digest
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.checkpoints_models import Regressor, assert_is_mean, float64_mean, write_files
 
@@ -76,6 +76,27 @@ def test_complex_tensors_are_averaged(tmp_path):
     state = average_checkpoints(paths)
     assert state["z"].dtype == torch.complex64
     assert torch.allclose(state["z"], torch.tensor([1 + 2j]))
+
+
+@pytest.mark.parametrize("weights", [None, [1, 2, 4]])
+@pytest.mark.parametrize("kind", [torch.complex32, torch.complex64, torch.complex128])
+def test_complex_numbers_of_every_width_are_the_rounded_mean_of_their_parts(tmp_path, kind, weights):
+    """Against NumPy, which rounds its float64 to float16 in one step; one of the files holds a lazy conjugate."""
+    rows = np.random.default_rng(0).normal(size=(3, 1000, 2))
+    parts = {torch.complex32: np.float16, torch.complex64: np.float32, torch.complex128: np.float64}[kind]
+    rows = rows.astype(parts)
+    numbers = [torch.view_as_complex(torch.from_numpy(row)) for row in rows]
+    numbers[1] = torch.view_as_complex(torch.from_numpy(rows[1] * np.array([1, -1], parts))).conj()
+    paths = write_files(tmp_path, 3, z=lambda i: numbers[i])
+    expected = np.average(rows.astype(np.float64), axis=0, weights=weights).astype(parts)
+    written = average_checkpoints(paths, tmp_path / "out.ckpt", weights=weights)
+    for state in (average_checkpoints(paths, weights=weights), torch.load(written, weights_only=True)["state_dict"]):
+        found = torch.view_as_real(state["z"]).numpy()
+        assert found.dtype == parts
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15 if kind == torch.complex128 else 0)
+    with pytest.raises(CheckpointError, match=r"`z` holds NaN or infinity in .*epoch=2-step=30\.ckpt"):
+        numbers[2][7] = complex(1, float("nan"))
+        average_checkpoints(write_files(tmp_path, 3, z=lambda i: numbers[i]))
 
 
 def test_integers_booleans_and_other_entries_come_from_the_newest(tmp_path):

@@ -181,9 +181,10 @@ def test_what_safetensors_cannot_hold_is_refused(tmp_path):
     paths = write_files(tmp_path, 2, _extra_state=lambda i: "text")
     with pytest.raises(CheckpointError, match=r"`_extra_state` is no dense tensor, which \.safetensors cannot hold"):
         average_checkpoints(paths, tmp_path / "out.safetensors")
-    paths = write_files(tmp_path, 2, z=lambda i: torch.ones(1, dtype=torch.complex128))
-    with pytest.raises(CheckpointError, match=r"`z` is torch\.complex128, which \.safetensors cannot hold"):
-        average_checkpoints(paths, tmp_path / "out.safetensors")
+    for kind in ("complex32", "complex128"):
+        paths = write_files(tmp_path, 2, z=lambda i, kind=kind: torch.ones(1).to(getattr(torch, kind)))
+        with pytest.raises(CheckpointError, match=rf"`z` is torch\.{kind}, which \.safetensors cannot hold"):
+            average_checkpoints(paths, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -195,7 +196,15 @@ def test_damaged_safetensors_headers_are_refused(tmp_path):
         file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
         with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read as a checkpoint: "):
             average_checkpoints([good, file])
-    text = '{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}'
+
+
+@pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F6_E3M2", "I4"])
+def test_safetensors_numbers_of_less_than_a_byte_are_refused_by_name(tmp_path, code):
+    """As the format's own library counts them: several numbers to a byte."""
+    (good,) = write_files(tmp_path, 1)
+    file = tmp_path / "x.safetensors"
+    text = f'{{"a.weight": {{"dtype": "{code}", "shape": [8], "data_offsets": [0, 4]}}}}'
     file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"1234")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors .*: `a` has the dtype 'F4', which is not known"):
+    message = rf"x\.safetensors .*: `a\.weight` has the dtype '{code}', which is not known"
+    with pytest.raises(CheckpointError, match=message):
         average_checkpoints([good, file])

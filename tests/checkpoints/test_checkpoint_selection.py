@@ -107,6 +107,31 @@ def test_best_without_scores_is_refused_and_fewer_than_asked_for_is_said(tmp_pat
     assert caught[0].filename == __file__
 
 
+def test_of_the_best_only_what_may_be_one_must_be_readable(tmp_path):
+    scores = {"a.ckpt": 0.5, "b.ckpt": 0.2, "c.ckpt": 0.4}
+    for number, (name, score) in enumerate(scores.items()):
+        scored(tmp_path, name, 10 * number, score, scores)
+    (tmp_path / "a.ckpt").write_bytes(b"")
+    with pytest.warns(
+        LightningPluginsWarning, match=r"Left out: .*a\.ckpt cannot be read as a checkpoint: it is empty"
+    ):
+        assert names(select_checkpoints(tmp_path, best=2)) == ["b.ckpt", "c.ckpt"]
+    for name in ("b.ckpt", "unknown.ckpt"):
+        kept = (tmp_path / name).read_bytes() if name in scores else None
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=rf"{name} cannot be read .* may be one of the checkpoints asked for"):
+            select_checkpoints(tmp_path, best=1)
+        (tmp_path / name).unlink() if kept is None else (tmp_path / name).write_bytes(kept)
+
+
+def test_a_directory_of_which_nothing_can_be_read_is_refused_with_all_reasons(tmp_path):
+    for name in ("a.ckpt", "b.ckpt"):
+        (tmp_path / name).write_bytes(b"")
+    for options in ({}, {"last": 1}, {"best": 1}, {"min_step": 3}):
+        with pytest.raises(CheckpointError, match=r"a\.ckpt cannot be read .*b\.ckpt cannot be read "):
+            select_checkpoints(tmp_path, **options)
+
+
 def test_averages_and_hidden_files_and_files_without_a_step_are_left_out(tmp_path):
     paths = write_files(tmp_path, 2)
     average_checkpoints(paths, tmp_path / "averaged.ckpt")

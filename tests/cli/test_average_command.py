@@ -72,6 +72,53 @@ def test_bad_input_is_one_line_status_2_and_no_output(folder, tmp_path, capsys, 
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("options", "averaged"),
+    [
+        (["--last", "2"], ["4", "5"]),
+        (["--steps", "3:"], ["3", "4", "5"]),
+        (["--steps", "3:", "--last", "2"], ["4", "5"]),
+    ],
+)
+def test_what_cannot_be_read_and_was_not_asked_for_is_named_and_left_out(folder, capsys, options, averaged):
+    for name in ("step=2.ckpt", "epoch=0-step=1.ckpt"):
+        (folder / name).write_bytes((folder / "step=1.ckpt").read_bytes()[:-5])
+    (folder / "last.ckpt").symlink_to("gone.ckpt")
+    assert main(["average", str(folder), *options, "--output", str(folder / "out.safetensors")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(averaged) + 1]] == averaged
+    for name, why in (("step=2.ckpt", "cut off"), ("epoch=0-step=1.ckpt", "cut off"), ("last.ckpt", "No such file")):
+        (line,) = [line for line in lines if f"{folder / name} " in line]
+        assert line.startswith("Left out: ")
+        assert why in line
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("step=4.ckpt", []),
+        ("step=4.ckpt", ["--last", "3"]),
+        ("epoch=8-step=9.ckpt", ["--last", "3"]),
+        ("last.ckpt", ["--last", "3"]),
+        ("global_step=1.ckpt", ["--last", "3"]),
+        ("step=1.5.ckpt", ["--last", "3"]),
+        ("step=4.ckpt", ["--steps", "2:4"]),
+        ("last.ckpt", ["--steps", "2:4"]),
+        ("step=1.ckpt", ["--last", "9"]),
+        ("step=1.ckpt", ["--last", "9", "--dry-run"]),
+    ],
+)
+def test_what_cannot_be_read_and_may_have_been_asked_for_is_refused_by_name(folder, capsys, name, options):
+    (folder / name).write_bytes((folder / "step=1.ckpt").read_bytes()[:-5])
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert main(["average", str(folder), *options, "--output", str(folder / "out.ckpt")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{folder / name} cannot be read as a checkpoint: it is cut off. " in error
+    assert "take it out of the directory, or name the files" in error
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
 def test_last_and_best_exclude_each_other(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["average", str(folder), "--last", "2", "--best", "2", "--output", "x.ckpt"])

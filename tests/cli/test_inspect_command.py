@@ -65,8 +65,45 @@ def test_an_average_says_of_what(whole, tmp_path, capsys, suffix):
 def test_a_directory_is_a_line_for_each_checkpoint(whole, capsys):
     lines, found = inspected(capsys, whole)
     assert len(lines) == len(found) == 8
-    assert [one["global_step"] for one in found if one["global_step"] is not None] == [1, 2, 2, 2, 3, 7]
+    assert [one["global_step"] for one in found if one["global_step"] is not None] == [1, 2, 2, 2, 3, 3, 7]
     assert [one["path"].rpartition("/")[2] for one in found if one["mean"]] == ["average.ckpt", "average.safetensors"]
+
+
+def test_a_directory_is_read_to_its_end_and_what_cannot_be_read_is_named(whole, tmp_path, capsys):
+    (tmp_path / "a.ckpt").write_bytes((whole / "2.ckpt").read_bytes()[:-9])
+    (tmp_path / "b.ckpt").write_bytes((whole / "2.ckpt").read_bytes())
+    (tmp_path / "c.safetensors").touch()
+    (tmp_path / "d.ckpt").write_bytes((whole / "1.ckpt").read_bytes())
+    (tmp_path / "error.ckpt").write_text("<html>not found</html>")
+    (tmp_path / "vocabulary.bin").write_text("of another program, which no one said is a checkpoint")
+    (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
+    (tmp_path / "step=3.ckpt").mkdir()
+    (tmp_path / "step=3.ckpt" / "__0_0.distcp").write_bytes(b"of a save that was killed")
+    (tmp_path / "z.ckpt").write_bytes((whole / "1.ckpt").read_bytes())
+    for options in ([], ["--json"]):
+        assert main(["inspect", str(tmp_path), *options]) == 1
+        output = capsys.readouterr()
+        lines = output.err.splitlines()
+        for line, (name, why) in zip(
+            lines,
+            [
+                ("a.ckpt", "it is cut off"),
+                ("c.safetensors", "it is empty"),
+                ("error.ckpt", "it is a web page"),
+                ("last.ckpt", "No such file"),
+                ("step=3.ckpt", "is incomplete: it has no .metadata"),
+            ],
+            strict=True,
+        ):
+            assert line.startswith(f"lightning-plugins: error: {tmp_path / name} ")
+            assert why in line
+    found = json.loads(output.out)
+    assert [(one["path"].rpartition("/")[2], one["global_step"]) for one in found] == [
+        ("d.ckpt", 1),
+        ("z.ckpt", 1),
+        ("b.ckpt", 2),
+        ("vocabulary.bin", None),
+    ]
 
 
 @pytest.mark.parametrize(

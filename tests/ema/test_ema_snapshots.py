@@ -22,6 +22,18 @@ def snapshot(path, at=5, run="", **changes):
         torch.save({**torch.load(name, weights_only=True), **changes}, name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("file_format", ["torch", "safetensors"])
+def test_complex_averages_keep_their_imaginary_parts(tmp_path, dtype, file_format):
+    averages = [{"real": torch.tensor([0.1]), "wave": torch.tensor([1 + 0.1j])}]
+    kinds = {"dtype": getattr(torch, dtype), "file_format": file_format}
+    write_snapshot(tmp_path, 5, [0.1], SnapshotContents(averages, {}), **kinds)
+    (found,) = list_snapshots(tmp_path)
+    (average,) = found.read().averages
+    assert average["real"].dtype == getattr(torch, dtype)
+    assert torch.equal(average["wave"], averages[0]["wave"])
+
+
 def steps(path):
     return [found.step for found in list_snapshots(path)]
 

@@ -291,7 +291,7 @@ def test_what_torch_writes_is_read_as_torch_reads_it(tmp_path, zipped):
         content = {"state_dict": values(random.Random(seed)), "parameter": torch.nn.Parameter(torch.ones(2))}
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         with path.open("rb") as file:
-            found = torch_file.Archive(file).found if zipped else torch_file._read_legacy(file)
+            found = torch_file.Archive(file).found if zipped else torch_file.read_legacy(file)
         assert same(found.content, torch_file.load(path, trust=False)), content
         assert found.foreign == []
 
