@@ -189,33 +189,23 @@ def choose(
     last = None if last is None else whole_number("last", last, at_least=1, unit="checkpoints")
     best = None if best is None else whole_number("best", best, at_least=1, unit="checkpoints")
     limits = limits or Limits()
-    named, notes = _usable([read_record(path) for path in paths])
-    records = one_per_step(named)
-    faults: dict[Path, str] = {}
-    for directory in directories:
-        readable, unreadable = read_records(found_in(directory))
-        there, more = _of_newest_run(directory, readable)
-        records, notes, faults = records + one_per_step(there), notes + more, faults | unreadable
-    records = sorted(filter(limits.admit, records), key=step_of)
+    there, notes, faults = _there(paths, directories)
+    records = sorted(filter(limits.admit, there), key=step_of)
+    ranking = _ranking(records)
     scores, mode = known_scores(records)
-    ranking = next((record.scores for record in reversed(records) if record.scores), {})
     if best is not None and (records or not faults):
         records = _best(records, scores, mode, best, directories)
     elif last is not None:
         records = last_of(records, last)
     asked = last or best
-    admitted = [path for path in faults if limits.may_admit(path)]
+    possible = [path for path in faults if limits.may_admit(path)]
     if len(records) == last:
-        lowest = Limits(min_step=step_of(records[0]))
-        admitted = [path for path in admitted if lowest.may_admit(path)]
+        possible = list(filter(Limits(min_step=step_of(records[0])).may_admit, possible))
     elif len(records) == best:
-        sign = 1 if mode == "min" else -1
-        worst = max(sign * scores[record.path] for record in records)
-        told = {path: looked_up(path, ranking) for path in admitted}
-        admitted = [path for path, score in told.items() if score is None or sign * score <= worst]
-    if admitted:
+        possible = _no_worse(possible, ranking, [scores[record.path] for record in records], mode)
+    if possible:
         raise CheckpointError(
-            f"{shorten([faults[path].rstrip('.') for path in admitted], 10)}. What cannot be read may be one of the "
+            f"{shorten([faults[path].rstrip('.') for path in possible], 10)}. What cannot be read may be one of the "
             "checkpoints asked for: take it out of the directory, or name the files."
         )
     notes += [f"Left out: {why}" for why in faults.values()]
@@ -224,6 +214,18 @@ def choose(
         where = "" if records else f" in {shorten([str(directory) for directory in directories])}"
         notes.append(f"{asked} checkpoints were asked for, {len(records)} {what}found{where}.")
     return Selection(records, notes, scores)
+
+
+def _there(paths: Sequence[Path], directories: Sequence[Path]) -> tuple[list[Record], list[str], dict[Path, str]]:
+    """Return what there is to choose from, what to say of the rest, and why files in directories cannot be read."""
+    named, notes = _usable([read_record(path) for path in paths])
+    records = one_per_step(named)
+    faults: dict[Path, str] = {}
+    for directory in directories:
+        readable, unreadable = read_records(found_in(directory))
+        of_run, more = _of_newest_run(directory, readable)
+        records, notes, faults = records + one_per_step(of_run), notes + more, faults | unreadable
+    return records, notes, faults
 
 
 def _of_newest_run(directory: Path, readable: list[Record]) -> tuple[list[Record], list[str]]:
@@ -279,6 +281,19 @@ def known_scores(records: Iterable[Record]) -> tuple[dict[Path, float], str]:
         if score is not None and not math.isnan(score):
             scores[found.path] = score
     return scores, record.mode if record else next((found.mode for found in newest_first if found.score), "min")
+
+
+def _ranking(records: Iterable[Record]) -> Mapping[str, float]:
+    """Return ModelCheckpoint's record in the newest file that has one: file -> score."""
+    return next((record.scores for record in reversed(list(records)) if record.scores), {})
+
+
+def _no_worse(paths: list[Path], ranking: Mapping[str, float], chosen: list[float], mode: str) -> list[Path]:
+    """Return those that are not known to be worse than every chosen score."""
+    sign = 1 if mode == "min" else -1
+    worst = max(sign * score for score in chosen)
+    scores = {path: looked_up(path, ranking) for path in paths}
+    return [path for path, score in scores.items() if score is None or sign * score <= worst]
 
 
 def _best(

@@ -94,9 +94,10 @@ def test_complex_numbers_of_every_width_are_the_rounded_mean_of_their_parts(tmp_
         found = torch.view_as_real(state["z"]).numpy()
         assert found.dtype == parts
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15 if kind == torch.complex128 else 0)
+    numbers[2][7] = complex(1, float("nan"))
+    paths = write_files(tmp_path, 3, z=lambda i: numbers[i])
     with pytest.raises(CheckpointError, match=r"`z` holds NaN or infinity in .*epoch=2-step=30\.ckpt"):
-        numbers[2][7] = complex(1, float("nan"))
-        average_checkpoints(write_files(tmp_path, 3, z=lambda i: numbers[i]))
+        average_checkpoints(paths)
 
 
 def test_integers_booleans_and_other_entries_come_from_the_newest(tmp_path):

@@ -112,9 +112,7 @@ def test_of_the_best_only_what_may_be_one_must_be_readable(tmp_path):
     for number, (name, score) in enumerate(scores.items()):
         scored(tmp_path, name, 10 * number, score, scores)
     (tmp_path / "a.ckpt").write_bytes(b"")
-    with pytest.warns(
-        LightningPluginsWarning, match=r"Left out: .*a\.ckpt cannot be read as a checkpoint: it is empty"
-    ):
+    with pytest.warns(LightningPluginsWarning, match=r"Left out: .*a\.ckpt cannot be read as .* it is empty"):
         assert names(select_checkpoints(tmp_path, best=2)) == ["b.ckpt", "c.ckpt"]
     for name in ("b.ckpt", "unknown.ckpt"):
         kept = (tmp_path / name).read_bytes() if name in scores else None
