@@ -16,7 +16,7 @@ from lightning_plugins.checkpoints.run_files import RunFiles, readable_records, 
 from lightning_plugins.checkpoints.selection import best_of, found_in, last_of, one_per_step
 from lightning_plugins.checkpoints.validation_scores import loss_name
 from lightning_plugins.core.checkpoint_file import CheckpointError
-from lightning_plugins.core.checkpoints_of_run import capacity, kept_scores
+from lightning_plugins.core.checkpoints_of_run import capacity, kept_scores, last_file
 from lightning_plugins.core.files import probe
 from lightning_plugins.core.module_state import shorten
 from lightning_plugins.core.validation import printable, shown
@@ -135,7 +135,8 @@ class Pool:
         unchanged = [path for path in candidates if path in self.files]
         records, damaged = readable_records(unchanged)
         changed, damaged_too = self._changed(candidates, unchanged)
-        chosen = self._ranked(one_per_step(records))
+        given_up = self._given_up(records)
+        chosen = self._ranked(one_per_step([record for record in records if record not in given_up]))
         best = self._best_single(chosen)
         choice = Choice([record.path for record in chosen], best)
         if damaged or damaged_too:
@@ -144,6 +145,9 @@ class Pool:
         if changed:
             names = _names(changed)
             choice.warnings.append(f"Left out, as they have changed since this run wrote them: {names}.")
+        if given_up:
+            names = _names([record.path for record in given_up])
+            choice.notes.append(f"Left out, as ModelCheckpoint no longer keeps them: {names}.")
         strangers = self._strangers(candidates)
         if strangers:
             choice.notes.append(f"Left out, as this run did not write them: {_names(strangers)}.")
@@ -158,6 +162,20 @@ class Pool:
         if self.by_score:
             return path in kept_scores(self.checkpoint)
         return self.folder in path.parents or keeper == self.checkpoint.state_key
+
+    def _given_up(self, records: list[Record]) -> list[Record]:
+        """Return the files that a ModelCheckpoint that ranks has given up, but a kill has left.
+
+        It writes a better file before it deletes the worst one, and replaces its ``last.ckpt`` after both. After a
+        resume into a new directory it has no record of the files before, and gives none of them up.
+        """
+        if self.own_folder is not None or not self.checkpoint.monitor:
+            return []
+        keeper, kept = (self.checkpoint.state_key, str(self.checkpoint.dirpath)), kept_scores(self.checkpoint)
+        newest = max((record.step or 0 for record in records if record.path in kept), default=0)
+        others = [record for record in records if (record.keeper, record.folder) == keeper and record.path not in kept]
+        last = last_file(self.checkpoint)
+        return [record for record in others if record.path != last or (record.step or 0) < newest]
 
     def _changed(self, candidates: list[Path], unchanged: list[Path]) -> tuple[list[Path], list[Path]]:
         """Return the files that are not what the run wrote: those that can still be read, and those that cannot."""

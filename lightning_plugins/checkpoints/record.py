@@ -41,6 +41,7 @@ class Record:
         lineage: The fits that led to it, empty if it does not say.
         written: Files that ModelCheckpoint had written, named as in ``scores``.
         keeper: The state key of the ModelCheckpoint that wrote it, ``""`` if none says so.
+        folder: The directory of that ModelCheckpoint, as it was then.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Record:
     lineage: Lineage = Lineage()  # noqa: RUF009  # it cannot be changed
     written: frozenset[str] = frozenset()
     keeper: str = ""
+    folder: str = ""
 
 
 def read_record(path: str | Path) -> Record:
@@ -120,6 +122,7 @@ def _torch_record(path: Path, file_path: Path) -> Record:
         lineage_of(content),
         kept.written,
         kept.keeper,
+        kept.folder,
     )
 
 
@@ -138,13 +141,14 @@ class _KeptFiles:
     mode: str = "min"
     written: frozenset[str] = frozenset()
     keeper: str = ""
+    folder: str = ""
 
 
 def _kept_files(archive: Archive | None, path: Path, callbacks: Any) -> _KeptFiles:
     """Return ModelCheckpoint's record; of several that rank files the one that names this file, else the first."""
     found = _KeptFiles()
     written: set[str] = set()
-    keeper = ""
+    keeper = folder = ""
     named_here = False
     for key, state in callbacks.items() if isinstance(callbacks, dict) else ():
         if not isinstance(state, dict) or not isinstance(state.get("best_k_models"), dict):
@@ -154,13 +158,13 @@ def _kept_files(archive: Archive | None, path: Path, callbacks: Any) -> _KeptFil
         named = {*scores, *(_from(root, state.get(name)) for name in ("best_model_path", "last_model_path"))} - {""}
         written |= named
         if not keeper and looked_up(path, dict.fromkeys(named, True)):
-            keeper = str(key)
+            keeper, folder = str(key), str(root or "")
         names_this = looked_up(path, scores) is not None
         if state.get("monitor") and (not found.scores or (names_this and not named_here)):
             known = {name: value for name, value in scores.items() if value is not None}
             found = _KeptFiles(_number(archive, state.get("current_score")), known, _mode(str(key)))
             named_here = names_this
-    found.written, found.keeper = frozenset(written), keeper
+    found.written, found.keeper, found.folder = frozenset(written), keeper, folder
     return found
 
 

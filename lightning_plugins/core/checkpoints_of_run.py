@@ -46,6 +46,11 @@ def kept_scores(checkpoint: Any) -> dict[Path, float]:
     return {Path(path): float(score) for path, score in checkpoint.best_k_models.items()}
 
 
+def last_file(checkpoint: Any) -> Path:
+    """Return the file that a ModelCheckpoint keeps besides, as the last."""
+    return Path(getattr(checkpoint, "last_model_path", ""))
+
+
 def checkpoint_folder(trainer: Any, checkpoint: Any) -> str:
     """Return the directory of a ModelCheckpoint, or the one that it would have. Every rank must ask."""
     if checkpoint is not None and checkpoint.dirpath:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -190,10 +191,11 @@ def crashed(folder, saving):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("save_on_train_epoch_end", [True, False])
 @pytest.mark.parametrize("save_top_k", [-1, 1])
+@pytest.mark.parametrize("monitor", [None, "val_loss"])
 @pytest.mark.parametrize("move", ["same", "new directory", "moved"])
-def test_a_resumed_run_averages_what_it_wrote_before(tmp_path, save_on_train_epoch_end, save_top_k, move):
+def test_a_resumed_run_averages_what_it_wrote_before(tmp_path, save_on_train_epoch_end, save_top_k, monitor, move):
     """Into the same directory, into a new one as loggers make for every fit, or from a copy on another disk."""
-    options = {"save_top_k": save_top_k, "save_on_train_epoch_end": save_on_train_epoch_end}
+    options = {"save_top_k": save_top_k, "monitor": monitor, "save_on_train_epoch_end": save_on_train_epoch_end}
     whole = fit(tmp_path, model_checkpoint(tmp_path / "whole", **options))
     crashed(tmp_path, model_checkpoint(tmp_path / "first", **options))
     before = tmp_path / "first"
@@ -253,6 +255,41 @@ def test_added_on_resume_it_begins_with_the_file_resumed_from(tmp_path):
     run = trainer(tmp_path, callbacks=[averaging, model_checkpoint(tmp_path, save_top_k=-1)], max_epochs=5)
     run.fit(Regressor(), loader(), **VALIDATION, ckpt_path=newest)
     assert [file["epoch"] for file in read_manifest(averaging.path)["files"]] == [2, 3, 4]
+
+
+class Scripted(Regressor):
+    """The second epoch's weights are the worst of the first three."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", torch.tensor([1.0, 3.0, 2.0, 9.0])[self.current_epoch])
+
+
+@pytest.mark.parametrize("newest", ["epoch=2*", "last"])
+def test_a_file_that_a_kill_left_before_its_deletion_is_not_averaged(tmp_path, monkeypatch, newest):
+    """ModelCheckpoint writes the better file, deletes the worse one, replaces its ``last.ckpt``, in this order."""
+
+    def run(folder, **options):
+        torch.manual_seed(0)
+        saving = model_checkpoint(folder, monitor="val_loss", save_top_k=2, save_last=True)
+        averaging = CheckpointAveraging(last=2, compare=False)
+        fitting = trainer(tmp_path, callbacks=[averaging, saving], max_epochs=4)
+        fitting.fit(Scripted(), loader(), **VALIDATION, **options)
+        return read_manifest(averaging.path)
+
+    def die(strategy, path):
+        if Path(path).name.startswith("epoch=1") and newest != "last":
+            raise RuntimeError("killed")
+
+    whole = run(tmp_path / "whole")
+    assert [file["epoch"] for file in whole["files"]] == [0, 2]
+    monkeypatch.setattr(LIGHTNING.strategies.SingleDeviceStrategy, "remove_checkpoint", die)
+    folder = tmp_path / "killed"
+    with contextlib.suppress(RuntimeError):
+        run(folder)
+    assert len(list(folder.glob("epoch=1*"))) == 1
+    monkeypatch.undo()
+    (path,) = folder.glob(f"{newest}.ckpt")
+    assert run(folder, ckpt_path=path)["files"] == whole["files"]
 
 
 # --- two runs in one directory ---

@@ -222,7 +222,10 @@ def essence(checkpoint: dict[str, Any], lost: Losses = NOTHING_LOST) -> dict[str
         for key, state in checkpoint.get("callbacks", {}).items()
         if not key.startswith("ModelCheckpoint")
     }
+    (record,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
     for key, state in kept["callbacks"].items():
+        if "files" in state:
+            state["files"] = _steps_and_keepers(state["files"], record)
         if (lost.average or lost.pool) and key.startswith("CheckpointAveraging"):
             del state["files"]  # those in the pool are other ones
     return kept
@@ -235,17 +238,21 @@ def _without(state: Any) -> Any:
     if isinstance(state.get("fits"), (list, tuple)):  # each has a name of its own, and a resume begins another
         steps = [step for _, step in state["fits"]]
         kept["fits"] = steps == sorted(steps)
-    if isinstance(state.get("files"), dict):
-        kept["files"] = _steps_and_keepers(state["files"])
     return kept
 
 
-def _steps_and_keepers(files: dict[str, Any]) -> set[tuple[str, str]]:
+def _steps_and_keepers(files: dict[str, Any], record: dict[str, Any]) -> set[tuple[str, str]]:
     """Return of which steps a run says that it wrote files, the test's own left out.
 
     A resume can give a name a version, and ModelCheckpoint forgets which step it has saved last: it saves it again.
+    What it has given up can still be there, when a kill came between a better file and the deletion.
     """
-    found = {Path(path).name: keeper for path, (_, keeper) in files.items()}
+    kept = {*record["best_k_models"], record["last_model_path"]} if record["best_k_models"] else files
+    found = {
+        Path(path).name: keeper
+        for path, (_, keeper) in files.items()
+        if path in kept or not keeper.startswith("ModelCheckpoint")
+    }
     named = {name: keeper for name, keeper in found.items() if re.fullmatch(CHECKPOINT, name)}
     return {(re.search(r"last|step=\d+", name)[0], re.sub(r"'[^']*/", "'", keeper)) for name, keeper in named.items()}
 
