@@ -146,6 +146,8 @@ class GradientAccumulation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
         super().setup(trainer, pl_module, stage)
+        if self.carry:
+            refuse_cut_off(self.patches, trainer.strategy)
         if stage != "fit":
             return
         check_automatic(pl_module, "GradientAccumulation")
@@ -162,9 +164,7 @@ class GradientAccumulation(Callback):
             self.patches.wrap(trainer.fit_loop, "setup_data", lambda original: self._load_data(trainer, original))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the windows, the loader is known now; refuse a directory that was cut off before it is read."""
-        if self.carry:
-            refuse_cut_off(self.patches, trainer.strategy)
+        """Fix the windows, the loader is known now."""
         if any(isinstance(optimizer, LBFGS) for optimizer in torch_optimizers(trainer)):
             raise MisconfigurationException(
                 "GradientAccumulation does not work with LBFGS, which runs the last batch of a window several times "

@@ -22,7 +22,7 @@ from lightning_plugins.core.checkpoints_of_run import (
     model_checkpoints,
     wait_for_files,
 )
-from lightning_plugins.core.distributed_sets import marking
+from lightning_plugins.core.distributed_sets import marking, refuse_cut_off
 from lightning_plugins.core.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -136,6 +136,7 @@ class CheckpointAveraging(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
         super().setup(trainer, pl_module, stage)
+        refuse_cut_off(self.patches, trainer.strategy)
         if stage != "fit":
             return
         check_strategy(trainer, "CheckpointAveraging")

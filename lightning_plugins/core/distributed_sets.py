@@ -148,7 +148,10 @@ def _may_be_directory(strategy: Any, checkpoint: Mapping[str, Any]) -> bool:
 
 
 def refuse_cut_off(patches: Patches, strategy: Any) -> None:
-    """Let a strategy refuse a directory that was not written completely, before it reads it."""
+    """Let a strategy refuse a directory that was not written completely, before it reads it.
+
+    Every callback that marks directories calls it in ``setup``, where no strategy has read one yet.
+    """
 
     def load(original: Callable[..., Any], path: Any, *rest: Any, **more: Any) -> Any:
         check_whole(path)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from lightning_plugins.core.callback import Callback, Stage
-from lightning_plugins.core.distributed_sets import DistributedSets, open_sets
+from lightning_plugins.core.distributed_sets import DistributedSets, open_sets, refuse_cut_off
 from lightning_plugins.core.durations import RunLengthUnknownError
 from lightning_plugins.core.lightning import (
     LightningModule,
@@ -106,6 +106,7 @@ class AveragingCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; a second fit of the same module goes on, of another one begins anew."""
         super().setup(trainer, pl_module, stage)
+        refuse_cut_off(self.patches, trainer.strategy)
         if stage == "fit":
             check_strategy(trainer, self.technique, pl_module)
             if self._shadows and not self._serves(pl_module):

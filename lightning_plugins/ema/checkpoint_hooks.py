@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_plugins.core.distributed_sets import is_distributed
 from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_plugins.core.module_state import fill, load_named
-from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.sharding import any_sharded
 from lightning_plugins.core.strategies import learn_shards
 from lightning_plugins.core.zero import is_deepspeed
@@ -83,7 +82,6 @@ class AverageInCheckpoints(AveragingCallback):
                 if roles_of(trainer).evaluator is self:
                     self._zero_saves.load_for_evaluation(trainer, pl_module)
                 return
-            check_whole(trainer.ckpt_path)
             contents = read_contents(checkpoint)
             if contents is not None:
                 self._choose(trainer, pl_module, checkpoint, contents)

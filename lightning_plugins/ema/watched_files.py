@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lightning_plugins.core.distributed_sets import marking, refuse_cut_off, write_beside
+from lightning_plugins.core.distributed_sets import marking, write_beside
 from lightning_plugins.core.patching import Patches
 
 
@@ -28,8 +28,7 @@ def watch_files(
         patches: Takes what is replaced.
         strategy: The Trainer's.
         before_writing: Called with a checkpoint that is about to be written.
-        before_reading: Called with the path of one that is about to be read; a distributed one that was cut off is
-            refused before that.
+        before_reading: Called with the path of one that is about to be read.
         loading: Entered with a checkpoint while its weights are loaded.
     """
 
@@ -55,6 +54,5 @@ def watch_files(
     patches.undo()
     patches.wrap(strategy, "save_checkpoint", save)
     patches.wrap(strategy, "load_checkpoint", read)
-    refuse_cut_off(patches, strategy)
     patches.wrap(strategy, "load_model_state_dict", load)
     patches.wrap(strategy, "teardown", tear_down)
