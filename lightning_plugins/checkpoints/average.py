@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
 from lightning_plugins.core.files import check_output
 from lightning_plugins.core.progress import progress_bar
-from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, real_number, shown, true_or_false
+from lightning_plugins.core.user_warning import warn
+from lightning_plugins.core.validation import a_list, a_path, real_number, shown, true_or_false
 
 
 def average_checkpoints(
@@ -90,7 +90,7 @@ def average_checkpoints(
         allow_nonfinite=allow_nonfinite,
     )
     if mean.differences.lines:
-        warnings.warn(f"Left out: {mean.differences.text()}", LightningPluginsWarning, stacklevel=2)
+        warn(f"Left out: {mean.differences.text()}")
     with progress_bar(mean.nbytes, "averaging", show=progress) as advance:
         if target is None:
             return mean.state_dict(advance)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ from lightning_plugins.checkpoints.run_identity import newest_run
 from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.module_state import shorten
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
-from lightning_plugins.core.validation import LightningPluginsWarning, a_path, printable, shown, whole_number
+from lightning_plugins.core.user_warning import warn
+from lightning_plugins.core.validation import a_path, printable, shown, whole_number
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -94,7 +94,7 @@ def select_checkpoints(
     limits = Limits(min_step, max_step, min_epoch, max_epoch)
     selection = choose(directories=[dirpath], last=last, best=best, limits=limits)
     for note in selection.notes:
-        warnings.warn(note, LightningPluginsWarning, stacklevel=2)
+        warn(note)
     return [record.path for record in selection.records]
 
 

@@ -147,9 +147,7 @@ class Parts:
         inner = Parts()
         for index, item in enumerate(values):
             inner.add(item, f"{path}[{index}]")
-        if not (inner.rows or inner.lists or inner.plain or inner.opaque) and all(
-            isinstance(value, SHARED) for value in values
-        ):
+        if all(isinstance(value, SHARED) for value in values):
             self.plain[path] = len(values)
         elif not alike(values):
             self.rows |= inner.rows

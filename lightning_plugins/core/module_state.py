@@ -152,7 +152,7 @@ def _by_memory(entries: Mapping[str, Tensor], tensors: Mapping[int, Tensor]) -> 
     """Return name -> the module's tensor over whose memory, and no other's, an entry of a state dict lies."""
     lying: dict[Any, list[Tensor]] = {}
     for tensor in tensors.values():
-        if not nn.parameter.is_lazy(tensor) and tensor.numel():
+        if not nn.parameter.is_lazy(tensor):
             lying.setdefault(_memory(tensor), []).append(tensor)
     strange = {name: value for name, value in entries.items() if id(value) not in tensors and value.numel()}
     found = {name: lying.get(_memory(value), []) for name, value in strange.items()}

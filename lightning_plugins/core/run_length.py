@@ -316,8 +316,7 @@ def source_of_length(trainer: Any) -> str:
         return "the length of the training data is unknown" if end.max_steps is None else by_steps
     if end.max_epochs is None:
         return "max_epochs=-1: the run has no end" if end.max_steps is None else by_steps
-    ahead = run_ahead(trainer)
-    if end.max_steps is not None and end.max_steps < (ahead.total_steps(RunEnd(end.max_epochs, None)) or 0):
+    if end.max_steps is not None and end.max_steps < run_ahead(trainer).steps_of_epochs(end.max_epochs):
         return by_steps
     default = " (what an unset max_epochs means)" if end.max_epochs == 1000 else ""
     return f"max_epochs={end.max_epochs}{default} of {batches} batches, {_accumulation(trainer)[1]}"

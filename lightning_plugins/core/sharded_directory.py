@@ -119,7 +119,7 @@ class ShardedTensors:
         self._roots = roots
         self._parts: dict[str, list[_Part]] = {}
         self._mapped = MappedFiles()
-        self._open: dict[tuple[str, int], Tensor] = {}
+        self._open: tuple[str | None, dict[int, Tensor]] = (None, {})
         self._whole: tuple[str | None, Tensor] = (None, torch.empty(0))
         index = read_index(path)
         try:
@@ -165,11 +165,10 @@ class ShardedTensors:
 
     def parts(self, name: str) -> list[tuple[int, int]]:
         """Return the flat ranges that its ranks wrote, in order; one range if its parts are not runs of rows."""
-        numel = self.specs[name].numel
         ranges = sorted(_flat_range(part, self.specs[name].shape) for part in self._parts[name])
         ends = [0, *(stop for _, stop in ranges)]
-        in_rows = all(start == end for (start, _), end in zip(ranges, ends, strict=False)) and ends[-1] == numel
-        return [found for found in ranges if found[0] < found[1]] if in_rows else [(0, numel)]
+        in_rows = all(start == end for (start, _), end in zip(ranges, ends, strict=False))
+        return [found for found in ranges if found[0] < found[1]] if in_rows else [(0, self.specs[name].numel)]
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         """Return a range of the flattened tensor: mapped if it lies in one part of whole rows, else put together."""
@@ -200,9 +199,10 @@ class ShardedTensors:
 
     def _tensor(self, name: str, number: int) -> Tensor:
         """Return one part, flattened; opened parts of the current tensor are kept."""
-        if (name, number) not in self._open:
-            if any(key[0] != name for key in self._open):
-                self._open.clear()
+        if self._open[0] != name:
+            self._open = (name, {})
+        opened = self._open[1]
+        if number not in opened:
             part = self._parts[name][number]
             path = self.path / part.file
             try:
@@ -211,10 +211,10 @@ class ShardedTensors:
                     archive.check_byte_order()
                     stored = _expected(archive.found.content, name, self.specs[name].dtype, part.sizes)
                     position = 0 if 0 in stored.shape else part.begin + archive.position(stored)
-                self._open[name, number] = self._mapped.tensor(path, position, stored).reshape(-1)
+                opened[number] = self._mapped.tensor(path, position, stored).reshape(-1)
             except UnreadableError as error:
                 raise CheckpointError(unreadable(path, error)) from error
-        return self._open[name, number]
+        return opened[number]
 
     def _load_extra(self, place: _Place) -> Any:
         path = self.path / place.file

@@ -195,7 +195,7 @@ def _check_directory(file: IO[bytes]) -> int:
     size = file.seek(0, io.SEEK_END)
     file.seek(max(size - 42, 0))
     tail = file.read(42)
-    if len(tail) < 22 or tail[-22:-18] != b"PK\x05\x06":
+    if tail[-22:-18] != b"PK\x05\x06":
         raise UnreadableError("it is cut off")
     disks, here, entries, length, offset, comment = struct.unpack("<4xL2H2LH", tail[-22:])
     end = size - 22

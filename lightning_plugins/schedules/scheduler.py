@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,8 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_plugins.core.step_clock import StepClock, StepHooks
+from lightning_plugins.core.user_warning import warn
 from lightning_plugins.core.validation import (
-    LightningPluginsWarning,
     a_list,
     check_state_version,
     one_of,
@@ -387,10 +386,8 @@ class ScheduleLR(LRScheduler):
         self._attempted_before = self._attempted
         if passed > 1 and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{passed} optimizer steps passed since the last `step()` of {type(self).__name__}, which counts "
                 'optimizer steps. In Lightning return {"scheduler": scheduler, "interval": "step"}; '
-                "in a loop of your own call `step()` after every `optimizer.step()`.",
-                LightningPluginsWarning,
-                stacklevel=4,
+                "in a loop of your own call `step()` after every `optimizer.step()`."
             )

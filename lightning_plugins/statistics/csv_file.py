@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import csv
 import re
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain, repeat
@@ -20,7 +19,7 @@ import numpy as np
 
 from lightning_plugins.core.append_only_file import AppendOnlyFile
 from lightning_plugins.core.files import free_name, is_full_disk, move_aside, open_regular, replace_file
-from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.core.user_warning import warn
 from lightning_plugins.statistics.rows import TRAIN, StatisticsRow
 from lightning_plugins.statistics.running import S4TF_NAMES
 
@@ -104,7 +103,7 @@ class CSVFile:
         if self._waiting:
             self._write()
         if self._waiting:
-            _warn(f"{len(self._waiting)} rows of {self.path} could not be written.")
+            warn(f"{len(self._waiting)} rows of {self.path} could not be written.")
             self._waiting.clear()
         if self._file is not None:
             self._file.close()
@@ -153,7 +152,7 @@ class CSVFile:
         if self._file is not None and self._file.is_deleted:
             self._file.close()
             self._file = None
-            _warn(f"{self.path} was deleted during the run: a new file has the rows from here on.")
+            warn(f"{self.path} was deleted during the run: a new file has the rows from here on.")
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._is_new:
@@ -186,7 +185,7 @@ class CSVFile:
     def _complain_once(self, about: str, message: str) -> None:
         if about not in self._complained:
             self._complained.add(about)
-            _warn(message)
+            warn(message)
 
     # resuming
 
@@ -257,10 +256,6 @@ def _cells(line: bytes) -> list[str]:
         return [cell.strip() for cell in next(csv.reader([text], skipinitialspace=True), [])]
     except csv.Error:
         return []
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LightningPluginsWarning, stacklevel=4)
 
 
 # how a row reads as cells

@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import time
-import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -27,7 +26,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 
 from lightning_plugins.core.append_only_file import AppendOnlyFile
 from lightning_plugins.core.files import is_full_disk
-from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.core.user_warning import warn
 from lightning_plugins.statistics.event_record import event_record
 from lightning_plugins.statistics.tfrecord import frame
 
@@ -90,7 +89,7 @@ class EventFile:
         if self._waiting:
             self._write([])
         if self._waiting:
-            _warn(f"{len(self._waiting)} events for {self._path or self.folder} could not be written.")
+            warn(f"{len(self._waiting)} events for {self._path or self.folder} could not be written.")
             self._waiting = []
         if self._file is not None:
             self._file.close()
@@ -110,7 +109,7 @@ class EventFile:
             if not self._complained:
                 self._complained = True
                 when = "when there is room again" if is_full_disk(error) else "as soon as that works"
-                _warn(
+                warn(
                     f"{self._path or self.folder} could not be written ({error}): training goes on, the events wait "
                     f"in memory and are written {when}."
                 )
@@ -128,7 +127,7 @@ class EventFile:
         if self._file is not None and self._file.is_deleted:
             self._file.close()
             self._file = None
-            _warn(f"{self._path} was deleted during the run: a new file has the events from here on.")
+            warn(f"{self._path} was deleted during the run: a new file has the events from here on.")
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._path = self._path or self.folder / _file_name(self._behind)
@@ -187,7 +186,3 @@ def _file_name(folder: Path) -> str:
     seconds = [int(name) for name in names if re.fullmatch(r"[0-9]{1,12}", name)]
     second = max([int(time.time()), *[taken + 1 for taken in seconds]])
     return f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}"
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, LightningPluginsWarning, stacklevel=4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,8 +14,8 @@ from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.files import replace_file
 from lightning_plugins.core.lightning import LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
 from lightning_plugins.core.step_outputs import StepSources
+from lightning_plugins.core.user_warning import warn
 from lightning_plugins.core.validation import (
-    LightningPluginsWarning,
     a_list,
     a_path,
     one_of,
@@ -232,11 +231,9 @@ class ClassificationReport(Callback):
             reason = error.strerror or str(error)
             if str(path) not in self._complained:
                 self._complained.add(str(path))
-                warnings.warn(
+                warn(
                     f"ClassificationReport: {path} could not be written ({reason}). That report is lost; training "
-                    "goes on.",
-                    LightningPluginsWarning,
-                    stacklevel=2,
+                    "goes on."
                 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-import warnings
 import weakref
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import fsspec
 from lightning_plugins.core.append_only_file import AppendOnlyFile
 from lightning_plugins.core.files import is_full_disk, replace_file
 from lightning_plugins.core.temporary_files import temporary_name
-from lightning_plugins.core.validation import LightningPluginsWarning
+from lightning_plugins.core.user_warning import warn
 
 
 def is_remote(path: str) -> bool:
@@ -91,11 +90,9 @@ class Spool:
                 self._put(file, f"{self._target}/{file.relative_to(self.local).as_posix()}")
         except OSError as error:
             if not self._complained:
-                warnings.warn(
+                warn(
                     f"{self._target} could not be uploaded: {error}. Training goes on; what is missing there is tried "
-                    "again.",
-                    LightningPluginsWarning,
-                    stacklevel=4,
+                    "again."
                 )
             self._complained = True
 

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from lightning_plugins import GradientAccumulation, Tokens
 from lightning_plugins.accumulation.weighting import Window, scale_gradients, weigh_backward
@@ -18,6 +18,8 @@ from lightning_plugins.core.counting import CountCheck, as_count, counter, wide
     missing=st.integers(0, 2),
     on_device=st.booleans(),
 )
+@example(counts=[[0, 0, 0]], missing=0, on_device=True)
+@example(counts=[[0, 0, 0]], missing=0, on_device=False)
 @settings(max_examples=150)
 def test_both_ends_make_the_mean_over_all_items(counts, missing, on_device):
     """For every rank a list of three counts, of which the last ones may be missing (a short window)."""

@@ -304,6 +304,8 @@ INNER = {
     "a step as text": ("history", lambda part: part.update({"4": {}})),
     "too many steps": ("history", lambda part: part.update({step: {} for step in range(1001)})),
     "a metric as text": ("history", lambda part: next(iter(part.values())).update(val_loss="1")),
+    "a metric that no float holds": ("history", lambda part: next(iter(part.values())).update(val_loss=10**400)),
+    "a metric that is true": ("history", lambda part: next(iter(part.values())).update(val_loss=True)),
     "a metric without a name": ("history", lambda part: next(iter(part.values())).update({3: 1.0})),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -35,6 +36,14 @@ def test_names_of_fits_differ_and_sort_by_time():
     assert len(set(names)) == 50
     moments = [name.partition("-")[0] for name in names]
     assert moments == sorted(moments)
+
+
+def test_a_name_says_when_its_fit_began():
+    """Runs of other versions are compared with it: it counts microseconds, whichever wrote it."""
+    before = time.time()
+    found = new_fit_name().partition("-")[0]
+    assert before - 1e-3 <= int(found) / 1e6 <= time.time() + 1e-3
+    assert len(found) == 20
 
 
 def test_a_lineage_goes_through_plain_values():

@@ -20,6 +20,15 @@ from tests.support.snippets import python_path
 from tests.support.training import loader, make_module, make_trainer
 
 COMMANDS = ["average", "extract", "synthesize", "schedule", "plot", "inspect"]
+# what each command cannot do without
+NEEDED = {
+    "average": "DIR|FILE",
+    "extract": "CKPT, --weights, --output",
+    "synthesize": "DIR, --sigma-rel, --output",
+    "schedule": "SCHEDULE, --total",
+    "plot": "LOG.csv|DIR",
+    "inspect": "CKPT|DIR",
+}
 
 
 def start(folder, code, *arguments, **streams):
@@ -94,6 +103,7 @@ def test_the_package_is_a_program(tmp_path):
     [
         (["frobnicate"], "lightning-plugins: error: argument COMMAND: invalid choice: 'frobnicate'"),
         *(([command], f"lightning-plugins {command}: error: the following arguments") for command in COMMANDS),
+        *(([command], f" are required: {needed} (see") for command, needed in NEEDED.items()),
         (["average", "a.ckpt", "--last", "two"], "argument --last: invalid int value: 'two'"),
         (["average", "a.ckpt", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["extract", "a.ckpt", "--weights", "both", "--output", "x.pt"], "argument --weights: invalid choice: 'both'"),

@@ -76,6 +76,11 @@ def test_a_plain_state_is_loaded_weights_only_and_counts_on(tmp_path, name):
 
 
 def test_metrics_in_a_module_are_found_wherever_they_are():
+    class Counted(nn.Linear):
+        """Has half of a metric's names."""
+
+        update_count = 3
+
     inner = torchmetrics.MinMaxMetric(torchmetrics.MeanMetric())
-    module = nn.ModuleDict({"layer": nn.Linear(1, 1), "inner": nn.ModuleList([inner])})
+    module = nn.ModuleDict({"layer": Counted(1, 1), "inner": nn.ModuleList([inner])})
     assert metrics_in(module) == [inner, inner._base_metric]

@@ -6,7 +6,14 @@ import types
 import pytest
 from hypothesis import given, strategies as st
 
-from lightning_plugins.core.run_length import AccumulationPlan, RunAhead, RunEnd, count_steps, run_ahead
+from lightning_plugins.core.run_length import (
+    AccumulationPlan,
+    RunAhead,
+    RunEnd,
+    count_steps,
+    run_ahead,
+    source_of_length,
+)
 
 
 def simulate(plan, batches_per_epoch, epochs):
@@ -112,6 +119,21 @@ def test_the_steps_of_epochs_of_a_run_that_was_another_before(epochs, steps):
     assert RunAhead(10, AccumulationPlan(((0, 2),)), epoch=1, batch=0, step=7).steps_of_epochs(epochs) == steps
 
 
+def trainer_at(batches, max_epochs=1, max_steps=-1, restarting=False, **loop):
+    """Return what a Trainer shows of a run of so many batches an epoch."""
+    return types.SimpleNamespace(
+        fit_loop=types.SimpleNamespace(epoch_loop=types.SimpleNamespace(restarting=restarting, **loop)),
+        num_training_batches=batches,
+        train_dataloader=None,
+        callbacks=[],
+        accumulate_grad_batches=1,
+        current_epoch=0,
+        global_step=3 if restarting else 0,
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+    )
+
+
 @pytest.mark.parametrize(
     ("batches", "is_last", "after_batch", "over"),
     [
@@ -126,17 +148,34 @@ def test_the_steps_of_epochs_of_a_run_that_was_another_before(epochs, steps):
 def test_a_resumed_run_stands_where_lightnings_loop_begins(batches, is_last, after_batch, over):
     """Three batches are complete; a checkpoint that a batch's end wrote lies one before its own."""
     progress = types.SimpleNamespace(current=types.SimpleNamespace(completed=3), is_last_batch=is_last)
-    loop = types.SimpleNamespace(restarting=True, restarted_on_train_batch_end=after_batch, batch_progress=progress)
-    trainer = types.SimpleNamespace(
-        fit_loop=types.SimpleNamespace(epoch_loop=loop),
-        num_training_batches=batches,
-        train_dataloader=None,
-        callbacks=[],
-        accumulate_grad_batches=1,
-        current_epoch=0,
-        global_step=3,
-    )
+    trainer = trainer_at(batches, restarting=True, restarted_on_train_batch_end=after_batch, batch_progress=progress)
     assert run_ahead(trainer).batch == over
     assert run_ahead(trainer, 6).batch == 6
-    loop.restarting = False
+    trainer.fit_loop.epoch_loop.restarting = False
     assert run_ahead(trainer).batch == 0
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0.25, 2.5), (0.5, 5), (1, 10), (2, 20)])
+def test_the_steps_of_epochs_seen_from_within_the_first(epochs, steps):
+    """Ten steps an epoch, of which four are taken."""
+    assert RunAhead(10, AccumulationPlan(((0, 1),)), epoch=0, batch=4, step=4).steps_of_epochs(epochs) == steps
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "limit", "source"),
+    [
+        (10, 3, -1, "max_epochs=3 of 10 batches, one a step"),
+        (10, 3, 29, "max_steps=29"),
+        (10, 3, 30, "max_epochs=3 of 10 batches, one a step"),
+        (10, 1000, -1, "max_epochs=1000 (what an unset max_epochs means) of 10 batches, one a step"),
+        (10, 3, 0, "max_steps=0"),
+        (10, 0, 0, "max_epochs=0 of 10 batches, one a step"),
+        (10, -1, 7, "max_steps=7"),
+        (10, -1, -1, "max_epochs=-1: the run has no end"),
+        (math.inf, 3, 7, "max_steps=7"),
+        (math.inf, 3, -1, "the length of the training data is unknown"),
+    ],
+)
+def test_what_ends_a_run_is_named(batches, epochs, limit, source):
+    trainer = trainer_at(batches, max_epochs=epochs, max_steps=limit)
+    assert source_of_length(trainer) == source

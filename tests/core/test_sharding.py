@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_plugins.core.flat_shards import FlatShard
-from lightning_plugins.core.sharding import reshard
+from lightning_plugins.core.sharding import any_sharded, is_sharded, local, reshard
 
 
 @pytest.fixture
@@ -87,3 +87,24 @@ def test_only_what_fsdp_has_made_is_given_back_to_its_shards():
 
     reshard(torch.nn.Sequential(Own(), Half(), Sharded()))
     assert called == ["reshard"]
+
+
+class Placed(torch.Tensor):
+    """A user's own, which says where it belongs."""
+
+    placements = "left"
+
+
+class Cached(torch.Tensor):
+    """Another, which can be brought to a local disk."""
+
+    def to_local(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Placed, Cached])
+def test_a_tensor_with_half_of_a_dtensors_names_is_whole(kind):
+    tensor = torch.ones(3).as_subclass(kind)
+    assert not is_sharded(tensor)
+    assert not any_sharded([None, "x", tensor])
+    assert local(tensor) is tensor

@@ -1,11 +1,12 @@
 """Where the predictions of a step are found when the step returns none."""
 
+import collections
 import types
 
 import pytest
 import torch
 
-from lightning_plugins.core.step_outputs import StepSources
+from lightning_plugins.core.step_outputs import StepSources, entry_of
 
 
 class Returning(torch.nn.Module):
@@ -59,3 +60,36 @@ def test_pieces_of_a_batch_are_joined_and_an_earlier_call_is_not():
     # no number of the last outputs has three rows
     found, _ = sources.find(None, (torch.zeros(3), torch.zeros(3)))
     assert len(found) == 2
+
+
+class Keyed:
+    """Has its parts in brackets, and an own error for what it lacks."""
+
+    def __init__(self, error, **parts):
+        self._error, self._parts = error, parts
+
+    def __getitem__(self, key):
+        if key not in self._parts:
+            raise self._error(key)
+        return self._parts[key]
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        {"labels": 3},
+        collections.UserDict(labels=3),
+        collections.namedtuple("Batch", ("inputs", "labels"))(1, 3),
+        types.SimpleNamespace(labels=3),
+        *(Keyed(error, labels=3) for error in (KeyError, IndexError, TypeError, ValueError, AttributeError)),
+    ],
+    ids=lambda holder: type(holder).__name__,
+)
+def test_a_part_of_a_batch_is_found_by_its_name(holder):
+    assert entry_of(holder, "labels") == 3
+    assert entry_of(holder, "label") is None
+
+
+@pytest.mark.parametrize("holder", [None, "labels", b"labels", torch.zeros(3), [1, 2], (1, 2), 5], ids=str)
+def test_what_has_no_names_has_no_part(holder):
+    assert entry_of(holder, "labels") is None

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from lightning_plugins.core.mapped_files import MappedFiles
-from lightning_plugins.core.stand_ins import Name, StoredStorage, StoredTensor, UnreadableError, called
+from lightning_plugins.core.stand_ins import (
+    Name,
+    StandIn,
+    StoredStorage,
+    StoredTensor,
+    UnreadableError,
+    called,
+    is_foreign,
+    is_known,
+)
 from lightning_plugins.statistics.labels import widest
 
 REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
@@ -40,6 +49,44 @@ def test_a_tensor_may_fill_its_storage():
 def test_what_is_no_place_in_the_storage_is_refused(lie):
     with pytest.raises(UnreadableError, match=r"impossible sizes|longer than its storage"):
         rebuilt(**lie)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "known"),
+    [
+        ("collections", "OrderedDict", True),
+        ("torch", "FloatStorage", True),
+        ("torch.cuda", "HalfStorage", True),
+        ("torch.storage", "UntypedStorage", True),
+        ("torch", "float32", True),
+        ("torch", "channels_last", True),
+        ("torch", "load", False),
+        ("torch", "nothing of that name", False),
+        ("torch.storage", "_load_from_bytes", False),
+        ("torch.cuda", "float32", False),
+        ("os", "FloatStorage", False),
+        ("os", "system", False),
+        ("builtins", "OrderedDict", False),
+    ],
+)
+def test_what_plain_checkpoints_name(module, name, known):
+    assert is_known(Name(module, name)) is known
+    assert is_foreign(Name(module, name)) is not known
+
+
+WITH_ATTRIBUTES = Name("torch._tensor", "_rebuild_from_type_v2")
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "is_tensor"),
+    [("torch", "Tensor", True), ("torch.nn.parameter", "Parameter", True), ("torch.nn.parameter", "Buffer", False)],
+)
+def test_attributes_make_no_other_thing_of_a_tensor(module, kind, is_tensor):
+    arguments = (StoredStorage("0", torch.float32, 16), 0, (4,), (1,), False, {})
+    found = called(WITH_ATTRIBUTES, (REBUILD, Name(module, kind), arguments, {"note": "x"}))
+    assert found == rebuilt() if is_tensor else (type(found), found.name) == (StandIn, Name(module, kind))
+    with pytest.raises(UnreadableError, match="own attributes are replaced"):
+        called(WITH_ATTRIBUTES, (REBUILD, Name(module, kind), arguments, {"shape": "x"}))
 
 
 @pytest.mark.parametrize("position", [0, 3])

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from lightning_plugins.core.validation import plain_text, shown
+from lightning_plugins.core.validation import did_you_mean, first_line, plain_text, plain_value, shown
 from tests.support.damage import bounded
 
 
@@ -98,3 +98,37 @@ def test_ordinary_values_are_shown_as_they_are():
         collections.OrderedDict(a=1),
     ):
         assert shown(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (2**63 - 1, 2**63 - 1),
+        # other programs hold whole numbers in 64 bits
+        (2**63, "9223372036854775808"),
+        (-(2**63) - 1, "-9223372036854775809"),
+        (True, "True"),
+        (0.5, "0.5"),
+        ("2.6.6", "2.6.6"),
+        ([1], "[1]"),
+        (None, None),
+    ],
+)
+def test_a_value_of_a_file_is_shown_as_any_program_can(value, plain):
+    found = plain_value(value)
+    assert (type(found), found) == (type(plain), plain)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(OSError("two\nlines"), "two"), (ValueError(), "ValueError"), (ValueError(" \n"), "ValueError")]
+)
+def test_an_error_is_told_in_a_line(error, line):
+    assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [("warm_up", "; did you mean 'WarmUp'?"), ("Wramup", "; did you mean 'WarmUp'?"), ("zzz", "."), (5, ".")],
+)
+def test_a_misspelt_word_is_told_what_was_probably_meant(given, end):
+    assert did_you_mean(given, ["WarmUp", "OneCycle"]) == end

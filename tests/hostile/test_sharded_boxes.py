@@ -65,20 +65,38 @@ def write(folder, boxes, *, dtype=None, change=None, file="__0_0.distcp"):
 
 
 @pytest.mark.parametrize(
-    "boxes",
+    ("boxes", "runs"),
     [
-        [((0, 0), (4, 6))],
-        QUARTERS,
-        QUARTERS[::-1],
-        [((0, 0), (1, 6)), ((1, 0), (3, 6))],
-        [((0, 0), (4, 1)), ((0, 1), (4, 5))],
-        [((0, 0), (1, 6)), ((1, 0), (3, 2)), ((1, 2), (3, 4))],
-        [((0, 0), (4, 6)), ((4, 0), (0, 6))],
+        ([((0, 0), (4, 6))], [(0, 24)]),
+        (QUARTERS, [(0, 24)]),
+        (QUARTERS[::-1], [(0, 24)]),
+        ([((0, 0), (1, 6)), ((1, 0), (3, 6))], [(0, 6), (6, 24)]),
+        ([((2, 0), (2, 6)), ((0, 0), (1, 6)), ((1, 0), (1, 6))], [(0, 6), (6, 12), (12, 24)]),
+        ([((0, 0), (4, 1)), ((0, 1), (4, 5))], [(0, 24)]),
+        ([((0, 0), (1, 6)), ((1, 0), (3, 2)), ((1, 2), (3, 4))], [(0, 24)]),
+        ([((0, 0), (1, 2)), ((0, 2), (1, 4)), ((1, 0), (3, 6))], [(0, 24)]),
+        ([((0, 0), (4, 6)), ((4, 0), (0, 6))], [(0, 24)]),
     ],
 )
-def test_a_division_is_put_together(tmp_path, boxes):
+def test_a_division_is_put_together(tmp_path, boxes, runs):
     paths = write(tmp_path / "one", boxes), write(tmp_path / "other", [((0, 0), (4, 6))])
     assert torch.equal(average_checkpoints(paths)["w"], WHOLE)
+    found = ShardedTensors(paths[0], {"state_dict"})
+    assert found.parts("w") == runs
+    for start, stop in ((0, 24), (3, 20), (6, 12), (23, 24), (7, 7)):
+        assert torch.equal(found.flat("w", start, stop), WHOLE.flatten()[start:stop])
+
+
+def test_numbers_without_dimensions_are_read_one_after_the_other(tmp_path):
+    numbers = {"a": torch.tensor(3.0), "b": torch.tensor(4, dtype=torch.int64), "c": torch.ones(0, 2)}
+    with warnings.catch_warnings():  # that there is one process
+        warnings.simplefilter("ignore")
+        dcp.save({"state_dict": numbers}, checkpoint_id=tmp_path)
+    found = ShardedTensors(tmp_path, {"state_dict"})
+    assert {name: found.parts(name) for name in numbers} == {"a": [(0, 1)], "b": [(0, 1)], "c": []}
+    for name in (*numbers, *reversed(numbers)):
+        assert torch.equal(found.tensor(name), numbers[name])
+        assert found.flat(name, 0, 1).tolist() == numbers[name].flatten().tolist()
 
 
 def test_an_index_without_a_plan_names_its_tensors_by_what_stands_behind_the_first_dot(tmp_path):

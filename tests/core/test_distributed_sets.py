@@ -1,0 +1,182 @@
+"""Sets of tensors beside the weights of a distributed checkpoint, written and read by one rank."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from lightning_plugins.core.checkpoint_file import CheckpointError
+from lightning_plugins.core.checkpoint_keys import SAVE, SECOND_SETS, SECOND_SETS_FOLDER
+from lightning_plugins.core.distributed_sets import is_distributed, marking, open_sets, put_beside, refuse_cut_off
+from lightning_plugins.core.patching import Patches
+from lightning_plugins.core.save_marks import check_marks
+
+AVERAGE = ("average", "ema")
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    with warnings.catch_warnings():
+        # torch says that it saves in a single process
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Share(torch.Tensor):
+    """A tensor that is spread over ranks, of which this one has everything."""
+
+    placements = ()
+
+    def to_local(self):
+        return self.as_subclass(torch.Tensor)
+
+
+class Strategy:
+    """Saves as Lightning's sharded strategies do: the weights by torch, the rest beside them."""
+
+    is_global_zero, global_rank = True, 0
+
+    def __init__(self):
+        self.saved = []
+
+    def broadcast(self, value):
+        return value
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        self.saved.append((checkpoint, storage_options))
+        weights = checkpoint.pop("state_dict")
+        whole = {name: tensor.as_subclass(torch.Tensor) for name, tensor in weights.items()}
+        dcp.save({"state_dict": whole}, checkpoint_id=filepath)
+        torch.save(checkpoint, filepath / "meta.pt")
+
+    def load_checkpoint(self, path, weights_only=None):
+        return torch.load(path / "meta.pt", weights_only=weights_only)
+
+
+class FSDPStrategy(Strategy):
+    """One whose checkpoints may be directories although no tensor shows it."""
+
+
+def module():
+    made = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    made.requires_grad_(False)
+    return made
+
+
+def times(factor, names=("0.weight", "0.bias", "1.weight")):
+    state = module().state_dict()
+    return {name: torch.full_like(state[name], float(factor)) for name in names}
+
+
+def save(path, sets, strategy=None):
+    """Save a checkpoint with ``sets`` at ``path`` and return what it says beside its weights."""
+    strategy = strategy or Strategy()
+    weights = {name: tensor.as_subclass(Share) for name, tensor in times(1).items()}
+    checkpoint = {"state_dict": weights, "global_step": 7}
+    for label, tensors in sets.items():
+        put_beside(strategy, checkpoint, {label: tensors})
+    if not sets:
+        put_beside(strategy, checkpoint, {})
+    strategy.save_checkpoint(checkpoint, path)
+    return strategy.load_checkpoint(path, weights_only=True)
+
+
+def equal(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_sets_are_read_again_by_what_they_are(tmp_path):
+    half = {name: tensor.bfloat16() for name, tensor in times(2).items()}
+    said = save(tmp_path / "x", {("raw",): times(3), AVERAGE: half})
+    check_marks(tmp_path / "x", said[SAVE])
+    sets = open_sets(said, tmp_path / "x", module())
+    assert ("raw",) in sets
+    assert AVERAGE in sets
+    assert ("average", "other") not in sets
+    assert sets.names(("raw",)) == set(times(3))
+    assert sets.names(("average", "other")) == set()
+    assert equal(sets.read(("raw",)), times(3))
+    # in the precision of the file, whatever the module's
+    assert equal(sets.read(AVERAGE), half)
+    assert sets.read(("average", "other")) is None
+
+
+def test_of_the_weights_those_are_read_that_are_asked_for(tmp_path):
+    sets = open_sets(save(tmp_path / "x", {("raw",): times(3)}), tmp_path / "x", module())
+    assert equal(sets.read_state_dict({"0.bias"}), times(1, ["0.bias"]))
+    assert equal(sets.read_state_dict({"0.bias", "1.weight", "9.weight"}), times(1, ["0.bias", "1.weight"]))
+    assert sets.read_state_dict(set()) == {}
+
+
+def test_what_the_module_has_no_place_for_is_named_and_not_read(tmp_path):
+    other = {"0.weight": torch.ones(5, 5), "9.weight": torch.ones(2), "0.bias": times(3)["0.bias"]}
+    found = open_sets(save(tmp_path / "x", {("raw",): other}), tmp_path / "x", module()).read(("raw",))
+    assert {name: tensor.is_meta for name, tensor in found.items()} == {
+        "0.weight": True,
+        "9.weight": True,
+        "0.bias": False,
+    }
+    assert torch.equal(found["0.bias"], other["0.bias"])
+
+
+def test_a_checkpoint_that_replaces_another_takes_its_sets_away(tmp_path):
+    save(tmp_path / "x", {("raw",): times(3), AVERAGE: times(2)})
+    sets = open_sets(save(tmp_path / "x", {("raw",): times(4)}), tmp_path / "x", module())
+    assert (AVERAGE in sets, equal(sets.read(("raw",)), times(4))) == (False, True)
+    said = save(tmp_path / "x", {})
+    assert not (tmp_path / "x" / SECOND_SETS_FOLDER).exists()
+    assert open_sets(said, tmp_path / "x", module()) is None
+    (tmp_path / "y").write_bytes(b"a file of that name")
+    assert open_sets(save(tmp_path / "y", {("raw",): times(4)}), tmp_path / "y", module())
+
+
+def test_a_save_that_did_not_come_does_not_swallow_the_next_one(tmp_path):
+    """Another callback raised after the sets were put beside the checkpoint."""
+    strategy = FSDPStrategy()
+    put_beside(strategy, {"state_dict": {}}, {})
+    whole = {"state_dict": times(1), "global_step": 9}
+    strategy.save_checkpoint(whole, tmp_path / "x", storage_options="as asked")
+    assert [(saved is whole, options) for saved, options in strategy.saved] == [(True, "as asked")]
+    assert (tmp_path / "x" / "meta.pt").exists()
+    assert not {SAVE, SECOND_SETS} & whole.keys()
+    assert "save_checkpoint" not in vars(strategy)
+
+
+def test_a_file_has_nothing_beside_it():
+    strategy, checkpoint = Strategy(), {"state_dict": times(1)}
+    assert not is_distributed(checkpoint)
+    put_beside(strategy, checkpoint, {("raw",): times(3)})
+    with marking(strategy, checkpoint):
+        assert dcp.save.__module__.startswith("torch.")
+    assert vars(strategy).keys() == {"saved"}
+    assert checkpoint.keys() == {"state_dict"}
+
+
+def test_only_a_save_into_a_directory_is_marked(tmp_path):
+    original, checkpoint = dcp.save, {"global_step": 8}
+    with marking(FSDPStrategy(), checkpoint):
+        # as a plugin may do beside the checkpoint
+        dcp.save(times(2), storage_writer=dcp.FileSystemWriter(tmp_path / "own"))
+        assert SAVE not in checkpoint
+        dcp.save({"state_dict": times(1)}, checkpoint_id=tmp_path / "x")
+    assert dcp.save is original
+    check_marks(tmp_path / "x", checkpoint[SAVE])
+    assert checkpoint[SAVE]["step"] == 8
+    check_marks(tmp_path / "own", None)
+    found = {name: torch.zeros_like(tensor) for name, tensor in times(2).items()}
+    dcp.load(found, checkpoint_id=tmp_path / "own")
+    assert equal(found, times(2))
+
+
+def test_a_directory_that_was_cut_off_is_refused_before_it_is_read(tmp_path):
+    strategy, patches = Strategy(), Patches()
+    said = save(tmp_path / "x", {("raw",): times(3)})
+    refuse_cut_off(patches, strategy)
+    assert strategy.load_checkpoint(tmp_path / "x", weights_only=True) == said
+    (tmp_path / "x" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="is incomplete"):
+        strategy.load_checkpoint(tmp_path / "x", weights_only=True)
+    patches.undo()
+    assert strategy.load_checkpoint(tmp_path / "x", weights_only=True) == said
