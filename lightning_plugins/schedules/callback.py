@@ -152,6 +152,8 @@ class LearningRateScheduler(Callback):
         self._epoch_begins = True
         self._announces = False  # whether steps may be skipped unseen: manual optimization under a gradient scaler
         self._by_batch = False  # whether the optimizer's own steps are none of the run's
+        # in automatic optimization: whether positions are the Trainer's steps, or the optimizer's; this batch's step
+        self._trainers_clock = self._own_clock = self._announced = False
         self._watch = None if plateau is None else PlateauWatch(plateau)
 
     @property
@@ -255,6 +257,8 @@ class LearningRateScheduler(Callback):
             self._start(scheduler, scheduler.position if scheduler.restored and not timed else stands, pl_module)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._epoch_begins, self._announces = True, scaled and not pl_module.automatic_optimization
+        self._own_clock = pl_module.automatic_optimization and self.clock != "attempted"
+        self._trainers_clock = pl_module.automatic_optimization and not self._own_clock
         # DeepSpeed steps an inner optimizer once for each part of the weights
         self._by_batch = is_deepspeed(trainer.strategy)
         if self._watch is not None:
@@ -270,29 +274,38 @@ class LearningRateScheduler(Callback):
         self._plan(trainer, pl_module, batch_idx=0)
         self._keep_time(pause=True)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Announce the step; before it, notice other accumulation, other optimizers and other schedulers."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notice other optimizers and other schedulers; a clock of the optimizer's own follows its every step."""
+        self._announced = False
         if self._epoch_begins or trainer.strategy.optimizers is not self._attached.optimizers:
-            self._epoch_begins = False
+            self._follow_optimizers(trainer, pl_module)
+        for scheduler in self._attached.schedulers if self._own_clock else ():
+            scheduler.follow(every_step=True)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Announce the step; before it, notice other accumulation and other optimizers."""
+        if trainer.strategy.optimizers is not self._attached.optimizers:
             self._follow_optimizers(trainer, pl_module)
         if self._run.sees_other_accumulation(trainer):
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
-        if self._by_batch:
-            return
-        for scheduler in self._attached.schedulers:
+        again, self._announced = self._announced, True
+        for scheduler in self._attached.schedulers if not self._by_batch else ():
             if not self._announces:
-                scheduler.expected = True
+                scheduler.expected = not again
             elif scheduler.optimizer is optimizer:
                 scheduler.expect()
+            if again and self._trainers_clock:  # a second step with one batch is none of the Trainer's
+                scheduler.refresh(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """In automatic optimization, catch up with a step that the gradient scaler skipped; look at the time."""
-        if pl_module.automatic_optimization and self.clock == "attempted":
-            for scheduler in self._attached.schedulers:
-                if scheduler.last_epoch != trainer.global_step:
-                    scheduler.skip_to(trainer.global_step)
+        """In automatic optimization, catch up with steps that came without an announcement; look at the time."""
+        for scheduler in self._attached.schedulers:
+            if self._own_clock:
+                scheduler.follow(every_step=False)
+            elif self._trainers_clock and scheduler.last_epoch != trainer.global_step:
+                scheduler.skip_to(trainer.global_step)
         self._keep_time()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -338,9 +351,10 @@ class LearningRateScheduler(Callback):
 
     def _follow_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow optimizers that were set up anew in mid-fit, from where the run stands."""
+        self._epoch_begins = False
         for new, position in self._attached.follow(trainer):
             self._start(new, position, pl_module)
-        if pl_module.automatic_optimization and self.clock == "attempted":
+        if self._trainers_clock:
             for scheduler in self._attached.schedulers:
                 scheduler.refresh(trainer.global_step)  # a checkpoint may have been restored
 
@@ -379,11 +393,7 @@ class LearningRateScheduler(Callback):
             scheduler.refresh()
 
     def _check_monitor(self, trainer: Trainer) -> None:
-        metrics, watch = trainer.callback_metrics, self._watch
-        if watch is not None and watch.misses(metrics, validates=trainer.enable_validation):
-            names = ", ".join(sorted(metrics)) or "none"
-            raise MisconfigurationException(
-                f"`plateau` must monitor a metric that is logged, got {shown(watch.plateau.monitor)}, which "
-                f"did not come in an epoch and its validation. There are: {names}. Correct the name, or log it with "
-                "`self.log`."
-            )
+        if self._watch is not None:
+            missing = self._watch.missing(trainer.callback_metrics, validates=trainer.enable_validation)
+            if missing:
+                raise MisconfigurationException(missing)

@@ -175,10 +175,16 @@ class PlateauWatch:
         before, self.state = self.state, self.plateau.update(self.state, value)
         return self.state.factor != before.factor
 
-    def misses(self, metrics: Mapping[str, Any], *, validates: bool) -> bool:
-        """Return whether an epoch, and a validation where the run has them, ended without the metric ever coming.
+    def missing(self, metrics: Mapping[str, Any], *, validates: bool) -> str:
+        """Say what is wrong if an epoch, and a validation where the run has them, ended without the metric ever coming.
 
         Asked when the epoch is over: a module may log until the very end of it.
         """
         over = self._epoch_ended and (self._validation_ended or not validates)
-        return over and not self._came and self.plateau.monitor not in metrics
+        if not over or self._came or self.plateau.monitor in metrics:
+            return ""
+        return (
+            f"`plateau` must monitor a metric that is logged, got {shown(self.plateau.monitor)}, which did not come in "
+            f"an epoch and its validation. There are: {', '.join(sorted(metrics)) or 'none'}. Correct the name, or log "
+            "it with `self.log`."
+        )

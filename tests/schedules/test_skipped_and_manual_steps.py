@@ -220,3 +220,49 @@ def test_the_steps_of_an_optimizer_that_fires_no_hooks_are_followed(tmp_path, au
     beside = LearningRateScheduler(Linear(8, 1, 0), parameter="momentum")
     fit(tmp_path, LearningRateScheduler(Linear(8, 1, 0), clock=clock), callbacks=[beside], module=module, batches=8)
     assert rates(module) == expected(Linear(8, 1, 0), 8)
+
+
+# -- steps that a module takes in a way of its own
+
+
+def step_of_torch(optimizer, closure):
+    optimizer.optimizer.step(closure)
+
+
+def two_steps(optimizer, closure):
+    optimizer.step(closure)
+    optimizer.step()
+
+
+def two_of_torch(optimizer, closure):
+    optimizer.optimizer.step(closure)
+    optimizer.optimizer.step()
+
+
+def toggled(optimizer, closure):
+    with optimizer.toggle_model():
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("clock", ["attempted", "applied"])
+@pytest.mark.parametrize("step", [step_of_torch, two_steps, two_of_torch, toggled])
+def test_ways_of_stepping_see_the_rates_of_a_loop_in_plain_torch(tmp_path, step, clock):
+    """``scheduler.step()`` of torch after each batch, as Lightning does it, or after each step of the optimizer."""
+    module, schedule = make_module(), Linear(10, 1, 0.1)
+    module.optimizer_step = lambda epoch, batch_idx, optimizer, closure: step(optimizer, closure)
+    callback = LearningRateScheduler(schedule, clock=clock, record=True)
+    fit(tmp_path, callback, module=module)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    truth = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=10)
+    used = []
+    for _ in range(10):
+        for _ in range(2 if "two" in step.__name__ else 1):
+            used.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if clock == "applied":
+                truth.step()
+        if clock == "attempted":
+            truth.step()
+    assert rates(module) == pytest.approx(used)
+    # a second step that torch's optimizer takes by itself is none that the Trainer knows of
+    assert callback.lrs == pytest.approx(used[::2] if (step, clock) == (two_of_torch, "attempted") else used)
