@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -21,6 +22,7 @@ from lightning_plugins.core.loaders import loader_batch_size
 from lightning_plugins.core.strategies import check_strategy, forwards_are_collective
 from lightning_plugins.core.validation import LightningPluginsWarning, shown, takes, whole_number
 from lightning_plugins.microbatching.loop import BatchInPieces, PiecewiseClosure, RanksInStep
+from lightning_plugins.microbatching.merging import checked_ways
 from lightning_plugins.microbatching.out_of_memory import add_hint, is_out_of_memory
 from lightning_plugins.microbatching.pieces import Pieces, Split
 from lightning_plugins.microbatching.size_finder import SizeSearch
@@ -66,11 +68,15 @@ class MicroBatching(Callback):
         split: ``split(batch, sizes) -> pieces`` for batches that only you can take apart: a batch for each of the
             sizes, which are in samples and add up to the whole. Where the samples of a batch cannot be told, ``size``
             and ``sizes`` are in what ``count`` counts. ``None`` cuts tensors, arrays, lists and nests of them.
+        logged: What a name that ``training_step`` logs is of a batch: ``"mean"`` over what ``count`` counts, which is
+            taken of fractions that are averaged over batches, ``"sample_mean"``, ``"sum"``, ``"max"`` or ``"min"``.
+            Whole numbers and names with another ``reduce_fx``, which tells of batches and not of pieces, need it.
 
     Raises:
-        TypeError: If ``size`` is no whole number or ``split`` no function; during the run if the batch cannot be split.
-        ValueError: If ``size`` is below 1 or another word, ``count`` another word; during the run if the batch's size
-            cannot be told, or ``split`` returns another number of pieces.
+        TypeError: If ``size`` is no whole number, ``split`` no function or ``logged`` no mapping; during the run if the
+            batch cannot be split.
+        ValueError: If ``size`` is below 1 or another word, ``count`` or ``logged`` another word; during the run if the
+            batch's size cannot be told, ``split`` returns another number of pieces, or ``logged`` lacks a name.
         MisconfigurationException: At setup: manual optimization, several optimizers, DDP's ``static_graph``,
             synchronized batch normalization, or a strategy that it was not tested under.
 
@@ -82,7 +88,12 @@ class MicroBatching(Callback):
     stage = Stage.ACCUMULATION
 
     def __init__(
-        self, size: int | Literal["auto"] = "auto", *, count: CountedBy = "samples", split: Split | None = None
+        self,
+        size: int | Literal["auto"] = "auto",
+        *,
+        count: CountedBy = "samples",
+        split: Split | None = None,
+        logged: Mapping[str, str] | None = None,
     ) -> None:
         if isinstance(size, str):
             if size != "auto":
@@ -95,12 +106,16 @@ class MicroBatching(Callback):
         self.size = size
         self.count = count
         self.split = split
+        self.logged = checked_ways(logged)
         super().__init__(size=size)
         self._found: int | None = None
         self._search: SizeSearch | None = None
         self._in_step: RanksInStep | None = None
         self._pieces = Pieces("samples", None)
         self._warned = False
+        # whether a batch's logs were collected, and names that never came
+        self._ran = False
+        self._unseen: set[str] = set()
 
     @property
     def size_found(self) -> int | None:
@@ -148,7 +163,7 @@ class MicroBatching(Callback):
         self._in_step = None
         if forwards_are_collective(trainer.strategy):
             self._in_step = RanksInStep(trainer)
-        self._warned = False
+        self._warned, self._ran, self._unseen = False, False, set(self.logged)
         if self.size == "auto":
             self._search = SizeSearch(trainer, self._found)
             known = f"in pieces of at most {self._found} samples" if self._found else "whole"
@@ -160,6 +175,14 @@ class MicroBatching(Callback):
             return self._closure(trainer, whole, kwargs, optimizer, batch_idx)
 
         self.patches.wrap(trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", make_closure)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if a name of ``logged`` was never logged."""
+        for name in sorted(self._unseen) if self._ran else ():
+            rank_zero_warn(
+                f"`logged` of MicroBatching names {shown(name)}, but nothing of that name was logged in training.",
+                category=LightningPluginsWarning,
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the Trainer as it was; say what helps when memory ran out."""
@@ -196,13 +219,16 @@ class MicroBatching(Callback):
         size, search, pieces = self.size, self._search, self._pieces
         if isinstance(size, int) and trainer.world_size == 1 and pieces.length(kwargs["batch"]) <= size:
             return whole(kwargs, optimizer, batch_idx)
-        batch = BatchInPieces(trainer, kwargs, optimizer, batch_idx, pieces=pieces, in_step=self._in_step)
+        ways, in_step = self.logged, self._in_step
+        batch = BatchInPieces(trainer, kwargs, optimizer, batch_idx, pieces=pieces, logged=ways, in_step=in_step)
 
         def run() -> Any:
             batch.begin()
             result = batch.run(int(size)) if search is None else search.run(batch)
             self._found = None if search is None else search.size
             self._warn_of(batch.dropped)
+            self._unseen -= batch.names_logged
+            self._ran = True
             return result
 
         return PiecewiseClosure(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from lightning_plugins.core.counting import Count
 from lightning_plugins.core.metric_state import MetricState, metrics_in
 from lightning_plugins.core.patching import Patches
-from lightning_plugins.microbatching.merging import combine_logged
+from lightning_plugins.microbatching.merging import combine_logged, way_of
 
 
 class PieceLogs:
@@ -23,10 +23,16 @@ class PieceLogs:
 
     Args:
         results: The training loop's result collection.
+        ways: How the values of pieces make the batch's, by the name that is logged: one of :data:`WAYS`.
+
+    Attributes:
+        names: The names that were logged.
     """
 
-    def __init__(self, results: Any) -> None:
+    def __init__(self, results: Any, ways: Mapping[str, str]) -> None:
+        self.names: set[str] = set()
         self._results = results
+        self._ways = ways
         self._batch = results.batch
         self._piece = 0
         self._logged: dict[str, list[tuple[int, Any, int]]] = defaultdict(list)
@@ -56,17 +62,32 @@ class PieceLogs:
         self._piece = piece
         self._show(batch)
 
-    def log(self, weights: Sequence[Count]) -> None:
-        """Log what was collected: one value of the whole batch for every call in ``training_step``."""
+    def log(self, weights: Sequence[Count], sizes: Sequence[int]) -> None:
+        """Log what was collected: one value of the whole batch for every call in ``training_step``.
+
+        Args:
+            weights: The pieces' shares of what the loss is a mean over.
+            sizes: Their samples.
+
+        Raises:
+            ValueError: If it cannot be told what the whole batch would have logged.
+        """
         for key, entries in self._logged.items():
             result = self._results[key]
             if not result.is_tensor:
                 self._results.update_metrics(key, entries[-1][1], entries[-1][2])
                 continue
+            name, reduction = result.meta.name, result.meta.reduce_fx.__name__
+            self.names.add(name)
+            way = way_of(name, self._ways.get(name), reduction, [value for _, value, _ in entries])
             for call in _calls(entries):
-                shares = [weights[piece] for piece, _, _ in call]
-                value = combine_logged(result.meta.reduce_fx.__name__, [value for _, value, _ in call], shares)
-                self._results.update_metrics(key, value, sum(size for _, _, size in call))
+                values, counts = [value for _, value, _ in call], [count for _, _, count in call]
+                samples = [sizes[piece] for piece, _, _ in call]
+                shares = samples if way == "sample_mean" else [weights[piece] for piece, _, _ in call]
+                # a number of its own that is the same for every piece is not what the pieces hold
+                fixed = len(set(counts)) == 1 and counts != samples
+                value = values[0] if len(values) == 1 else combine_logged(way, values, shares)
+                self._results.update_metrics(key, value, counts[0] if fixed else sum(counts))
 
     def _keep(self, key: str, value: Any, batch_size: int) -> None:
         self._logged[key].append((self._piece, value, batch_size))

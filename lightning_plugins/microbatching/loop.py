@@ -76,6 +76,7 @@ class BatchInPieces:
         optimizer: The optimizer of the coming backward.
         batch_idx: The batch's index in the epoch.
         pieces: How the batch is counted and split.
+        logged: How the values that pieces log make the batch's, by name.
         in_step: Keeps ranks in step whose every forward is a collective, ``None`` where each runs for itself.
 
     Attributes:
@@ -90,6 +91,7 @@ class BatchInPieces:
         batch_idx: int,
         *,
         pieces: Pieces,
+        logged: Mapping[str, str],
         in_step: RanksInStep | None = None,
     ) -> None:
         self._trainer = trainer
@@ -97,7 +99,7 @@ class BatchInPieces:
         self._kwargs = kwargs
         self._pieces = pieces
         self._in_step = in_step
-        self._logs = PieceLogs(trainer.fit_loop.epoch_loop._results)
+        self._logs = PieceLogs(trainer.fit_loop.epoch_loop._results, logged)
         self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
         self._backward = self._loop._make_backward_fn(optimizer)
         self._zeroed = False
@@ -148,9 +150,14 @@ class BatchInPieces:
             for index in range(len(pieces), self._runs):
                 self._run_for_others(index, pieces[-1])
 
+    @property
+    def names_logged(self) -> set[str]:
+        """The names under which something was logged."""
+        return self._logs.names
+
     def finish(self) -> Any:
         """Log what the attempt has logged, which may synchronize the ranks, and return Lightning's result."""
-        self._logs.log(self._weights)
+        self._logs.log(self._weights, self._sizes)
         return self._merged(self._results)
 
     def _run_piece(self, index: int, piece: Any) -> Any:

@@ -17,7 +17,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from lightning_plugins.core.batch_structure import SHARED, fields_of, is_list, rows
 from lightning_plugins.core.batches import record_like, sequence_like
 from lightning_plugins.core.counting import Count, wide
-from lightning_plugins.core.validation import shown
+from lightning_plugins.core.validation import one_of, shown
+
+WAYS = ("mean", "sample_mean", "sum", "max", "min")
+"""What a logged value can be of a batch: a mean over what the loss is a mean over, or over samples, a sum, a bound."""
 
 
 def shares(pieces: Sequence[Any], sizes: Sequence[int], count: Callable[[Any], Count] | None) -> list[Count]:
@@ -202,19 +205,60 @@ def _merge_tensors(values: list[Tensor], weights: Sequence[Count], sizes: Sequen
     return torch.stack(values).sum(0)
 
 
-def combine_logged(reduction: str, values: Sequence[Tensor], weights: Sequence[Count]) -> Tensor:
-    """Return the value that the whole batch would have logged, by the way in which the value is reduced.
+def checked_ways(given: Any) -> dict[str, str]:
+    """Return the argument ``logged`` as a dict.
+
+    Raises:
+        TypeError: If it is no mapping of names.
+        ValueError: If a name is mapped to another word than :data:`WAYS`.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"`logged` must map names that are logged to words, got {shown(given)}.")
+    return {name: one_of(f"logged[{shown(name)}]", way, WAYS) for name, way in given.items()}
+
+
+def way_of(name: str, told: str | None, reduction: str, values: Sequence[Tensor]) -> str:
+    """Return how the values that pieces log under a name make the value of the whole batch.
+
+    A fraction that is averaged over batches is a mean. How a value is reduced *over batches* says nothing else about
+    what it is *within* one: a module may follow the largest mean of a batch, and the largest value in one.
 
     Args:
-        reduction: ``"mean"``, ``"sum"``, ``"max"`` or ``"min"``.
+        name: The name that is logged.
+        told: What the user says, one of :data:`WAYS`.
+        reduction: ``reduce_fx``: ``"mean"``, ``"sum"``, ``"max"`` or ``"min"``.
+        values: What the pieces have logged.
+
+    Raises:
+        ValueError: If the user must say.
+    """
+    if told is not None:
+        return told
+    if reduction == "mean" and all(value.is_floating_point() for value in values):
+        return "mean"
+    kind = f"with reduce_fx={reduction!r}" if reduction != "mean" else "as a whole number, which is no mean,"
+    raise ValueError(
+        f"`logged` must tell what {name!r} is of a batch, got nothing: it is logged {kind} for every piece. Write "
+        f"MicroBatching(logged={{{name!r}: ...}}) with 'mean' if it is a mean over what `count` counts, 'sample_mean' "
+        f"if over samples, 'sum', 'max' or 'min' if it is that of the batch."
+    )
+
+
+def combine_logged(way: str, values: Sequence[Tensor], weights: Sequence[Count]) -> Tensor:
+    """Return the value that the whole batch would have logged.
+
+    Args:
+        way: One of :data:`WAYS`.
         values: One per piece that logged.
         weights: The shares of those pieces; for a mean they are scaled to add up to 1.
     """
-    if reduction == "mean":
+    if way.endswith("mean"):
         total: Any = sum(weights)
         if not isinstance(total, Tensor) and total == 0:
             total, weights = len(weights), [1.0] * len(weights)
         mean: Tensor = weighted_sum(values, [weight / total for weight in weights])
         return mean
     stacked = torch.stack(list(values))
-    return {"sum": stacked.sum(0), "max": stacked.amax(0), "min": stacked.amin(0)}[reduction]
+    return {"sum": stacked.sum(0), "max": stacked.amax(0), "min": stacked.amin(0)}[way]

@@ -226,6 +226,7 @@ CALLBACKS = {
         (f"{{size: auto, count: {_HERE}.count_ones}}", {"size": "auto", "count": count_ones}),
         (f"{{size: 8, count: {_LABELS}}}", {"size": 8, "count": lp.Tokens("labels", 0)}),
         (f"{{size: 8, split: {_HERE}.take_apart}}", {"size": 8, "split": take_apart}),
+        ("{size: 8, logged: {hits: sum, worst: mean}}", {"size": 8, "logged": {"hits": "sum", "worst": "mean"}}),
         pair=({}, {"size": 16}),
     ),
     "PostHocEMA": case(
