@@ -264,9 +264,10 @@ class CheckpointAveraging(Callback):
         """Refuse an ``output`` that cannot be written, on all ranks alike."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
         ours = [other for other in callbacks if isinstance(other, CheckpointAveraging) and other is not self]
-        if any(Path(other.output) == Path(self.output) for other in ours):
+        theirs = {place for other in ours if other._pool for place in _places(other._pool, other.output)}
+        for place in sorted(theirs.intersection(_places(pool, self.output))):
             raise MisconfigurationException(
-                f"Two CheckpointAveraging callbacks would write {self.output}; give them different `output` names."
+                f"Two CheckpointAveraging callbacks would write {place}; give them different `output` names."
             )
         problem = output_problem(pool.target(self.output)) if trainer.is_global_zero else None
         problem = trainer.strategy.broadcast(problem)
@@ -389,3 +390,8 @@ class CheckpointAveraging(Callback):
                 "CheckpointAveraging: no comparison, as validation logs neither the monitored metric nor a loss, and "
                 "returns none."
             )
+
+
+def _places(pool: Pool, output: str) -> list[Path]:
+    """Return what a callback writes: the average, and the folder of files of its own."""
+    return [place.resolve() for place in (pool.target(output), pool.own_folder) if place is not None]

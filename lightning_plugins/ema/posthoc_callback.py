@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,8 @@ class PostHocEMA(AveragingCallback):
         4 bytes per trainable parameter and average, an update each per step, and as many bytes per snapshot.
 
     Does not compose with:
-        Parts taken out of the module in mid-run, which end the fit with an error.
+        Another PostHocEMA that writes into the same directory, which is refused. Parts taken out of the module in
+        mid-run, which end the fit with an error.
 
     Args:
         sigma_rels: Relative standard deviations of the averages that are kept, each above 0 and below 0.2887, 100 at
@@ -117,7 +119,9 @@ class PostHocEMA(AveragingCallback):
         self._restored: list[dict[str, Tensor]] | None = None
         self._directory: Path | None = None
         self._warned = False
-        self._zero_saves = [ZeroSaves(f"post-hoc {sigma}") for sigma in self.sigma_rels]
+        # another callback may have some of the same widths
+        mine = f"{zlib.crc32(repr(self.sigma_rels).encode()):08x}"
+        self._zero_saves = [ZeroSaves(f"post-hoc {sigma} {mine}") for sigma in self.sigma_rels]
         self._start_history()
 
     def _start_history(self) -> None:
@@ -154,6 +158,7 @@ class PostHocEMA(AveragingCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place what a file gave, and find the directory."""
         super().on_fit_start(trainer, pl_module)
+        self._refuse_shared_directory(trainer)
         if trainer.is_global_zero and self._find_directory(trainer) != self.dirpath:
             check_writable("dirpath", self._find_directory(trainer), directory=True)
 
@@ -161,6 +166,8 @@ class PostHocEMA(AveragingCallback):
         """Begin, or go on, to count and to average, in a directory without traces of another run."""
         resumed = self._restored is not None or bool(self._shadows)
         super().on_train_start(trainer, pl_module)
+        # under a sharded strategy a checkpoint's directory is known only now
+        self._refuse_shared_directory(trainer)
         self._set_aside(trainer, resumed=resumed)
 
     def get_state(self) -> dict[str, Any]:
@@ -317,6 +324,17 @@ class PostHocEMA(AveragingCallback):
             "checkpoint nor below the Trainer's directory. Pass `dirpath` to go on there."
         )
         return None
+
+    def _refuse_shared_directory(self, trainer: Trainer) -> None:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        all_of_run = [callback for callback in callbacks if isinstance(callback, PostHocEMA)]
+        places = [callback._find_directory(trainer).resolve() for callback in all_of_run]
+        mine = self._find_directory(trainer).resolve()
+        if places.count(mine) > 1:
+            raise MisconfigurationException(
+                f"`dirpath` must differ among a Trainer's PostHocEMA callbacks, got {mine} twice: they would write "
+                "over each other's snapshots. Give one of them another, or all `sigma_rels` to one callback."
+            )
 
     def _set_aside(self, trainer: Trainer, *, resumed: bool) -> None:
         """Move snapshots out of the way that this run will write again, and those of an old run when one begins."""

@@ -57,9 +57,15 @@ def test_two_instances_need_different_outputs(tmp_path):
     twins = [CheckpointAveraging(last=2), CheckpointAveraging(last=3)]
     with pytest.raises(MisconfigurationException, match=r"another `output`, or remove it"):
         trainer(tmp_path, callbacks=twins).fit(Regressor(), loader(), **VALIDATION)
-    disguised = [CheckpointAveraging(last=2), CheckpointAveraging(last=3, output="./averaged.ckpt")]
-    with pytest.raises(MisconfigurationException, match=r"callbacks would write averaged\.ckpt; give"):
-        trainer(tmp_path, callbacks=disguised).fit(Regressor(), loader(), **VALIDATION)
+    # the last of them would share the folder of its own files, and the other one prunes it
+    for output, place in [
+        ("./averaged.ckpt", ".ckpt"),
+        ("x/../averaged.ckpt", ".ckpt"),
+        ("averaged.safetensors", "_pool"),
+    ]:
+        disguised = [CheckpointAveraging(last=2), CheckpointAveraging(last=3, output=output)]
+        with pytest.raises(MisconfigurationException, match=rf"callbacks would write .*/averaged{place}; give"):
+            trainer(tmp_path, callbacks=disguised).fit(Regressor(), loader(), **VALIDATION)
 
 
 def test_pickle_and_state_before_and_after_a_fit(tmp_path):

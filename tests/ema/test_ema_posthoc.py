@@ -144,6 +144,39 @@ def test_default_directory_lies_beside_the_checkpoints(tmp_path):
     assert [snapshot.step for snapshot in list_snapshots(tmp_path / "root" / "posthoc_ema")] == [5]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(None, None), ("same", "same"), (None, "posthoc_ema"), ("same", "other/../same"), ("same", "link")],
+)
+def test_two_that_would_write_into_one_directory_are_refused(tmp_path, monkeypatch, first, second):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "same").mkdir()
+    (tmp_path / "link").symlink_to("same")
+    callbacks = PostHocEMA((0.05, 0.1), dirpath=first), PostHocEMA((0.05, 0.2), dirpath=second)
+    with pytest.raises(MisconfigurationException, match=r"`dirpath` must differ .*got /.* twice.* all `sigma_rels` to"):
+        trainer(*callbacks, default_root_dir=tmp_path).fit(Scripted(), numbers(5))
+    assert not list(tmp_path.rglob("step=*"))
+
+
+def test_two_of_overlapping_widths_go_on_with_their_own_averages(tmp_path):
+    """The second begins later: one width has two averages."""
+    options = {"every_n_steps": 5}
+    late = PostHocEMA((0.05, 0.2), dirpath=tmp_path / "late", **options)
+
+    def callbacks():
+        return PostHocEMA((0.05, 0.1), dirpath=tmp_path / "early", **options)
+
+    trainer(callbacks(), ModelCheckpoint(tmp_path, filename="5")).fit(Scripted(), numbers(5))
+    trainer(callbacks(), late, ModelCheckpoint(tmp_path, filename="10"), max_epochs=2).fit(
+        Scripted(), numbers(5), ckpt_path=tmp_path / "5.ckpt"
+    )
+    kept = torch.load(tmp_path / "10.ckpt", weights_only=True)["lightning_plugins_posthoc_ema"]
+    early, late = (average[0]["weight"] for average in kept.values())
+    assert early != late
+    assert torch.equal(early, list_snapshots(tmp_path / "early")[-1].read().averages[0]["weight"])
+    assert torch.equal(late, list_snapshots(tmp_path / "late")[-1].read().averages[0]["weight"])
+
+
 @pytest.mark.parametrize(("dirpath", "folder"), [("mine", "mine"), (None, "root/posthoc_ema")])
 def test_a_run_that_changes_the_working_directory_keeps_its_folder(tmp_path, monkeypatch, dirpath, folder):
     (tmp_path / "elsewhere").mkdir()

@@ -24,6 +24,7 @@ from tests.support.zero_stand_ins import OneRank
 
 RAW = {"evaluate": "raw", "checkpoint": "raw", "after_fit": "raw"}
 SIGMAS = (0.05, 0.10)
+OTHERS = [(0.05, (0.05,)), (0.2, (0.05, 0.2))]
 NAMES = ["layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
 
 
@@ -148,7 +149,13 @@ def test_a_directory_that_is_saved_while_the_module_holds_the_average_has_the_ma
     folder, masters, _, (ema, latest), _ = whole
     saved = torch.load(folder / name / "checkpoint" / "mp_rank_00_model_states.pt")
     assert np.array_equal(saved["masters"].double().numpy(), masters[8])
-    assert set(files_of(folder / name)) == {"ema", "lawa", *(f"post-hoc {sigma}" for sigma in SIGMAS)}
+    post = [f"post-hoc {sigma} " for sigma in SIGMAS]
+    names = sorted(files_of(folder / name))
+    assert [*names[:2], *(found[: len(prefix)] for found, prefix in zip(names[2:], post, strict=True))] == [
+        "ema",
+        "lawa",
+        *post,
+    ]
     assert same(extract_weights(folder / name), ema)
     assert same(extract_weights(folder / name, name="lawa"), latest)
 
@@ -177,13 +184,31 @@ def test_a_directory_is_evaluated_with_the_average_of_the_callback_that_evaluate
 def test_an_average_that_the_directory_lacks_begins_anew(whole, tmp_path):
     folder, masters, *_ = whole
     new = EMA(ConstantDecay(0.5), name="new", **RAW)
-    others = PostHocEMA((0.05, 0.2), every_n_steps=4, dirpath=tmp_path)
-    fit(new, others, ckpt_path=folder / "five")
+    # the directory has 0.05, too, of a callback of other widths
+    others = {width: PostHocEMA(widths, every_n_steps=4, dirpath=tmp_path / str(width)) for width, widths in OTHERS}
+    fit(new, *others.values(), ckpt_path=folder / "five")
     np.testing.assert_allclose(
         flat(new.average_state_dict()), recursion(masters[5:], [0.5] * 3), rtol=0, atol=1e-7
     )  # fmt: skip
-    expected = recursion(masters[5:], [PowerDecay(0.2)(n) for n in range(1, 4)])
-    np.testing.assert_allclose(flat(synthesize_ema(tmp_path, 0.2)), expected, rtol=0, atol=1e-6)
+    for width in others:
+        expected = recursion(masters[5:], [PowerDecay(width)(n) for n in range(1, 4)])
+        np.testing.assert_allclose(flat(synthesize_ema(tmp_path / str(width), width)), expected, rtol=0, atol=1e-6)
+
+
+def test_two_of_overlapping_widths_have_files_of_their_own(whole, tmp_path):
+    """The one begins where the run is resumed, so that 0.05 has two averages; each goes on from its own."""
+    first, second = SIGMAS, (0.05, 0.2)
+
+    def callbacks(place):
+        for widths in (first, second):
+            yield PostHocEMA(widths, every_n_steps=4, dirpath=tmp_path / place / str(widths))
+
+    fit(*callbacks("whole"), Save(tmp_path / "six", 6), ckpt_path=whole[0] / "five")
+    fit(*callbacks("resumed"), ckpt_path=tmp_path / "six")
+    for widths in (first, second):
+        found = [synthesize_ema(tmp_path / place / str(widths), 0.05) for place in ("whole", "resumed")]
+        assert same(*found)
+    assert len(files_of(tmp_path / "six")) == 4
 
 
 def test_a_part_that_cannot_be_written_ends_the_save(tmp_path, monkeypatch):
@@ -201,7 +226,7 @@ def test_a_part_that_cannot_be_written_ends_the_save(tmp_path, monkeypatch):
     ("average", "module", "message"),
     [
         (EMA(ConstantDecay(0.75)), Half(4), "average 'ema' in .* must be cut as the weights of this run are"),
-        (PostHocEMA(SIGMAS, dirpath="nowhere"), Half(4), "average 'post-hoc 0.05' in .* must be cut as the weights"),
+        (PostHocEMA(SIGMAS, dirpath="nowhere"), Half(4), "average 'post-hoc 0.05 .*' in .* must be cut as the weights"),
         (LatestWeightAveraging(name="ema"), Half(), "average 'ema' must come with the snapshots"),
     ],
     ids=["EMA", "PostHocEMA", "LatestWeightAveraging"],

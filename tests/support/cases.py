@@ -244,7 +244,7 @@ CALLBACKS = {
                 "file_format": "safetensors",
             },
         ),
-        pair=({}, {"sigma_rels": (0.07, 0.12)}),
+        pair=({}, {"sigma_rels": (0.07, 0.12), "dirpath": "snapshots"}),
     ),
     "StatisticsRecorder": case(
         ("{}", {}),
