@@ -7,9 +7,13 @@ _BEGINNING = "what tells the kinds of files apart stands in the first 262 bytes;
 _BEGINS = "a window that holds no batch, or less than none, begins with the next batch"
 _LIMIT = "a limit far from what ordinary runs and files have; its exact value is free"
 _LONGER_WAY = "fields that are not alike are counted as well, and to the same number, by the way for all other batches"
+_INDENTED = "how far the lines of JSON are indented changes nothing that is read from them"
+_NO_FRAME = "Python gives its frames, and the outermost one is of the program that runs"
 _NO_READER = "without a reader every patience of 0 and less makes a flush due after one row, and no row is handed out"
+_NOWHERE = "a range below 0 fits no other, wherever it lies"
 _ONE_KIND = "all tensors of a group have one type and one device, so the last says the same as the first"
 _ONE_LENGTH = "both are as long as the layout of the counts; `strict` asserts it"
+_PAYS_NOTHING = "a gradient times 1 is that gradient: the condition saves the work"
 _RANDOM = "a random name that no other save has, of so many letters or of two more or less"
 _SCRATCH = "the size of a scratch buffer changes no number: every size is a choice between memory and time"
 _SIGN = "scores are only compared: twice a score ranks as the score does"
@@ -17,6 +21,11 @@ _SYMMETRIC = "whether two files are the same does not depend on which comes firs
 _WIDER = "a range that reaches farther takes in more of the same file"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "lightning_plugins/accumulation/callback.py",
+        "if isinstance(factor, Tensor) or factor != 1:",
+        "1 -> (0)",
+    ): _PAYS_NOTHING,
     (
         "lightning_plugins/accumulation/carried_windows.py",
         'self._begin = _started(trainer) - (loaded["position"] if loaded else 0)',
@@ -26,6 +35,36 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "2 -> (3)"): _WIDER,
     ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "65535 -> (65536)"): _WIDER,
     ("lightning_plugins/checkpoints/selection.py", 'sign = 1 if mode == "min" else -1', "1 -> (2)"): _SIGN,
+    (
+        "lightning_plugins/checkpoints/streaming_mean.py",
+        "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
+        "ratio < 2**20 -> (ratio <= 2 ** 20)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/checkpoints/streaming_mean.py",
+        "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
+        "2 -> (3)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/checkpoints/streaming_mean.py",
+        "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
+        "20 -> (21)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/checkpoints/streaming_mean.py",
+        "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
+        "20 -> (19)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/cli/inspect.py",
+        "print(json.dumps(found, indent=2, default=str))  # noqa: T201",
+        "2 -> (1)",
+    ): _INDENTED,
+    (
+        "lightning_plugins/cli/inspect.py",
+        "print(json.dumps(found, indent=2, default=str))  # noqa: T201",
+        "2 -> (3)",
+    ): _INDENTED,
     (
         "lightning_plugins/core/batches.py",
         'if length is None or (listed and (self.reading == "samples" or (len(values) > 2 and alike(batch)))):',
@@ -42,6 +81,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("lightning_plugins/core/safetensors_file.py", "start = file.read(512)", "512 -> (513)"): _BEGINNING,
     ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (15)"): _RANDOM,
     ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (17)"): _RANDOM,
+    ("lightning_plugins/core/sharded_directory.py", "return (-1, -1)", "1 -> (2)"): _NOWHERE,
     (
         "lightning_plugins/core/temporary_files.py",
         "left = stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime >= grace",
@@ -54,6 +94,24 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): _SYMMETRIC,
     ("lightning_plugins/core/torch_file.py", "start = file.read(512)", "512 -> (511)"): _BEGINNING,
     ("lightning_plugins/core/torch_file.py", "start = file.read(512)", "512 -> (513)"): _BEGINNING,
+    (
+        "lightning_plugins/core/user_warning.py",
+        'while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:',
+        (
+            'frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE -> '
+            "(frame.f_globals.get('__name__', '').partition('.')[0] == _PACKAGE)"
+        ),
+    ): _NO_FRAME,
+    (
+        "lightning_plugins/core/validation.py",
+        "_WORD = 100  # characters of what may be a misspelt word: to compare longer ones takes long",
+        "100 -> (99)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/core/validation.py",
+        "_WORD = 100  # characters of what may be a misspelt word: to compare longer ones takes long",
+        "100 -> (101)",
+    ): _LIMIT,
     ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (1)"): _LIMIT,
     ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (-1)"): _LIMIT,
     ("lightning_plugins/core/validation.py", "count += 1", "1 -> (2)"): _LIMIT,

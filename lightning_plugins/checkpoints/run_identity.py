@@ -134,9 +134,8 @@ def _runs_without_names(
 ) -> list[list[Item]]:
     ordered = sorted(items, key=lambda item: (told[item][1], told[item][2] or 0))
     runs = _shared_out(ordered, told, [])
-    if len(runs) > 1:
-        # Now that there are several, files go where epochs are about as long: the first ones fitted everywhere.
-        runs = _shared_out(ordered, told, [_pace(*told[run[-1]][1:]) for run in runs])
+    # now that it is known how many there are, files go where epochs are about as long: the first ones fitted everywhere
+    runs = _shared_out(ordered, told, [_pace(*told[run[-1]][1:]) for run in runs])
     return [run for run in runs if run]
 
 

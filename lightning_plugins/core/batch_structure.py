@@ -82,8 +82,9 @@ def is_list(value: Any) -> bool:
 
 def alike(values: list[Any] | tuple[Any, ...]) -> bool:
     """Return whether the items of a sequence have one structure, as samples have."""
-    first = _structure(values[0])
-    return all(_same(_structure(value), first) for value in values[1:])
+    structures = map(_structure, values)
+    first = next(structures)
+    return all(_same(structure, first) for structure in structures)
 
 
 def _structure(value: Any) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 _LONGEST = 500  # characters of a value in a message
+_WORD = 100  # characters of what may be a misspelt word: to compare longer ones takes long
 _LARGEST = 10_000  # values in a container whose `repr` is still asked for; shared ones count each time they are shown
 
 
@@ -243,7 +244,7 @@ def did_you_mean(value: Any, choices: Iterable[str]) -> str:
         return re.sub(r"[\s_-]", "", text).lower()
 
     known = {plain(choice): choice for choice in choices}
-    near = difflib.get_close_matches(plain(value), known, n=1) if isinstance(value, str) and len(value) < 100 else []
+    near = difflib.get_close_matches(plain(value), known, n=1) if isinstance(value, str) and len(value) < _WORD else []
     return f"; did you mean {known[near[0]]!r}?" if near else "."
 
 

@@ -182,3 +182,25 @@ def test_two_threads_make_the_same_bits_as_one(tmp_path, monkeypatch):
         torch.set_num_threads(before)
     assert all(name.startswith("averaging") for name in names)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def mean_of_two(folder):
+    for number in range(2):
+        torch.save({"w": torch.arange(10.0) + number, "n": torch.tensor([number, number])}, folder / f"{number}.pt")
+    return CheckpointMean([open_checkpoint(folder / f"{number}.pt", trust=False) for number in range(2)])
+
+
+def test_a_part_is_as_long_as_asked_for(tmp_path):
+    mean = mean_of_two(tmp_path)
+    assert mean.part("w", 3, 7).tolist() == [3.5, 4.5, 5.5, 6.5]
+    assert mean.part("w", 4, 4).tolist() == []
+    assert mean.part("n", 1, 2).tolist() == [1]
+
+
+def test_one_block_of_memory_takes_each_tensor_in_turn(tmp_path):
+    mean = mean_of_two(tmp_path)
+    scratch = mean.scratch()
+    assert scratch.nbytes == 40
+    for name, expected in (("w", [0.5 + number for number in range(10)]), ("n", [1, 1])):
+        found = mean.tensor(name, None, scratch)
+        assert (found.tolist(), found.data_ptr()) == (expected, scratch.data_ptr())

@@ -73,6 +73,28 @@ def test_the_mean_of_another_emas_averages_is_refused_by_name(tmp_path):
     assert set(extract_weights(path, name="slow")) == set(load_state(path))
 
 
+@pytest.mark.parametrize(
+    ("record", "weights", "name"),
+    [
+        ({"state_dict": "average", "name": "slow"}, "average", "slow"),
+        # a name that is no text, as another program may write
+        ({"state_dict": "average", "name": 5}, "average", None),
+        ({"state_dict": "average"}, "average", None),
+        ({"state_dict": "raw", "name": "slow"}, "raw", None),
+        ({"state_dict": 5, "name": "slow"}, "raw", None),
+        ("average", "raw", None),
+        (None, "raw", None),
+    ],
+    ids=str,
+)
+def test_a_manifest_repeats_what_the_files_say_of_their_weights(tmp_path, record, weights, name):
+    for number in range(2):
+        told = {} if record is None else {"lightning_plugins_ema": record}
+        torch.save({"state_dict": {"w": torch.ones(1)}, "global_step": number, **told}, tmp_path / f"{number}.ckpt")
+    found = read_manifest(average_checkpoints(sorted(tmp_path.glob("*.ckpt")), tmp_path / "mean.ckpt"))
+    assert (found["weights"], found["ema_name"]) == (weights, name)
+
+
 def test_a_mean_of_means_is_one_too(tmp_path):
     one, other = averaged(tmp_path / "a"), averaged(tmp_path / "b")
     path = average_checkpoints([one, other], tmp_path / "both.ckpt")

@@ -95,6 +95,12 @@ def test_the_package_is_a_program(tmp_path):
     assert found.stdout.startswith("Constant()\n")
 
 
+def test_a_base_rate_scales_what_is_a_rate_and_nothing_else(capsys):
+    words = ["Constant()", "lr/head=Constant()", "weight_decay=Constant()", "--total", "9", "--base-lr", "0.25"]
+    assert main(["schedule", *words]) == 0
+    assert re.findall(r"step 8  (\S+)", capsys.readouterr().out) == ["0.25", "0.25", "1"]
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

@@ -198,6 +198,19 @@ def test_a_directory_without_rights_is_refused():
     )
 
 
+def test_an_append_only_file_knows_whether_its_path_still_leads_to_it(tmp_path):
+    file = AppendOnlyFile(tmp_path / "log")
+    file.append([b"before"])
+    assert (file.is_in_place, file.is_deleted, file.size) == (True, False, 6)
+    (tmp_path / "log").rename(tmp_path / "moved")
+    assert (file.is_in_place, file.is_deleted, file.read()) == (False, False, b"before")
+    (tmp_path / "log").write_bytes(b"another")
+    assert (file.is_in_place, file.is_deleted) == (False, False)
+    (tmp_path / "moved").unlink()
+    assert (file.is_in_place, file.is_deleted, file.read()) == (False, True, b"before")
+    file.close()
+
+
 @pytest.mark.parametrize("room", range(0, 40, 3))
 def test_an_append_only_file_keeps_whole_records(tmp_path, room):
     records = [bytes([65 + number]) * (number + 1) for number in range(8)]

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+from lightning_plugins.core import flat_shards
 from lightning_plugins.core.flat_shards import FlatShard
 from lightning_plugins.core.sharding import any_sharded, is_sharded, local, reshard
 
@@ -108,3 +109,67 @@ def test_a_tensor_with_half_of_a_dtensors_names_is_whole(kind):
     assert not is_sharded(tensor)
     assert not any_sharded([None, "x", tensor])
     assert local(tensor) is tensor
+
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """What FSDP1 wraps a module in, as far as it is read."""
+
+    def __init__(self, module, handle):
+        super().__init__()
+        self.module, self._handle = module, handle
+
+
+def wrapped(module, **handle):
+    """Wrap a module of two parameters, of which the second has nothing on this rank."""
+    placed = [
+        Record(intra_param_start_idx=2, offset_in_shard=1),
+        Record(intra_param_start_idx=None, offset_in_shard=None),
+    ]
+    parameters = list(module.parameters())
+    flat = Record(_params=parameters, _shapes=[parameter.shape for parameter in parameters], _shard_param_infos=placed)
+    record = {"flat_param": flat, "uses_sharded_strategy": True, "device": torch.device("cpu"), "process_group": None}
+    return FullyShardedDataParallel(module, Record(**{**record, **handle}))
+
+
+def test_what_lies_on_a_rank_is_read_and_may_be_nothing():
+    module = torch.nn.Linear(3, 2)
+    model = wrapped(module)
+    flat_shards.look_up(model, module)
+    assert flat_shards.are_in(module)
+    assert is_sharded(module)
+    found = [flat_shards.of(parameter) for parameter in (module.weight, module.bias)]
+    assert [(shard.shape, shard.start, shard.offset) for shard in found] == [((2, 3), 2, 1), ((2,), 0, 0)]
+    assert found[1].scatter(torch.ones(2), 0).tolist() == []
+
+
+def test_what_fsdp_leaves_whole_is_no_share():
+    module = torch.nn.Linear(3, 2)
+    flat_shards.look_up(wrapped(module, uses_sharded_strategy=False), module)
+    assert flat_shards.are_in(module)
+    assert not is_sharded(module)
+    alone = torch.nn.Linear(3, 2)
+    flat_shards.look_up(None, alone)
+    flat_shards.look_up(FullyShardedDataParallel(alone, None), alone)
+    assert not flat_shards.are_in(alone)
+
+
+def test_parameters_that_fsdp_hides_are_refused():
+    module = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="`use_orig_params` must be True under FSDP1, got False"):
+        flat_shards.look_up(wrapped(module, flat_param=Record(_params=None)), module)
+    with pytest.raises(ValueError, match="`use_orig_params` must be True under FSDP1, got False"):
+        flat_shards.check_shown(Record(kwargs={"use_orig_params": False}))
+    for strategy in (Record(kwargs={"use_orig_params": True}), Record(kwargs={}), Record()):
+        flat_shards.check_shown(strategy)
+
+
+def test_a_parameter_without_a_share_has_the_other_ranks_gradient(two_alike):
+    """In a later window, in which this rank has the whole gradient of its own batches, and no share of the earlier."""
+    module = torch.nn.Linear(3, 2)
+    model = wrapped(module)
+    flat_shards.look_up(model, module)
+    flat = model._handle.flat_param
+    flat.grad, flat._unpadded_unsharded_size, flat._saved_grad_shard = torch.ones(2), torch.Size([2]), torch.ones(4)
+    share = torch.zeros(0).as_subclass(Part)
+    share.grad = torch.ones(2)
+    assert flat_shards.of(module.bias).gradient(share, 4).tolist() == [2, 2]

@@ -3,10 +3,11 @@
 import collections
 import types
 
+import numpy as np
 import pytest
 import torch
 
-from lightning_plugins.core.step_outputs import StepSources, entry_of
+from lightning_plugins.core.step_outputs import StepSources, entry_of, loss_of
 
 
 class Returning(torch.nn.Module):
@@ -93,3 +94,76 @@ def test_a_part_of_a_batch_is_found_by_its_name(holder):
 @pytest.mark.parametrize("holder", [None, "labels", b"labels", torch.zeros(3), [1, 2], (1, 2), 5], ids=str)
 def test_what_has_no_names_has_no_part(holder):
     assert entry_of(holder, "labels") is None
+
+
+@pytest.mark.parametrize(
+    ("returned", "loss"),
+    [
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([0.5]), 0.5),
+        ({"loss": torch.tensor(0.5)}, 0.5),
+        (collections.UserDict(loss=torch.tensor(0.5)), 0.5),
+        (0.5, 0.5),
+        (2, 2.0),
+        (np.float32(0.5), 0.5),
+        ({"loss": 0.5}, 0.5),
+        (True, None),
+        ("0.5", None),
+        (torch.tensor([0.5, 0.5]), None),
+        ({"logits": torch.tensor(0.5)}, None),
+        (None, None),
+        ([0.5], None),
+    ],
+    ids=str,
+)
+def test_the_loss_of_a_step_is_one_number(returned, loss):
+    found = loss_of(returned)
+    assert (None if found is None else found.item()) == loss
+
+
+def test_a_loss_is_given_without_its_graph():
+    assert not loss_of(torch.tensor(0.5, requires_grad=True)).requires_grad
+
+
+def first_column(outputs, batch):
+    return batch[0][:, 0]
+
+
+BATCH = (torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("predictions", "outputs", "batch", "expected"),
+    [
+        ("scores", {"scores": BATCH[0]}, BATCH, BATCH[0]),
+        ("scores", types.SimpleNamespace(scores=BATCH[0]), BATCH, BATCH[0]),
+        ("scores", None, {"scores": BATCH[0], "labels": BATCH[1]}, BATCH[0]),
+        # what the step returns comes first
+        ("scores", {"scores": BATCH[0]}, {"scores": BATCH[0] + 1, "labels": BATCH[1]}, BATCH[0]),
+        (first_column, None, BATCH, BATCH[0][:, 0]),
+        (f"{__name__}.first_column", None, BATCH, BATCH[0][:, 0]),
+    ],
+    ids=["key", "attribute", "key of the batch", "key of both", "function", "import path"],
+)
+def test_predictions_are_where_they_are_said_to_be(predictions, outputs, batch, expected):
+    found, targets = StepSources(predictions, None, "a test").find(outputs, batch)
+    assert torch.equal(found, expected)
+    assert torch.equal(targets, BATCH[1])
+
+
+@pytest.mark.parametrize("targets", ["scores", "other", f"{__name__}.nothing", "no_module.name"])
+def test_targets_that_are_not_there_are_not_taken_from_elsewhere(targets):
+    """A submodule's output that was named as the predictions stands in for nothing else."""
+    sources, module = StepSources("net", targets, "a test"), torch.nn.ModuleDict({"net": Returning()})
+    sources.listen(module)
+    module["net"](BATCH[0])
+    with pytest.raises(ValueError, match=r"found no targets: .* and it is no function's import path"):
+        sources.find(None, BATCH)
+
+
+def test_a_submodules_output_may_be_the_predictions_where_a_key_gives_the_targets():
+    sources, module = StepSources("net", "classes", "a test"), torch.nn.ModuleDict({"net": Returning()})
+    sources.listen(module)
+    module["net"](BATCH[0])
+    found, targets = sources.find({"classes": BATCH[1]}, None)
+    assert (found.tolist(), targets.tolist()) == (BATCH[0].tolist(), [1, 0])

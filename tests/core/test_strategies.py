@@ -42,8 +42,9 @@ def trainer_of(base, name="Mine", *, tensor_parallel=1, **attributes):
 def trainer_under(strategy, package=stock, stage=3):
     """The same for a name of the table."""
     base = getattr(package, FSDP2 if strategy == TENSOR else strategy)
+    # a mesh says nothing of strategies that are not made for one
     return trainer_of(
-        base, tensor_parallel=2 if strategy == TENSOR else 1, config={"zero_optimization": {"stage": stage}}
+        base, tensor_parallel=1 if strategy == FSDP2 else 2, config={"zero_optimization": {"stage": stage}}
     )
 
 

@@ -113,6 +113,14 @@ def test_an_index_without_a_plan_names_its_tensors_by_what_stands_behind_the_fir
     assert found.tensor("layer.w").tolist() == [1, 1]
 
 
+def test_a_state_dict_that_is_one_tensor_has_none_by_name(tmp_path):
+    with warnings.catch_warnings():  # that there is one process
+        warnings.simplefilter("ignore")
+        dcp.save({"state_dict": torch.ones(2), "model": {"w": torch.ones(3)}}, checkpoint_id=tmp_path)
+    assert ShardedTensors(tmp_path, {"state_dict"}).specs == {}
+    assert list(ShardedTensors(tmp_path, {"state_dict", "model"}).specs) == ["w"]
+
+
 @pytest.mark.parametrize(
     ("place", "names"),
     [

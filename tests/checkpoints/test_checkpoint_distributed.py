@@ -1,0 +1,96 @@
+"""Directories are averaged by all ranks of a group, of which there may be one, and without a group by one process."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from lightning_plugins.checkpoints import CheckpointError
+from lightning_plugins.checkpoints.average_of_run import AverageOfRun
+from lightning_plugins.checkpoints.distributed import on_rank_zero, write_together
+from lightning_plugins.checkpoints.formats import open_checkpoint
+from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def paths(tmp_path):
+    found = [tmp_path / f"{number}.ckpt" for number in range(2)]
+    for number, path in enumerate(found):
+        with warnings.catch_warnings():  # that there is one process
+            warnings.simplefilter("ignore")
+            state = {"w": torch.arange(6.0).view(3, 2) + number, "half": torch.full((2,), number).bfloat16()}
+            dcp.save({"state_dict": state}, checkpoint_id=path)
+        torch.save({"global_step": number}, path / "meta.pt")
+    return found
+
+
+@pytest.fixture
+def _group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def mean_of(paths):
+    return CheckpointMean([open_checkpoint(path, trust=False) for path in paths])
+
+
+def assert_is_mean(path):
+    content = torch.load(path, weights_only=True)
+    assert content["global_step"] == 1
+    assert content["state_dict"]["w"].tolist() == [[0.5, 1.5], [2.5, 3.5], [4.5, 5.5]]
+    assert content["state_dict"]["half"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.usefixtures("_group")
+def test_a_group_of_one_writes_the_mean(paths, tmp_path):
+    output = tmp_path / "mean.ckpt"
+    write_together(lambda: mean_of(paths), output, CPU)
+    assert_is_mean(output)
+    with pytest.raises(FileExistsError, match=r"mean\.ckpt"):
+        write_together(lambda: mean_of(paths), output, CPU)
+    output.write_bytes(b"")
+    write_together(lambda: mean_of(paths), output, CPU, overwrite=True)
+    assert_is_mean(output)
+
+
+@pytest.mark.usefixtures("_group")
+def test_what_goes_wrong_before_the_file_is_raised_as_it_is(paths, tmp_path):
+    (paths[1] / ".metadata").unlink()
+    with pytest.raises((CheckpointError, OSError), match=r"1\.ckpt"):
+        write_together(lambda: mean_of(paths), tmp_path / "mean.ckpt", CPU)
+    assert not (tmp_path / "mean.ckpt").exists()
+
+
+def test_a_process_alone_needs_no_group(paths, tmp_path):
+    strategy = SimpleNamespace(broadcast=lambda value: value, root_device=CPU)
+    trainer = SimpleNamespace(world_size=1, is_global_zero=True, strategy=strategy)
+    written = []
+    files = SimpleNamespace(open=lambda path: open_checkpoint(path, trust=False), add=written.append)
+    average = AverageOfRun(trainer, None, files, paths, tmp_path / "new" / "mean.ckpt")
+    for target in (None, tmp_path / "other.ckpt"):
+        average.write(target)
+    assert written == [tmp_path / "new" / "mean.ckpt", tmp_path / "other.ckpt"]
+    for path in written:
+        assert_is_mean(path)
+
+
+def test_other_ranks_hear_what_rank_zero_could_not_do():
+    def fail():
+        raise ValueError("no room")
+
+    told = []
+    on_rank_zero(lambda: told.append("done"), told.append, is_zero=True)
+    assert told == ["done", None]
+    with pytest.raises(ValueError, match=r"^no room$"):
+        on_rank_zero(fail, told.append, is_zero=True)
+    assert told[2:] == ["ValueError: no room"]
+    on_rank_zero(fail, lambda text: None, is_zero=False)
+    with pytest.raises(CheckpointError, match=r"^Rank zero failed: ValueError: no room$"):
+        on_rank_zero(fail, lambda text: "ValueError: no room", is_zero=False)
