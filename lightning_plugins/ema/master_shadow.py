@@ -6,7 +6,7 @@ its own parts, without communication; only an exchange makes the computing weigh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.module_state import NamedTensor, clean_name, named_tensors
-from lightning_plugins.core.sharding import agreed
+from lightning_plugins.core.module_state import NamedTensor, clean_name, named_tensors, state_of
+from lightning_plugins.core.sharding import agreed, gather, local
 from lightning_plugins.core.zero import Fragment, Zero, fragment, gathered, held_part
 from lightning_plugins.ema.digest import digest
 from lightning_plugins.ema.following import Changes, FollowedTensors
@@ -169,3 +169,21 @@ class LatestMasterShadow(MasterShadow, LatestShadow):
 
 def _cuts(parts: list[Fragment]) -> list[Any]:
     return [(part.found.names, part.start, part.values.numel()) for part in parts]
+
+
+def whole_averages(
+    shadows: Sequence[Shadow], averaged: set[str], *, keep: bool
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return averages in full, and what of the module is not averaged; a collective when the module is sharded."""
+    if isinstance(shadows[0], MasterShadow):
+        whole = [
+            {clean_name(key): value for key, value in shadow.whole_state("average").items()}
+            for shadow in shadows
+            if isinstance(shadow, MasterShadow)
+        ]
+        others = {name: value for name, value in whole[0].items() if name not in averaged}
+        return [{name: value for name, value in one.items() if name in averaged} for one in whole], others
+    averages = [shadow.collect("average", keep=keep) for shadow in shadows]
+    state = {clean_name(key): value for key, value in state_of(shadows[0].module).items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in state.items() if name not in averaged}
+    return averages, {name: gather(local(value), value).detach() for name, value in rest.items()}

@@ -21,8 +21,7 @@ from lightning_plugins.core.lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_plugins.core.module_state import clean_name, is_opaque, named_tensors, state_of
-from lightning_plugins.core.sharding import gather, local
+from lightning_plugins.core.module_state import is_opaque, named_tensors
 from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, one_of, shown, whole_number
 from lightning_plugins.core.writable import check_writable
 from lightning_plugins.core.zero import is_deepspeed, zero_of
@@ -31,7 +30,7 @@ from lightning_plugins.ema.checkpoint_directory import posthoc_label
 from lightning_plugins.ema.checkpoint_format import check_fit, follow_pruning, tensors_by_name
 from lightning_plugins.ema.checkpoint_sets import move_sets
 from lightning_plugins.ema.decay import PowerDecay, UpdateCounter
-from lightning_plugins.ema.master_shadow import MasterShadow
+from lightning_plugins.ema.master_shadow import MasterShadow, whole_averages
 from lightning_plugins.ema.power_exponent import check_sigma_rel
 from lightning_plugins.ema.shadow import Shadow
 from lightning_plugins.ema.snapshots import (
@@ -349,7 +348,7 @@ class PostHocEMA(AveragingCallback):
         """Write a snapshot; a collective when the module is sharded."""
         keep, first = trainer.is_global_zero, self._shadows[0]
         averaged = set(first.names)
-        averages, others = _whole_averages(self._shadows, averaged, keep=keep)
+        averages, others = whole_averages(self._shadows, averaged, keep=keep)
         self._report()
         self._written = n
         if not keep or self._directory is None:
@@ -378,24 +377,6 @@ class PostHocEMA(AveragingCallback):
                     "It is lost; the training goes on, and later snapshots are tried without another warning.",
                     category=LightningPluginsWarning,
                 )
-
-
-def _whole_averages(
-    shadows: Sequence[Shadow], averaged: set[str], *, keep: bool
-) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Return averages in full, and what of the module is not averaged; a collective when the module is sharded."""
-    if isinstance(shadows[0], MasterShadow):
-        whole = [
-            {clean_name(key): value for key, value in shadow.whole_state("average").items()}
-            for shadow in shadows
-            if isinstance(shadow, MasterShadow)
-        ]
-        others = {name: value for name, value in whole[0].items() if name not in averaged}
-        return [{name: value for name, value in one.items() if name in averaged} for one in whole], others
-    averages = [shadow.collect("average", keep=keep) for shadow in shadows]
-    state = {clean_name(key): value for key, value in state_of(shadows[0].module).items() if isinstance(value, Tensor)}
-    rest = {name: value for name, value in state.items() if name not in averaged}
-    return averages, {name: gather(local(value), value).detach() for name, value in rest.items()}
 
 
 def _beside_checkpoints(trainer: Trainer) -> Path:
