@@ -17,7 +17,7 @@ import torch
 from lightning_plugins import GradientAccumulation
 from lightning_plugins.core.callback import Callback
 from lightning_plugins.core.lightning import MisconfigurationException
-from tests.support.callback_runs import fit, same
+from tests.support.callback_runs import fit, loader as classified, make_classifier, same, working_in
 from tests.support.cases import CALLBACKS, callback_names, kind_of, make
 from tests.support.training import loader, make_module, make_trainer
 from tests.support.value_cases import VALUES
@@ -198,6 +198,37 @@ def test_a_checkpoint_of_a_later_release_is_refused(tmp_path, reference):
         with pytest.raises((ValueError, MisconfigurationException), match=r"version \d+, got (version )?99"):
             fit(tmp_path / "run", stack(), ckpt_path=tmp_path / "later.ckpt")
         part["version"] = before
+
+
+# What the first of each pair leaves behind in a run beside checkpoints, and that it does not in a trial.
+FILES = {
+    "CSVStatisticsLogger": ["a.csv"],
+    "CheckpointAveraging": ["averaged.ckpt"],
+    "ClassificationReport": ["r.txt", "4.png"],
+    "PostHocEMA": ["posthoc_ema/*"],
+    "TensorBoardStatisticsLogger": ["a/*/train/events.*"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trial_leaves_no_file_and_moves_none(tmp_path, name):
+    """Lightning's own loggers and checkpoint callbacks write nothing with ``fast_dev_run``."""
+    earlier = tmp_path / "a.csv"
+    earlier.write_text("epoch,batch\n")
+    with working_in(tmp_path):
+        module = make_classifier()
+        trainer = make_trainer(tmp_path, callbacks=[make(name)], enable_checkpointing=True, fast_dev_run=True)
+        trainer.fit(module, classified(), classified())
+        trainer.validate(module, classified(), verbose=False)
+        trainer.test(module, classified(), verbose=False)
+        trainer.predict(module, classified())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [earlier]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_writes_and_that_a_trial_does_not_is_documented(name, reference):
+    assert all(list(reference[0].rglob(pattern)) for pattern in FILES.get(name, ()))
+    assert ("fast_dev_run" in kind_of(name).__doc__) == (name in FILES)
 
 
 def _dictionaries(value):

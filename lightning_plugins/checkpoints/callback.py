@@ -40,6 +40,7 @@ from lightning_plugins.core.validation import (
     true_or_false,
     whole_number,
 )
+from lightning_plugins.core.writable import leaves_files
 
 
 class CheckpointAveraging(Callback):
@@ -156,7 +157,7 @@ class CheckpointAveraging(Callback):
         """Choose whose files will be averaged, now that all callbacks, directories and the run's position are known."""
         self.training_starts()
         self.path, self.scores, self.metric, self._warned = None, None, None, False
-        self._pool = None if trainer.fast_dev_run else self._make_pool(trainer)  # type: ignore[attr-defined]
+        self._pool = self._make_pool(trainer) if leaves_files(trainer) else None
         if self._pool is None:
             return
         self._check_output(trainer, self._pool)

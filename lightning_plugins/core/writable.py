@@ -1,11 +1,21 @@
-"""Refuses, at setup, a place that a callback could not write to."""
+"""Whether a callback writes in a run, and whether it could: a place that cannot be written is refused at setup."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning_plugins.core.files import probe, probe_directory
 from lightning_plugins.core.lightning import MisconfigurationException
+
+
+def leaves_files(trainer: Any) -> bool:
+    """Return whether callbacks write files in a run: not with ``fast_dev_run``, as Lightning's own do.
+
+    A trial of a few batches leaves nothing behind and moves nothing aside; what is printed is printed. Checkpoints that
+    the user's own code saves are complete.
+    """
+    return not trainer.fast_dev_run
 
 
 def check_writable(argument: str, path: str | Path, *, directory: bool = False) -> None:

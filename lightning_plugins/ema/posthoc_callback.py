@@ -23,7 +23,7 @@ from lightning_plugins.core.lightning import (
 )
 from lightning_plugins.core.module_state import is_opaque, named_tensors
 from lightning_plugins.core.validation import LightningPluginsWarning, a_list, a_path, one_of, shown, whole_number
-from lightning_plugins.core.writable import check_writable
+from lightning_plugins.core.writable import check_writable, leaves_files
 from lightning_plugins.core.zero import is_deepspeed, zero_of
 from lightning_plugins.ema.averaging_callback import AveragingCallback
 from lightning_plugins.ema.checkpoint_directory import posthoc_label
@@ -55,7 +55,8 @@ class PostHocEMA(AveragingCallback):
     the snapshots into weights.
 
     When:
-        ``on_train_batch_end`` updates and writes, ``on_train_end`` writes a last snapshot.
+        ``on_train_batch_end`` updates and writes, ``on_train_end`` writes a last snapshot. With ``fast_dev_run``
+        nothing is written.
 
     Checkpoint:
         Full files hold the averages under ``lightning_plugins_posthoc_ema``, directories in their folder, so that a
@@ -140,7 +141,7 @@ class PostHocEMA(AveragingCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; a second fit of the same module goes on, of another one begins anew."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.dirpath is not None and trainer.is_global_zero:
+        if stage == "fit" and self.dirpath is not None and trainer.is_global_zero and leaves_files(trainer):
             check_writable("dirpath", self.dirpath, directory=True)
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -158,7 +159,7 @@ class PostHocEMA(AveragingCallback):
         """Place what a file gave, and find the directory."""
         super().on_fit_start(trainer, pl_module)
         self._refuse_shared_directory(trainer)
-        if trainer.is_global_zero and self._find_directory(trainer) != self.dirpath:
+        if self._find_directory(trainer) != self.dirpath and trainer.is_global_zero and leaves_files(trainer):
             check_writable("dirpath", self._find_directory(trainer), directory=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -338,7 +339,7 @@ class PostHocEMA(AveragingCallback):
     def _set_aside(self, trainer: Trainer, *, resumed: bool) -> None:
         """Move snapshots out of the way that this run will write again, and those of an old run when one begins."""
         directory = self._find_directory(trainer)
-        if trainer.is_global_zero and directory.is_dir():
+        if trainer.is_global_zero and leaves_files(trainer) and directory.is_dir():
             run = (self._run or "") if resumed else None
             moved = set_aside(directory, after=self._counter.last, run=run)
             if moved is not None:
@@ -346,7 +347,7 @@ class PostHocEMA(AveragingCallback):
 
     def _write(self, trainer: Trainer, n: int) -> None:
         """Write a snapshot; a collective when the module is sharded."""
-        keep, first = trainer.is_global_zero, self._shadows[0]
+        keep, first = trainer.is_global_zero and leaves_files(trainer), self._shadows[0]
         averaged = set(first.names)
         averages, others = whole_averages(self._shadows, averaged, keep=keep)
         self._report()

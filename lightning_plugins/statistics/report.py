@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +25,7 @@ from lightning_plugins.core.validation import (
     shown,
     whole_number,
 )
-from lightning_plugins.core.writable import check_writable
+from lightning_plugins.core.writable import check_writable, leaves_files
 from lightning_plugins.statistics.class_counts import ClassCounts
 from lightning_plugins.statistics.labels import IGNORED, TASKS
 from lightning_plugins.statistics.metric_names import checked_ignore_index
@@ -38,7 +40,8 @@ class ClassificationReport(Callback):
     """Precision, recall, F1 and support of every class: scikit-learn's report, from streamed counts.
 
     After every validation (not the sanity check's) and every test the report is printed, above the progress bar, and
-    saved. Text and dict are identical to ``sklearn.metrics.classification_report``, which need not be installed.
+    saved; with ``fast_dev_run`` it is only printed. Text and dict are identical to
+    ``sklearn.metrics.classification_report``, which need not be installed.
 
     When:
         Counts in ``on_validation_batch_end`` and ``on_test_batch_end``; reports in ``on_validation_epoch_end`` and
@@ -72,7 +75,9 @@ class ClassificationReport(Callback):
         ignore_index: The target that does not count; NaN never does. ``None``: all others count.
         path: Where to save: one path or several; the suffix chooses the form: ``.txt``, ``.json``, ``.csv``, or
             ``.png`` for a picture of the confusion matrix (needs matplotlib; up to 1000 classes). ``{phase}`` and
-            ``{epoch}`` in it are filled in; without ``{phase}`` a test's file has ``-test`` before its suffix.
+            ``{epoch}`` in it are filled in; without ``{phase}`` a test's file has ``-test`` before its suffix. The
+            epoch is that in which the weights were last trained, from 1: that of the fit, before and after its end, or
+            of the file given as ``ckpt_path``; 0 for a module that the Trainer has not trained.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -114,6 +119,9 @@ class ClassificationReport(Callback):
         self.paths = _checked_paths(path)
         # what relative paths are relative to
         self._folder = Path()
+        # the module that was trained, and the epoch of weights that were loaded for an evaluation
+        self._trained: weakref.ref[LightningModule] | None = None
+        self._epoch_of_file: int | None = None
         super().__init__(labels=self.labels, path=self.paths)
         self._sources = StepSources(predictions, targets, type(self).__name__)
         self.task = one_of("task", task, TASKS)
@@ -164,12 +172,19 @@ class ClassificationReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start to listen for predictions."""
         super().setup(trainer, pl_module, stage)
-        self._folder = Path.cwd()
-        if trainer.is_global_zero and stage != "predict":
+        self._folder, self._epoch_of_file = Path.cwd(), None
+        if stage in {"validate", "test"}:
+            # no hook is called for a file of weights alone
+            self.patches.wrap(trainer.strategy, "load_checkpoint", self._load_checkpoint)
+        if trainer.is_global_zero and leaves_files(trainer) and stage != "predict":
             for path in self.paths:
                 check_writable("path", _filled(path, "test" if stage == "test" else "validation", 1))
         if stage != "predict":
             self._sources.listen(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note whose weights the epochs are of."""
+        self._trained = weakref.ref(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -207,10 +222,9 @@ class ClassificationReport(Callback):
         report = self._report(vector if add_up is None else add_up(vector))
         if trainer.is_global_zero and (report.totals.true.any() or report.totals.rows):
             _print(pl_module, report.text())
-            for path in self.paths:
-                self._save(
-                    report, _filled(path, "test" if trainer.testing else "validation", trainer.current_epoch + 1)
-                )
+            phase, epoch = "test" if trainer.testing else "validation", self._epoch(trainer, pl_module)
+            for path in self.paths if leaves_files(trainer) else ():
+                self._save(report, _filled(path, phase, epoch))
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
@@ -219,6 +233,26 @@ class ClassificationReport(Callback):
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hook off the module."""
         self._sources.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a process."""
+        return {**vars(self), "_trained": None}
+
+    def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        checkpoint = original(*args, **kwargs)
+        self._epoch_of_file = _epoch_of(checkpoint)
+        return checkpoint
+
+    def _epoch(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """Return the epoch, from 1, in which the weights were last trained."""
+        if trainer.state.fn == "fit":
+            return trainer.current_epoch + 1
+        if self._epoch_of_file is not None:
+            return self._epoch_of_file
+        is_trained = self._trained is not None and self._trained() is pl_module
+        # the Trainer's own number is that of the next epoch once the last has ended
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        return int(epochs.started) if is_trained else 0
 
     def _report(self, vector: Tensor) -> Report:
         totals = self._counts.totals(vector)
@@ -256,6 +290,17 @@ def _save(report: Report, path: Path) -> None:
     forms = {".txt": report.text, ".csv": report.csv}
     text = json.dumps(report.to_dict(), indent=2) + "\n" if path.suffix == ".json" else forms[path.suffix]()
     replace_file(path, text.encode())
+
+
+def _epoch_of(checkpoint: Any) -> int | None:
+    """Return the epoch, from 1, in which a file's weights were last trained, ``None`` if it does not say."""
+    if not isinstance(checkpoint, Mapping):
+        return None
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return whole_number("epoch", checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"])
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return whole_number("epoch", checkpoint["epoch"]) + 1
+    return None
 
 
 def _filled(path: str, phase: str, epoch: int) -> Path:

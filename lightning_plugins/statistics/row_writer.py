@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lightning_plugins.core.callback import Stage
 from lightning_plugins.core.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_plugins.core.step_outputs import StepSources
+from lightning_plugins.core.writable import leaves_files
 from lightning_plugins.statistics.metric_names import statistic_set
 from lightning_plugins.statistics.recorder import StatisticsRecorder
 from lightning_plugins.statistics.recording import Recording
@@ -61,7 +62,7 @@ class RowWriter(RecordingCallback):
         first = next(iter(recorders)) if recorders else next(c for c in callbacks if isinstance(c, RowWriter))
         self._recording = first.recording
         self._recording.subscribe(self)
-        self._writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._writes = trainer.is_global_zero and leaves_files(trainer)
         if first is self:
             self._records = self._own
             self._recording.setup(trainer, pl_module, stage)

@@ -1,10 +1,13 @@
 """The classification report, against scikit-learn: to the last character and to the last bit."""
 
+import copy
 import csv
 import io
 import itertools
 import json
 import math
+import pickle
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -205,6 +208,56 @@ def test_a_test_has_a_file_of_its_own():
     assert same(json.loads(Path("test.json").read_text()), values)
     assert not Path("r.txt").exists()
     assert not model._forward_hooks
+
+
+class Keeps(pl.Callback):
+    """Saves a file in the middle of the first epoch, weights alone at its end, and a whole one then."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (0, 1):
+            trainer.save_checkpoint("middle.ckpt")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint("weights.ckpt", weights_only=True)
+            trainer.save_checkpoint("end.ckpt")
+
+
+def test_the_epoch_is_that_of_the_weights():
+    """After a fit of 2 epochs: the second, or that of a file; another Trainer has trained none."""
+    train, validation = loaders()
+    trainer, model = fit([ClassificationReport(8, path="{phase}/{epoch}.txt"), Keeps()])
+    trainer.save_checkpoint("after.ckpt")
+    bare = torch.load("weights.ckpt", weights_only=True)
+    torch.save({name: value for name, value in bare.items() if name != "loops"}, "without_loops.ckpt")
+
+    def epochs(run, module, **arguments):
+        for phase, evaluate in (("validation", run.validate), ("test", run.test)):
+            shutil.rmtree(phase, ignore_errors=True)
+            evaluate(module, validation, verbose=False, **arguments)
+        found = {path.stem for phase in ("validation", "test") for path in Path(phase).glob("*.txt")}
+        return found.pop() if len(found) == 1 else found
+
+    assert epochs(trainer, model) == "2"
+    assert epochs(trainer, Classifier()) == "0"
+    fresh = trainer_of(pl, [ClassificationReport(8, path="{phase}/{epoch}.txt")])
+    assert epochs(fresh, Classifier()) == "0"
+    for run in (trainer, fresh):
+        for path in ("middle.ckpt", "weights.ckpt", "end.ckpt", "without_loops.ckpt"):
+            assert epochs(run, Classifier(), ckpt_path=path) == "1"
+        assert epochs(run, model, ckpt_path="after.ckpt") == "2"
+    # what a file said of one evaluation is not said of the next
+    assert epochs(trainer, model) == "2"
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, train, validation)
+    assert Path("validation/3.txt").exists()
+    assert epochs(trainer, model) == "3"
+
+
+def test_a_report_can_be_copied_after_a_run():
+    report = ClassificationReport(8)
+    fit([report], max_epochs=1)
+    assert copy.deepcopy(report).num_classes == pickle.loads(pickle.dumps(report)).num_classes == 8
 
 
 def test_predictions_and_targets_can_be_named():

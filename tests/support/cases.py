@@ -121,7 +121,7 @@ CALLBACKS = {
             f"{{num_classes: 3, predictions: {_HERE}.scores, path: [report.txt, report.json]}}",
             {"num_classes": 3, "predictions": f"{_HERE}.scores", "path": ["report.txt", "report.json"]},
         ),
-        pair=({"num_classes": 3}, {"num_classes": 3, "labels": [0, 1]}),
+        pair=({"num_classes": 3, "path": ["r.txt", "{epoch}.png"]}, {"num_classes": 3, "labels": [0, 1]}),
     ),
     "EMA": case(
         ("{}", {}),
