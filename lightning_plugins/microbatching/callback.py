@@ -69,8 +69,8 @@ class MicroBatching(Callback):
             sizes, which are in samples and add up to the whole. Where the samples of a batch cannot be told, ``size``
             and ``sizes`` are in what ``count`` counts. ``None`` cuts tensors, arrays, lists and nests of them.
         logged: What a name that ``training_step`` logs is of a batch: ``"mean"`` over what ``count`` counts, which is
-            taken of fractions that are averaged over batches, ``"sample_mean"``, ``"sum"``, ``"max"`` or ``"min"``.
-            Whole numbers and names with another ``reduce_fx``, which tells of batches and not of pieces, need it.
+            taken of fractions that are averaged over batches, ``"sample_mean"``, ``"sum"``, ``"max"`` or ``"min"``,
+            which are taken where ``reduce_fx`` is that. Whole numbers that are averaged over batches need it.
 
     Raises:
         TypeError: If ``size`` is no whole number, ``split`` no function or ``logged`` no mapping; during the run if the
@@ -116,6 +116,7 @@ class MicroBatching(Callback):
         # whether a batch's logs were collected, and names that never came
         self._ran = False
         self._unseen: set[str] = set()
+        self._told: set[str] = set()
 
     @property
     def size_found(self) -> int | None:
@@ -163,7 +164,7 @@ class MicroBatching(Callback):
         self._in_step = None
         if forwards_are_collective(trainer.strategy):
             self._in_step = RanksInStep(trainer)
-        self._warned, self._ran, self._unseen = False, False, set(self.logged)
+        self._warned, self._ran, self._unseen, self._told = False, False, set(self.logged), set()
         if self.size == "auto":
             self._search = SizeSearch(trainer, self._found)
             known = f"in pieces of at most {self._found} samples" if self._found else "whole"
@@ -227,7 +228,8 @@ class MicroBatching(Callback):
             result = batch.run(int(size)) if search is None else search.run(batch)
             self._found = None if search is None else search.size
             self._warn_of(batch.dropped)
-            self._unseen -= batch.names_logged
+            self._tell_of(batch.logs.bounds)
+            self._unseen -= batch.logs.names
             self._ran = True
             return result
 
@@ -242,6 +244,15 @@ class MicroBatching(Callback):
                 f"batch: {' '.join(dropped.values())} Return tensors with a row per sample, numbers, or nothing.",
                 category=LightningPluginsWarning,
             )
+
+    def _tell_of(self, bounds: set[str]) -> None:
+        """Say once in a run which values were taken for the largest or smallest of a batch."""
+        for name in sorted(bounds - self._told):
+            rank_zero_info(
+                f"MicroBatching takes {name!r} for the largest or smallest of a batch, as its reduce_fx says. If it is "
+                f"the mean of a batch, write MicroBatching(logged={{{name!r}: 'mean'}})."
+            )
+        self._told |= bounds
 
     def _hint(self) -> str:
         if self._search is not None and self._search.settled:

@@ -27,10 +27,12 @@ class PieceLogs:
 
     Attributes:
         names: The names that were logged.
+        bounds: Those that were taken for a bound of the batch, for what ``reduce_fx`` says.
     """
 
     def __init__(self, results: Any, ways: Mapping[str, str]) -> None:
         self.names: set[str] = set()
+        self.bounds: set[str] = set()
         self._results = results
         self._ways = ways
         self._batch = results.batch
@@ -80,6 +82,8 @@ class PieceLogs:
             name, reduction = result.meta.name, result.meta.reduce_fx.__name__
             self.names.add(name)
             way = way_of(name, self._ways.get(name), reduction, [value for _, value, _ in entries])
+            if way in ("max", "min") and name not in self._ways:
+                self.bounds.add(name)
             for call in _calls(entries):
                 values, counts = [value for _, value, _ in call], [count for _, _, count in call]
                 samples = [sizes[piece] for piece, _, _ in call]

@@ -99,7 +99,7 @@ class BatchInPieces:
         self._kwargs = kwargs
         self._pieces = pieces
         self._in_step = in_step
-        self._logs = PieceLogs(trainer.fit_loop.epoch_loop._results, logged)
+        self.logs = PieceLogs(trainer.fit_loop.epoch_loop._results, logged)
         self._zero_grad = self._loop._make_zero_grad_fn(batch_idx, optimizer)
         self._backward = self._loop._make_backward_fn(optimizer)
         self._zeroed = False
@@ -145,24 +145,19 @@ class BatchInPieces:
         self._weights = [1.0] if whole else shares(pieces, sizes, self._pieces.count)
         self._sizes = sizes
         metrics = nullcontext() if whole else BatchMetrics(self._trainer.lightning_module).one_batch()
-        with metrics, self._logs.collecting():
+        with metrics, self.logs.collecting():
             self._results = [self._run_piece(index, piece) for index, piece in enumerate(pieces)]
             for index in range(len(pieces), self._runs):
                 self._run_for_others(index, pieces[-1])
 
-    @property
-    def names_logged(self) -> set[str]:
-        """The names under which something was logged."""
-        return self._logs.names
-
     def finish(self) -> Any:
         """Log what the attempt has logged, which may synchronize the ranks, and return Lightning's result."""
-        self._logs.log(self._weights, self._sizes)
+        self.logs.log(self._weights, self._sizes)
         return self._merged(self._results)
 
     def _run_piece(self, index: int, piece: Any) -> Any:
         """Forward and backward of one piece."""
-        self._logs.begin(index, piece)
+        self.logs.begin(index, piece)
         pieces = len(self._weights)
         with self._unsynchronized_before_last(index):
             result = self._loop._training_step({**self._kwargs, "batch": piece})
@@ -175,7 +170,7 @@ class BatchInPieces:
     def _run_for_others(self, index: int, piece: Any) -> None:
         """Take part in the collectives of a piece that only other ranks have; it leaves nothing behind."""
         nothing_left = self._in_step.leaving_nothing() if self._in_step else nullcontext()
-        with nothing_left, self._logs.ignoring(), self._unsynchronized_before_last(index):
+        with nothing_left, self.logs.ignoring(), self._unsynchronized_before_last(index):
             result = self._loop._training_step({**self._kwargs, "batch": piece})
             if result.closure_loss is not None and self._backward is not None:
                 self._backward(weighted(result.closure_loss, 0.0))

@@ -222,8 +222,8 @@ def checked_ways(given: Any) -> dict[str, str]:
 def way_of(name: str, told: str | None, reduction: str, values: Sequence[Tensor]) -> str:
     """Return how the values that pieces log under a name make the value of the whole batch.
 
-    A fraction that is averaged over batches is a mean. How a value is reduced *over batches* says nothing else about
-    what it is *within* one: a module may follow the largest mean of a batch, and the largest value in one.
+    A fraction that is averaged over batches is a mean. A value whose sum or bound over batches is logged is taken for a
+    sum or bound within one; a module that follows the largest *mean* of a batch must say so.
 
     Args:
         name: The name that is logged.
@@ -236,13 +236,12 @@ def way_of(name: str, told: str | None, reduction: str, values: Sequence[Tensor]
     """
     if told is not None:
         return told
-    if reduction == "mean" and all(value.is_floating_point() for value in values):
-        return "mean"
-    kind = f"with reduce_fx={reduction!r}" if reduction != "mean" else "as a whole number, which is no mean,"
+    if reduction != "mean" or all(value.is_floating_point() for value in values):
+        return reduction
     raise ValueError(
-        f"`logged` must tell what {name!r} is of a batch, got nothing: it is logged {kind} for every piece. Write "
-        f"MicroBatching(logged={{{name!r}: ...}}) with 'mean' if it is a mean over what `count` counts, 'sample_mean' "
-        f"if over samples, 'sum', 'max' or 'min' if it is that of the batch."
+        f"`logged` must tell what {name!r} is of a batch, got nothing: it is logged as a whole number, which is no "
+        f"mean, for every piece. Write MicroBatching(logged={{{name!r}: ...}}) with 'mean' if it is a mean over what "
+        "`count` counts, 'sample_mean' if over samples, 'sum', 'max' or 'min' if it is that of the batch."
     )
 
 

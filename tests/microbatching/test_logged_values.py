@@ -27,7 +27,7 @@ LOGGED = {
     "long": ("sample_mean", "mean"),
     "longest": ("sample_mean", "max"),
 }
-WAYS = {name: way for name, (way, _) in LOGGED.items() if way}
+WAYS = {name: way for name, (way, reduction) in LOGGED.items() if way not in (None, reduction)}
 
 
 class Logs(Probe):
@@ -87,20 +87,18 @@ class One(Probe):
 
 
 @pytest.mark.parametrize("size", [2, "auto"], ids=["in pieces", "whole, for now"])
-@pytest.mark.parametrize(
-    ("module", "said"),
-    [
-        (lambda: One(1.5, reduce_fx="max"), "with reduce_fx='max'"),
-        (lambda: One(1.5, reduce_fx=min), "with reduce_fx='min'"),
-        (lambda: One(1.5, reduce_fx=torch.sum), "with reduce_fx='sum'"),
-        (lambda: One(torch.tensor(3)), "as a whole number, which is no mean,"),
-    ],
-)
-def test_a_value_with_two_readings_is_refused_in_the_first_batch(module, said, size):
+def test_a_whole_number_that_is_averaged_is_refused_in_the_first_batch(size):
     with pytest.raises(
-        ValueError, match=f"`logged` must tell what 'it' is of a batch, got nothing: it is logged {said}"
+        ValueError, match="`logged` must tell what 'it' is of a batch, got nothing: it is logged as a wh"
     ):
-        fit(module(), [MicroBatching(size)], batches((4, 4), dtype=torch.float32, tokens=False))
+        fit(One(torch.tensor(3)), [MicroBatching(size)], batches((4, 4), dtype=torch.float32, tokens=False))
+
+
+@pytest.mark.parametrize("reduction", ["max", min], ids=str)
+def test_a_value_that_is_taken_for_a_bound_is_named_once(caplog, reduction):
+    with caplog.at_level("INFO"):
+        fit(One(1.5, reduce_fx=reduction), [MicroBatching(2)], batches((4, 4), dtype=torch.float32, tokens=False))
+    assert caplog.text.count("MicroBatching(logged={'it': 'mean'})") == 1
 
 
 def test_a_name_that_nothing_is_logged_under_is_named_at_the_end():
@@ -127,6 +125,7 @@ def test_words_that_there_are_not(logged, error, message):
         MicroBatching(logged=logged)
 
 
-def test_a_fraction_that_is_averaged_is_a_mean():
+def test_the_way_over_batches_is_that_within_one_unless_told():
+    assert [way_of("it", None, way, [torch.tensor(3)]) for way in ("sum", "max", "min")] == ["sum", "max", "min"]
     assert way_of("it", None, "mean", [torch.tensor(0.5)]) == "mean"
     assert way_of("it", "max", "mean", [torch.tensor(0.5)]) == "max"

@@ -170,7 +170,7 @@ def test_a_batch_that_runs_again_draws_the_same_random_numbers():
         module = Random(fits=fits)
         fit(
             module,
-            [MicroBatching(size, logged={"hits": "sum"}), recorder],
+            [MicroBatching(size), recorder],
             batches((8, 7, 6), dtype=torch.float64, tokens=False),
         )
         runs.append(recorder.steps)
@@ -272,7 +272,7 @@ def test_only_one_piece_is_in_memory_at_once():
 
 
 def test_the_size_found_is_remembered_logged_and_saved(caplog, tmp_path):
-    callback = MicroBatching(logged={"hits": "sum"})
+    callback = MicroBatching()
     data = batches(SIZES[0], dtype=torch.float64, tokens=False)
     with caplog.at_level("INFO"):
         module = Fitting(fits=2)
@@ -287,7 +287,7 @@ def test_the_size_found_is_remembered_logged_and_saved(caplog, tmp_path):
     trainer.save_checkpoint(tmp_path / "found.ckpt")
     state = torch.load(tmp_path / "found.ckpt", weights_only=True)["callbacks"][callback.state_key]
     assert state == {"version": 1, "size_found": 2}
-    resumed, again = MicroBatching(logged={"hits": "sum"}), Fitting(fits=2)
+    resumed, again = MicroBatching(), Fitting(fits=2)
     fit(again, [resumed], data, epochs=2, fit_arguments={"ckpt_path": tmp_path / "found.ckpt"})
     assert again.calls == sum(-(-size // 2) for size in SIZES[0])  # no attempt failed
 
@@ -313,7 +313,7 @@ def test_memory_that_runs_out_for_good_is_the_original_error_with_a_hint(size, f
 
 
 def test_memory_that_runs_out_after_ddp_has_settled_names_a_number():
-    callback = MicroBatching(logged={"hits": "sum"})
+    callback = MicroBatching()
     callback._search = SimpleNamespace(settled=True, largest=lambda: 8)
     trainer, error = SimpleNamespace(training=True, **vars(pl.Trainer(accelerator="cpu", logger=False))), _oom()
     callback.on_exception(trainer, Probe(), error)

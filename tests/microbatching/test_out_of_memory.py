@@ -138,7 +138,7 @@ def test_the_search_goes_on_with_half(error):
                 failure = error()
                 raise failure from failure.__cause__
 
-    callback = MicroBatching(logged={"hits": "sum"})
+    callback = MicroBatching()
     fit(Fails(fits=3), [callback], batches((8, 5), dtype=torch.float64, tokens=False))
     assert callback.size_found == 2
 

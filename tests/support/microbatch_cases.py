@@ -78,7 +78,7 @@ def run_micro(
 ):
     """Run 14 uneven batches of tokens and return everything that can be seen."""
     tokens = Tokens("labels")
-    callbacks = [] if size is None else [MicroBatching(size, count=tokens, logged={"hits": "sum"})]
+    callbacks = [] if size is None else [MicroBatching(size, count=tokens)]
     callbacks += [GradientAccumulation(accumulate, count=tokens)] if accumulate > 1 else []
     fits = (fits_on_rank or {}).get(rank, fits)
     module = (Sharded if sharded else Fitting)(fits=fits, unused=unused)
