@@ -5,6 +5,9 @@ A key is the module, the text of the line, and the change.
 
 _BEGINNING = "what tells the kinds of files apart stands in the first 262 bytes; it may be given some more or less"
 _BEGINS = "a window that holds no batch, or less than none, begins with the next batch"
+_FALSE = "asked as yes or no, and `None` is no"
+_FROM_ABOVE = "a slope that is too steep by one takes shorter steps down to the same root, where rounding stops them"
+_IS_THERE = "a row that was evaluated has its values, if none at all an empty dictionary; the type allows `None`"
 _LIMIT = "a limit far from what ordinary runs and files have; its exact value is free"
 _LONGER_WAY = "fields that are not alike are counted as well, and to the same number, by the way for all other batches"
 _INDENTED = "how far the lines of JSON are indented changes nothing that is read from them"
@@ -12,12 +15,13 @@ _NO_FRAME = "Python gives its frames, and the outermost one is of the program th
 _NO_READER = "without a reader every patience of 0 and less makes a flush due after one row, and no row is handed out"
 _NOWHERE = "a range below 0 fits no other, wherever it lies"
 _ONE_KIND = "all tensors of a group have one type and one device, so the last says the same as the first"
-_ONE_LENGTH = "both are as long as the layout of the counts; `strict` asserts it"
+_ONE_LENGTH = "one is made beside the other, an entry for each; `strict` asserts it"
 _PAYS_NOTHING = "a gradient times 1 is that gradient: the condition saves the work"
 _RANDOM = "a random name that no other save has, of so many letters or of two more or less"
 _SCRATCH = "the size of a scratch buffer changes no number: every size is a choice between memory and time"
 _SIGN = "scores are only compared: twice a score ranks as the score does"
-_SYMMETRIC = "whether two files are the same does not depend on which comes first"
+_SYMMETRIC = "whether two files, or numbers, are the same does not depend on which comes first"
+_UNREAD = "a hook's argument that is not read, which has to be there"
 _WIDER = "a range that reaches farther takes in more of the same file"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -115,6 +119,23 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (1)"): _LIMIT,
     ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (-1)"): _LIMIT,
     ("lightning_plugins/core/validation.py", "count += 1", "1 -> (2)"): _LIMIT,
+    ("lightning_plugins/ema/master_shadow.py", "return False", "return False -> return None"): _FALSE,
+    (
+        "lightning_plugins/ema/master_shadow.py",
+        "return [list(parts) for parts in zip(*self._histories, strict=True)]",
+        "True -> (False)",
+    ): _ONE_LENGTH,
+    (
+        "lightning_plugins/ema/latest_shadow.py",
+        "for found, history in zip(self._tensors, self._histories, strict=True):",
+        "True -> (False)",
+    ): _ONE_LENGTH,
+    (
+        "lightning_plugins/ema/pace.py",
+        "rules = (rule for rule, given in zip(self.rules, self._given, strict=True) if given.is_open)",
+        "True -> (False)",
+    ): _ONE_LENGTH,
+    ("lightning_plugins/ema/power_exponent.py", "slope = (3 * x + 14) * x + 16 - inverse", "16 -> (17)"): _FROM_ABOVE,
     ("lightning_plugins/ema/tensor_groups.py", "self._device = weights[0].device", "0 -> (-1)"): _ONE_KIND,
     (
         "lightning_plugins/ema/tensor_groups.py",
@@ -151,6 +172,34 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "device, dtype = left[0].device, right[0].dtype",
         "0 -> (-1)",
     ): _ONE_KIND,
+    (
+        "lightning_plugins/ema/zero_files.py",
+        "and all(type(size) is int and 0 <= size < 2**40 for size in shape)",
+        "2 -> (3)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/ema/zero_files.py",
+        "and all(type(size) is int and 0 <= size < 2**40 for size in shape)",
+        "40 -> (41)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/ema/zero_files.py",
+        "and all(type(size) is int and 0 <= size < 2**40 for size in shape)",
+        "40 -> (39)",
+    ): _LIMIT,
+    ("lightning_plugins/events/callback.py", "dataloader_idx: int = 0,", "0 -> (1)"): _UNREAD,
+    ("lightning_plugins/events/callback.py", "dataloader_idx: int = 0,", "0 -> (-1)"): _UNREAD,
+    ("lightning_plugins/microbatching/merging.py", "return False", "return False -> return None"): _FALSE,
+    (
+        "lightning_plugins/statistics/label_counter.py",
+        "torch.eq(self._numbers, targets, out=self._equal)",
+        "torch.eq(self._numbers, targets, out=self._equal) -> (torch.eq(targets, self._numbers, out=self._equal))",
+    ): _SYMMETRIC,
+    (
+        "lightning_plugins/statistics/recording.py",
+        "return {name: value for name, value in (row.values or {}).items() if name in self.statistics.names}",
+        "row.values or {} -> (row.values)",
+    ): _IS_THERE,
     (
         "lightning_plugins/statistics/rows.py",
         "return min(map(_FLUSH_SECONDS, self.readers), default=0.0)",

@@ -77,7 +77,7 @@ class FollowedTensors:
 
     def are_there(self) -> bool:
         """Return the same, after FSDP2 was told to put its gathered parameters away, which are other objects."""
-        if not self.is_current() and self.sharded:
+        if not self.is_current():
             reshard(self.module)
         return self.is_current()
 

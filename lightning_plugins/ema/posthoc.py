@@ -50,7 +50,7 @@ def synthesis_weights(
     inner = _inner_products(steps, exponents, steps, exponents)
     target = _inner_products(steps, exponents, wanted_step, wanted_exponent)
     try:
-        shares = torch.linalg.solve(inner, target)[:, 0]
+        shares = torch.linalg.solve(inner, target).flatten()
     # a singular matrix
     except RuntimeError as error:
         raise ValueError("`snapshots` must be of different steps or values of `sigma_rel`, got one twice.") from error

@@ -352,8 +352,9 @@ class PostHocEMA(AveragingCallback):
         averages, others = whole_averages(self._shadows, averaged, keep=keep)
         self._report()
         self._written = n
-        if not keep or self._directory is None:
+        if not keep:
             return
+        directory = self._find_directory(trainer)
         parameters = {name for found in named_tensors(first.module) if not found.is_buffer for name in found.names}
         tied = first.tied
         contents = SnapshotContents(
@@ -366,15 +367,15 @@ class PostHocEMA(AveragingCallback):
         )
         frozen = {name: value for name, value in others.items() if name in parameters}
         try:
-            if frozen and not (self._directory / "frozen.pt").exists():
-                write_frozen(self._directory, frozen)
+            if frozen and not (directory / "frozen.pt").exists():
+                write_frozen(directory, frozen)
             dtype = getattr(torch, self.dtype)
-            write_snapshot(self._directory, n, self.sigma_rels, contents, dtype=dtype, file_format=self.file_format)
+            write_snapshot(directory, n, self.sigma_rels, contents, dtype=dtype, file_format=self.file_format)
         except OSError as error:
             if not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    f"{self.state_key}: the snapshot of step {n} could not be written to {self._directory}: {error}. "
+                    f"{self.state_key}: the snapshot of step {n} could not be written to {directory}: {error}. "
                     "It is lost; the training goes on, and later snapshots are tried without another warning.",
                     category=LightningPluginsWarning,
                 )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_plugins.statistics.label_evidence import contradiction, is_multilabel
-from lightning_plugins.statistics.labels import LabelledBatch, count_by_class, is_one_hot, read_batch, widest
+from lightning_plugins.statistics.labels import IGNORED, LabelledBatch, count_by_class, is_one_hot, read_batch, widest
 
 _EVIDENCE = ("outside", "not_binary", "soft", "multi_hot", "other", "rows", "one_hot", "not_binary_predictions")
 _READINGS = ("scores of classes", "class numbers", "score per label", "rows", "rows of numbers")
@@ -65,7 +65,7 @@ class ClassCounts:
         num_classes: int,
         *,
         task: str = "auto",
-        ignore_index: int | None = -100,
+        ignore_index: int | None = IGNORED,
         chosen: tuple[int, ...] | None = None,
         matrix: bool = False,
     ) -> None:

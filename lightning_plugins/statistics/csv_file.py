@@ -112,8 +112,7 @@ class CSVFile:
     # writing
 
     def _write(self) -> None:
-        if self._sent[0] is self._waiting:
-            self._let_go()
+        self._let_go()
         try:
             if not self._fixed and not set(self._columns).issuperset(chain(*self._waiting)):
                 self._make_room_for_columns()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from lightning_plugins import (
     PowerDecay,
     WarmupDecay,
 )
+from lightning_plugins.ema.decay import UpdateCounter
 from lightning_plugins.ema.function_decay import as_decay_rule
 from lightning_plugins.ema.power_exponent import power_exponent
 from tests.support.ema_runs import THETA, follow
@@ -48,6 +49,21 @@ def test_an_update_over_several_steps_decays_as_much_as_the_single_steps_do(rule
     for n, steps in [(1, 1), (2, 2), (7, 3), (100, 10), (100, 100)]:
         single = math.prod(rule(i) for i in range(n - steps + 1, n + 1))
         assert rule(n, steps) == pytest.approx(single, rel=1e-9, abs=1e-15)
+
+
+@dataclass(frozen=True)
+class AtLeastHalf(DecayRule):
+    """A rule of one's own that is made of another."""
+
+    inner: DecayRule
+
+    def _single(self, n):
+        return max(self.inner._single(n), 0.5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_rule_of_ones_own_may_be_made_of_any_other(rule):
+    assert [AtLeastHalf(rule)(n) for n in range(1, 20)] == [max(rule(n), 0.5) for n in range(1, 20)]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -181,3 +197,30 @@ def test_rules_are_values():
 def test_wrong_numbers_are_refused(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+# -- the counter of a checkpoint
+
+
+@pytest.mark.parametrize(
+    ("every", "applied", "origin", "last"),
+    [
+        (1, 0, -1, 0),
+        (1, 10**12, -1, 0),
+        (1, 5, 0, 5),
+        (1, 10**12, 0, 10**12),
+        (10, 10**12 + 9, 10**9, 10**12 - 10**9),
+        (1, 3_000_000, 1_000_000, 1_000_000),
+        (2_000_000, 9_000_000, 1_000_000, 6_000_000),
+    ],
+)
+def test_the_counter_of_a_run_of_any_length_is_taken_over(every, applied, origin, last):
+    counter = UpdateCounter(every=every)
+    counter.load({"applied_steps": applied, "origin": origin, "last_update": last})
+    assert (counter.applied, counter.last) == (applied, last)
+    assert counter.origin == (None if origin == -1 else origin)
+    # one step more is late, and one update more than there were steps is none
+    late = {"applied_steps": applied + max(1_000_000, every) - (applied - origin - last) + 1}
+    for change in ([late] if origin >= 0 else []) + [{"last_update": (applied - origin if origin >= 0 else 0) + 1}]:
+        with pytest.raises(ValueError, match="the checkpoint's state was damaged"):
+            counter.load({"applied_steps": applied, "origin": origin, "last_update": last, **change})

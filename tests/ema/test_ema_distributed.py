@@ -93,6 +93,10 @@ def test_sharded_files_hold_both_sets(sharded):
         extract_weights(light, "raw")
 
 
+def test_other_weights_that_the_first_rank_puts_into_a_sharded_runs_file_stay_there(sharded):
+    assert torch.load(sharded[0] / "own.ckpt", weights_only=True)["state_dict"] == {"own": torch.ones(1)}
+
+
 def test_sharded_resume_is_bit_for_bit(sharded):
     for rank in sharded[1]:
         assert same(rank["resumed_average"], rank["average"])

@@ -183,9 +183,10 @@ def test_of_several_that_stay_the_evaluated_one_does():
         ),
     ],
 )
-def test_claims_of_two_are_refused_at_setup(second, message):
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_claims_of_two_are_refused_at_setup(second, message, verb):
     with pytest.raises(MisconfigurationException, match=message):
-        trainer(EMA(0.9), EMA(0.9, **second)).fit(Scripted(), numbers(1))
+        getattr(trainer(EMA(0.9), EMA(0.9, **second)), verb)(Scripted(), numbers(1))
 
 
 def test_two_of_one_name_are_refused():

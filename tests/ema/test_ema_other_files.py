@@ -6,10 +6,20 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_plugins import EMA, ConstantDecay, PostHocEMA, WarmupDecay, extract_weights
+from lightning_plugins import (
+    EMA,
+    ConstantDecay,
+    PostHocEMA,
+    PowerDecay,
+    WarmupDecay,
+    extract_weights,
+    synthesize_ema,
+)
+from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema.checkpoint_format import RECORD_KEY, Contents, fitting_average
 from lightning_plugins.ema.checkpoint_summary import describe_checkpoint
+from lightning_plugins.ema.snapshots import list_snapshots
 from tests.support import conditions
 from tests.support.ema_runs import (
     THETA,
@@ -62,6 +72,24 @@ def test_an_average_added_to_a_resumed_run_begins_there(tmp_path, caplog):
     expected = follow(THETA[5:], [WarmupDecay(0.9)(n) for n in range(1, 6)], start=THETA[4])[-1]
     assert module.weight.item() == pytest.approx(expected)
     assert caplog.text.count("EMA(name='ema') joins at step 5: no average was restored") == 1
+
+
+def test_counters_whose_averages_a_file_lacks_are_not_taken_over(tmp_path):
+    def callbacks(folder):
+        return EMA(0.9, checkpoint="raw"), PostHocEMA((0.1,), every_n_steps=4, dirpath=tmp_path / folder)
+
+    trainer(*callbacks("first"), ModelCheckpoint(tmp_path, filename="full")).fit(Scripted(), numbers(5))
+    contents = torch.load(tmp_path / "full.ckpt", weights_only=True)
+    for key in (checkpoint_keys.EMA, checkpoint_keys.POSTHOC_EMA):
+        del contents[key]
+    torch.save(contents, tmp_path / "without.ckpt")
+    ema, post = callbacks("second")
+    trainer(ema, post, max_epochs=2).fit(Scripted(), numbers(5), ckpt_path=tmp_path / "without.ckpt")
+    expected = follow(THETA[5:], [WarmupDecay(0.9)(n) for n in range(1, 6)], start=THETA[4])[-1]
+    assert ema.average_state_dict()["weight"].item() == pytest.approx(expected)
+    expected = follow(THETA[5:], [PowerDecay(0.1)(n) for n in range(1, 6)])[-1]
+    assert synthesize_ema(tmp_path / "second", 0.1)["weight"].item() == pytest.approx(expected)
+    assert [snapshot.step for snapshot in list_snapshots(tmp_path / "second")] == [4, 5]
 
 
 def test_removing_the_average_trains_on_from_it_and_extract_goes_back(tmp_path):

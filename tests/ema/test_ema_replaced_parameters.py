@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_plugins import EMA, ConstantDecay, PostHocEMA, extract_weights, synthesize_ema
+from lightning_plugins.ema.checkpoint_format import follow_pruning
 from lightning_plugins.ema.snapshots import list_snapshots
 from tests.support.ema_changes import At, Weights, Wide, averaged, new_head
 from tests.support.ema_runs import regression, trainer
@@ -155,6 +156,25 @@ def test_pruned_weights_are_followed_and_files_hold_them_pruned(tmp_path, first)
     again = EMA(ConstantDecay(0.9))
     trainer(again, max_epochs=3).fit(Wide(), regression(), ckpt_path=tmp_path / "x.ckpt")
     assert torch.equal(again.raw_state_dict()["head.weight"], raw)
+
+
+@pytest.mark.parametrize(
+    ("kept", "masked", "found"),
+    [
+        (["head.weight_orig", "head.weight_mask"], True, {"head.weight_orig": [1, 2, 3, 4]}),
+        (["head.weight"], True, {"head.weight": [0, 2, 3, 0]}),
+        # a file from which the layer was left out, and a weight that is called so without pruning
+        ([], True, {"head.weight_orig": [1, 2, 3, 4]}),
+        (["head.weight"], False, {"head.weight_orig": [1, 2, 3, 4]}),
+    ],
+)
+def test_an_average_is_pruned_only_where_the_file_is(kept, masked, found):
+    module = Wide()
+    if masked:
+        module.head.register_buffer("weight_mask", torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
+    tensors = {"head.weight_orig": torch.tensor([[1.0, 2.0, 3.0, 4.0]])}
+    follow_pruning(dict.fromkeys(kept), module, tensors)
+    assert {name: tensor[0].tolist() for name, tensor in tensors.items()} == found
 
 
 def test_post_hoc_snapshots_follow_pruned_weights(tmp_path):

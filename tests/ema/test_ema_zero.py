@@ -1,5 +1,6 @@
 """The arithmetic of averages under DeepSpeed's ZeRO, with stand-ins for its engine: parts, exchanges, files, counts."""
 
+import os
 import re
 from types import SimpleNamespace
 
@@ -184,24 +185,112 @@ def test_what_does_not_belong_together_is_refused(ranks, tmp_path):
         extract_weights(tmp_path)
 
 
+PART = {"names": ["a"], "shape": [2], "start": 0, "values": torch.zeros(2)}
+DAMAGE = [
+    {"names": "a"},
+    {"names": []},
+    {"names": [1]},
+    {"names": ("a",)},
+    {"shape": (2,)},
+    {"shape": 2},
+    {"shape": [2.0]},
+    {"shape": [True, 2]},
+    {"shape": [-2, -1]},
+    {"shape": [2**64, 1]},
+    {"start": 0.0},
+    {"start": False},
+    {"start": -1},
+    {"start": 1},
+    {"values": [0.0, 0.0]},
+    {"values": torch.zeros(1, 2)},
+    {"values": torch.zeros(3)},
+    {"more": 1},
+]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"version": 2}, "of version 1, got 2"),
+        ({"version": True}, "of version 1, got True"),
+        *(({what: [{**PART, **damage}]}, "it is damaged") for what in ("parts", "others") for damage in DAMAGE),
+        ({"parts": [[]]}, "it is damaged"),
+        ({"parts": [{"names": ["a"]}]}, "it is damaged"),
+        ({"snapshots": (1,), "parts": [PART]}, "it is damaged"),
+        ({"snapshots": [1], "parts": [PART]}, "it is damaged"),
+        ({"snapshots": [(torch.zeros(2),)], "parts": [PART]}, "it is damaged"),
+        ({"snapshots": [["a"]], "parts": [PART]}, "it is damaged"),
+        ({"snapshots": [[torch.zeros(3)]], "parts": [PART]}, "it is damaged"),
+        ({"rank": 0.0}, "it is damaged"),
+        ({"ranks": True}, "it is damaged"),
+        ({"keys": "a"}, "it is damaged"),
+        ({"parts": {}}, "it is damaged"),
         ({"step": "5"}, "it is damaged"),
-        ({"parts": [{"names": ["a"], "shape": [2], "start": 1, "values": torch.zeros(2)}]}, "it is damaged"),
         ({"snapshots": [[torch.zeros(2)]]}, "it is damaged"),
-        ({"parts": [{"names": [], "shape": [2], "start": 0, "values": torch.zeros(2)}]}, "it is damaged"),
-        ({"parts": [{"names": ["a"], "shape": [4], "start": 0, "values": torch.zeros(2)}]}, "do not make up the whole"),
+        ({"parts": [{**PART, "shape": [4]}]}, "do not make up the whole"),
+        ({"parts": [{**PART, "shape": [3], "start": 1}]}, "do not make up the whole"),
+        ({"parts": [PART, {**PART, "start": 1, "values": torch.zeros(1)}]}, "do not make up the whole"),
+        (
+            {"parts": [{**PART, "values": torch.zeros(1)}, {**PART, "start": 1, "values": torch.zeros(1).half()}]},
+            "whole",
+        ),
+        (
+            {
+                "parts": [
+                    {**PART, "values": torch.zeros(1)},
+                    {**PART, "shape": [1, 2], "start": 1, "values": torch.zeros(1)},
+                ]
+            },
+            "whole",
+        ),
     ],
 )
 def test_damaged_parts_are_refused(tmp_path, change, message):
-    deepspeed_directory(tmp_path)
-    good = {"version": 1, "step": 5, "rank": 0, "ranks": 1, "keys": ["a"], "parts": [], "others": []}
-    (tmp_path / "lightning_plugins_ema").mkdir()
-    torch.save({**good, **change}, tmp_path / "lightning_plugins_ema" / "ema.00000-of-00001.pt")
+    part_of_a_directory(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         extract_weights(tmp_path)
+
+
+def part_of_a_directory(path, change):
+    deepspeed_directory(path)
+    good = {"version": 1, "step": 5, "rank": 0, "ranks": 1, "keys": ["a"], "parts": [], "others": []}
+    (path / "lightning_plugins_ema").mkdir()
+    torch.save({**good, **change}, path / "lightning_plugins_ema" / "ema.00000-of-00001.pt")
+
+
+def test_parts_of_any_shape_make_up_the_whole(tmp_path):
+    parts = [
+        {**PART, "names": ["a", "b"], "shape": [1, 3], "start": 2, "values": torch.tensor([3.0])},
+        {**PART, "names": ["a", "b"], "shape": [1, 3], "values": torch.tensor([1.0, 2.0])},
+        {**PART, "names": ["empty"], "shape": [0, 4], "values": torch.zeros(0)},
+        {**PART, "names": ["scalar"], "shape": [], "values": torch.tensor([5.0])},
+    ]
+    part_of_a_directory(tmp_path, {"parts": parts, "keys": ["b", "a", "scalar", "empty"]})
+    found = extract_weights(tmp_path)
+    assert list(found) == ["b", "a", "scalar", "empty"]
+    assert found["a"].tolist() == found["b"].tolist() == [[1, 2, 3]]
+    assert (found["scalar"].item(), found["empty"].shape) == (5, (0, 4))
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_a_part_names_is_never_run(tmp_path, capsys):
+    part_of_a_directory(tmp_path, {"keys": [Planted(tmp_path / "run")]})
+    with pytest.raises(ValueError, match=r"cannot be read as a part of an average: it names .*mkdir"):
+        extract_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be read as a part of an average: it names .*mkdir"):
+        read_part(tmp_path, "ema", step=5, rank=0, ranks=1, parts=[])
+    assert main(["inspect", str(tmp_path)]) != 0
+    assert "cannot be read as a part of an average" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_files_of_another_number_of_ranks_go(ranks, tmp_path):

@@ -69,7 +69,7 @@ class Masters(lightning.Callback):
 
 
 class Save(lightning.Callback):
-    """Saves after a step, or while the average is in the module."""
+    """Saves after a step, while the average is in the module, or at the end of the epoch."""
 
     def __init__(self, path, step=None):
         self.path, self.step = path, step
@@ -82,6 +82,10 @@ class Save(lightning.Callback):
         if self.step is None:
             trainer.save_checkpoint(self.path)
 
+    def on_train_epoch_end(self, trainer, *_):
+        if self.step == "last":
+            trainer.save_checkpoint(self.path)
+
 
 def data(n=8):
     """Batches that are alike, so that a resume may begin in their middle."""
@@ -92,7 +96,7 @@ def averages(folder):
     return (
         EMA(ConstantDecay(0.75)),
         LatestWeightAveraging(3, every=2, **RAW),
-        PostHocEMA(SIGMAS, every_n_steps=4, dirpath=folder),
+        PostHocEMA(SIGMAS, every_n_steps=5, dirpath=folder),
     )
 
 
@@ -116,12 +120,12 @@ def flat(state):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that is saved after step 5 and in its validation after step 8."""
+    """A run that is saved after step 5, in its validation after step 8, and when that is over."""
     folder, way = tmp_path_factory.mktemp("zero"), Masters()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
         callbacks = averages(folder / "snapshots")
-        saves = [Save(folder / "five", 5), Save(folder / "mid")]
+        saves = [Save(folder / "five", 5), Save(folder / "mid"), Save(folder / "last", "last")]
         run, module = fit(*callbacks, way, *saves)
         run.save_checkpoint(folder / "end")
         states = [average.average_state_dict() for average in callbacks[:2]]
@@ -167,6 +171,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
     assert np.array_equal(way.seen[-1], masters[8])
     assert all(same(one.average_state_dict(), two) for one, two in zip(again[:2], states, strict=True))
     assert same(again[0].raw_state_dict(), raw)
+    for sigma in SIGMAS:
+        assert same(synthesize_ema(tmp_path, sigma), synthesize_ema(folder / "snapshots", sigma))
+
+
+def test_a_run_that_finds_nothing_left_to_train_ends_as_the_one_did_that_was_killed_while_it_ended(whole, tmp_path):
+    folder, _, module, states, raw = whole
+    again, way = averages(tmp_path), Masters()
+    _, ended = fit(*again, way, ckpt_path=folder / "last")
+    # the training has not begun
+    assert way.seen == []
+    assert all(same(one.average_state_dict(), two) for one, two in zip(again[:2], states, strict=True))
+    assert same(again[0].raw_state_dict(), raw)
+    assert same(clone_state(ended), clone_state(module))
     for sigma in SIGMAS:
         assert same(synthesize_ema(tmp_path, sigma), synthesize_ema(folder / "snapshots", sigma))
 

@@ -87,6 +87,27 @@ def test_sequences_of_several_lengths_are_put_one_after_another():
         assert [part.tolist() for part in first] == [part.tolist() for part in parts[:2]]
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_sequence_has_an_entry_per_sample_or_a_field_that_has_a_row_per_sample(kind):
+    """Three samples in pieces of 2 and 1, so that every length could be either."""
+
+    def merged(*pieces):
+        found = merge([kind(piece) for piece in pieces], [2 / 3, 1 / 3], [2, 1])
+        assert type(found) is kind
+        return [item.tolist() if isinstance(item, torch.Tensor) else item for item in found]
+
+    boxes = [torch.ones(4, 2), torch.zeros(0, 2), torch.full((3, 2), 5.0)]
+    if kind is list:
+        # found objects, of which every sample has another number
+        assert merged(boxes[:2], boxes[2:]) == [box.tolist() for box in boxes]
+    assert merged(["a", "bc"], ["d"]) == ["a", "bc", "d"]
+    assert merged([[1, 2], [3, 4]], [[5]]) == [[1, 2], [3, 4], [5]]
+    # what an LSTM returns: two states, each with a row per sample
+    states = torch.arange(6.0).view(3, 2), torch.arange(6.0, 12.0).view(3, 2)
+    fields = merged([state[:2] for state in states], [state[2:] for state in states])
+    assert fields == [state.tolist() for state in states]
+
+
 def test_merged_tensors_hold_no_graph():
     weight = torch.nn.Parameter(torch.ones(2))
     assert not merge([weight * 1, weight * 2], [0.5, 0.5], [2, 2]).requires_grad

@@ -1,4 +1,4 @@
-"""Rates that others write: finetuning callbacks, searches, late groups, timm's scale; optimizers set up anew."""
+"""Rates that others write: finetuning callbacks, searches, late groups; optimizers set up anew."""
 
 import logging
 
@@ -13,7 +13,6 @@ from lightning_plugins import (
     LearningRateScheduler,
     Linear,
     ScheduleLR,
-    WarmupCosine,
     WarmupLinear,
 )
 from tests.support import conditions
@@ -235,39 +234,6 @@ def test_a_checkpoint_that_is_restored_in_mid_fit_leaves_the_schedule_where_the_
     assert rates(module) == callback.lrs == pytest.approx([0.1 * (1 - step / 12) for step in range(12)])
 
 
-# -- timm's scale of a group
-
-
-def scaled(*groups):
-    return RecordingSGD([{"params": weights(), **group} for group in groups], lr=0.1)
-
-
-def test_the_scale_of_a_group_multiplies_its_rate():
-    optimizer, schedule = scaled({"lr_scale": 0.25}, {"lr_scale": 1.0}, {}), WarmupCosine(2, total=8)
-    train(optimizer, ScheduleLR(optimizer, schedule, min_lr=0.001), 8)
-    for group, scale in enumerate((0.25, 1.0, 1.0)):
-        expected = [max(0.1 * schedule(step) * scale, 0.001) for step in range(8)]
-        assert [used[group] for used in optimizer.used] == pytest.approx(expected)
-
-
-def test_the_scale_is_the_rates_alone_and_a_written_rate_contains_it():
-    optimizer = scaled({"lr_scale": 0.5, "weight_decay": 0.2})
-    decay = ScheduleLR(optimizer, Constant(), parameter="weight_decay")
-    assert decay.get_last_lr() == [0.2]
-    scheduler = ScheduleLR(optimizer, Linear(10, 1, 0), base_lr=0.2)
-    assert scheduler.get_last_lr() == scheduler.get_lr() == [0.1]
-    train(optimizer, scheduler, 2)
-    optimizer.param_groups[0]["lr"] = 0.04
-    train(optimizer, scheduler, 1)
-    assert scheduler.get_last_lr() == pytest.approx([0.04 * 0.7 / 0.8])
-
-
-@pytest.mark.parametrize(("scale", "error"), [(-1, ValueError), ("half", TypeError), (float("nan"), ValueError)])
-def test_a_scale_that_is_none_is_refused(scale, error):
-    with pytest.raises(error, match="`lr_scale` must be"):
-        ScheduleLR(scaled({"lr_scale": scale}), Constant())
-
-
 # -- in mid-fit
 
 
@@ -324,6 +290,25 @@ def test_a_new_optimizer_whose_module_brings_a_scheduler_has_it_replaced_again(t
     )
     used = [rate for [rate] in exchange.old.used + module.optimizer.used]
     assert used == pytest.approx([0.1 * (1 - step / 12) for step in range(12)])
+    assert len(module.trainer.lr_scheduler_configs) == 1
+
+
+@pytest.mark.parametrize("existing", ["refuse", "replace"])
+def test_a_new_optimizer_that_comes_with_a_scheduler_is_left_to_it_unless_that_is_to_be_replaced(
+    tmp_path, caplog, existing
+):
+    class Bring(Exchange):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    exchange, line = Bring(1), [0.1 * (1 - step / 12) for step in range(12)]
+    callback = LearningRateScheduler(Linear(12, 1, 0), existing=existing)
+    with caplog.at_level(logging.INFO):
+        module = fit(tmp_path, callback, callbacks=[exchange], max_epochs=3)
+    used = [rate for [rate] in exchange.old.used + module.optimizer.used]
+    assert used == pytest.approx(line if existing == "replace" else [*line[:4], *[0.1] * 4, *[0.05] * 4])
+    assert ("leaves an optimizer to the scheduler that has replaced its own" in caplog.text) == (existing == "refuse")
     assert len(module.trainer.lr_scheduler_configs) == 1
 
 

@@ -83,6 +83,24 @@ def test_base_lr_for_all_or_for_each():
     assert ScheduleLR(optimizer, Constant(), base_lr=[2, 3]).get_last_lr() == [2, 3]
 
 
+def test_a_base_rate_is_taken_by_an_optimizer_whose_own_rate_is_0():
+    optimizer = RecordingSGD(weights(), lr=0.0)
+    train(optimizer, ScheduleLR(optimizer, Linear(4, 1, 0), base_lr=0.4), 4)
+    assert used(optimizer) == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    # a hyper-parameter that is 0 is off, and stays so
+    decay = ScheduleLR(optimizer, Linear(4, 1, 0), parameter="weight_decay", base_lr=0.4)
+    assert decay.get_last_lr() == [0]
+
+
+def test_the_rates_of_a_position_may_be_asked_for_and_a_group_that_has_just_come_has_its_own():
+    optimizer = RecordingSGD(weights(), lr=0.4)
+    scheduler = ScheduleLR(optimizer, Linear(4, 1, 0))
+    scheduler.last_epoch = 3
+    assert scheduler.get_lr() == pytest.approx([0.1])
+    optimizer.add_param_group({"params": weights(), "lr": 5.0})
+    assert scheduler.get_lr() == pytest.approx([0.1, 5.0])
+
+
 def test_a_rate_that_is_a_tensor_is_filled_in_place():
     rate = torch.tensor(0.5)
     optimizer = torch.optim.SGD(weights(), lr=rate, foreach=False)

@@ -4,10 +4,11 @@ import lightning.pytorch as unified
 import pytest
 import torch
 
-from lightning_plugins import LearningRateScheduler, Linear, WarmupLinear
+from lightning_plugins import Constant, LearningRateScheduler, Linear, WarmupLinear
 from lightning_plugins.core.lightning import MisconfigurationException
 from tests.schedules.test_callback import expected, fit
 from tests.support.training import RecordingSGD, loader, make_module, make_trainer, rates
+from tests.support.zero_stand_ins import OneRank
 
 # -- steps that change nothing
 
@@ -220,6 +221,30 @@ def test_the_steps_of_an_optimizer_that_fires_no_hooks_are_followed(tmp_path, au
     beside = LearningRateScheduler(Linear(8, 1, 0), parameter="momentum")
     fit(tmp_path, LearningRateScheduler(Linear(8, 1, 0), clock=clock), callbacks=[beside], module=module, batches=8)
     assert rates(module) == expected(Linear(8, 1, 0), 8)
+
+
+def test_under_deepspeed_positions_are_the_attempted_steps_of_automatic_optimization(tmp_path):
+    """Of DeepSpeed's optimizer, whose own steps are none of the run's, its stand-in on one process."""
+
+    def run(clock, **options):
+        callback = LearningRateScheduler(Linear(4, 1, 0), clock=clock, record=True)
+        trainer = make_trainer(tmp_path, callbacks=[callback], strategy=OneRank())
+        trainer.fit(make_module(**options), loader(4))
+        return callback.lrs
+
+    assert run("attempted") == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    for options in ({"clock": "applied"}, {"clock": "attempted", "automatic_optimization": False}):
+        with pytest.raises(
+            MisconfigurationException, match="`clock` must be 'attempted' under DeepSpeed, in automatic"
+        ):
+            run(**options)
+    # what only evaluates takes no steps
+    module = make_module()
+    module.validation_step = lambda batch, batch_idx: None
+    evaluated = make_trainer(
+        tmp_path, callbacks=[LearningRateScheduler(Constant(), clock="applied")], strategy=OneRank()
+    )
+    evaluated.validate(module, loader(1), verbose=False)
 
 
 # -- steps that a module takes in a way of its own

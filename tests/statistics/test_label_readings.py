@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, matthews_corrcoef, top_k_accuracy_score
 
 from lightning_plugins.statistics.metric_names import statistic_set
 from lightning_plugins.statistics.rows import StatisticsRow, evaluate
@@ -214,7 +214,50 @@ def test_the_evidence_is_of_the_whole_phase():
     assert values_of([(logits, rows), (logits, several)])["accuracy"] == pytest.approx((5 + 4) / 12)
 
 
+@pytest.mark.parametrize("task", ["auto", "multiclass", "multilabel"])
+@pytest.mark.parametrize("predictions", ["logits", "probabilities"])
+def test_rows_that_are_evaluated_together_are_those_that_are_evaluated_one_by_one(logits, labels, task, predictions):
+    """Every row by what its own phase had shown until then: of one class each at first, of several later."""
+    one = torch.nn.functional.one_hot(labels, CLASSES)
+    several = one | torch.nn.functional.one_hot((labels + 1) % CLASSES, CLASSES)
+    scores = logits if predictions == "logits" else logits.sigmoid()
+    batches = [*in_pieces(scores, one, 3), *in_pieces(logits, several, 2)]
+    sums, states = PhaseSums(statistic_set(["accuracy", MCC]), task=task), []
+    for batch in batches:
+        sums.update(torch.tensor(0.0), *batch)
+        states.append(sums.state_now())
+    together = [StatisticsRow("train", 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, state) for state in states]
+    evaluate(sums.statistics, together, task=task)
+    for number, row in enumerate(together, 1):
+        assert row.values == pytest.approx(values_of(batches[:number], task=task))
+    by_entry = [((given >= (0 if predictions == "logits" else 0.5)) == rows.bool()) for given, rows in batches[:3]]
+    first = {"auto": accuracy_score(labels, logits.argmax(1)), "multilabel": torch.cat(by_entry).double().mean().item()}
+    assert together[2].values["accuracy"] == pytest.approx(first.get(task, first["auto"]))
+    assert len({round(row.values[MCC], 9) for row in together}) == len(together)
+
+
 # what does not count
+
+
+@pytest.mark.parametrize("kind", ["class numbers", "rows", "soft rows"])
+@pytest.mark.parametrize("ignored", [-100, 3])
+def test_top5_is_scikit_learns_over_the_labels_that_count(kind, ignored):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(COUNT, 9, generator=generator)
+    labels = torch.randint(9, (COUNT,), generator=generator)
+    targets = labels if kind == "class numbers" else torch.nn.functional.one_hot(labels, 9)
+    if kind == "soft rows":
+        targets = targets * 0.8 + 0.2 / 9
+    gaps = torch.rand(COUNT, generator=generator) < 0.3
+    if kind == "class numbers":
+        targets = targets.masked_fill(gaps, ignored)
+        gaps = targets == ignored
+    else:
+        targets[gaps, 2] = ignored if kind == "rows" else torch.nan
+    wanted = top_k_accuracy_score(labels[~gaps], logits[~gaps], k=5, labels=range(9))
+    found = values_of(in_pieces(logits, targets), ["top5_accuracy"], ignore_index=ignored)
+    assert 0.2 < wanted < 0.8
+    assert found["top5_accuracy"] == pytest.approx(wanted)
 
 
 def test_nan_targets_do_not_count(logits, labels):

@@ -83,6 +83,24 @@ def test_several_validation_loaders_have_what_the_module_logs_for_each(recorder,
         assert tags(board, "validation")[f"epoch_acc/dataloader_idx_{loader}"] == [pytest.approx(expected)]
 
 
+@pytest.mark.parametrize("recorder", [[], [StatisticsRecorder()]], ids=["without", "with"])
+def test_what_the_module_logs_of_a_batch_stands_in_the_row_of_that_batch_alone(recorder):
+    class Own(Classifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            loss = super().validation_step(batch, batch_idx)
+            self.log("margin", loss * 2, on_step=True, on_epoch=dataloader_idx == 1)
+            return loss
+
+    _, model = fit(
+        [*copy.deepcopy(recorder), CSVStatisticsLogger("log.csv")], Own, data=several_loaders(), max_epochs=1
+    )
+    rows = [row for row in read("log.csv") if row["phase"] == "validation"]
+    losses = [loss for phase, loss, *_ in model.seen if phase == "validation"]
+    found = [(row["margin/dataloader_idx_0"], row["margin_step/dataloader_idx_1"]) for row in rows]
+    assert [tuple(map(bool, pair)) for pair in found] == [(True, False)] * 2 + [(False, True)] * 3
+    assert [float(one or other) for one, other in found] == pytest.approx([2 * loss for loss in losses])
+
+
 def test_statistics_are_kept_for_each_loader_and_together(tmp_path):
     metric = torchmetrics.classification.MulticlassAccuracy(8, average="micro")
     recorder = StatisticsRecorder(["accuracy", metric])

@@ -13,9 +13,8 @@ from lightning_plugins.core.step_outputs import StepSources
 from lightning_plugins.statistics.labels import read_batch
 from lightning_plugins.statistics.metric_names import statistic_set
 from lightning_plugins.statistics.recording import Recording as RunRecording
-from lightning_plugins.statistics.rows import RowBuffer, StatisticsRow, evaluate
+from lightning_plugins.statistics.rows import StatisticsRow, evaluate
 from lightning_plugins.statistics.running import PhaseSums
-from tests.support.statistics_runs import Recording
 
 
 def value_of(sums, name):
@@ -296,45 +295,6 @@ def test_accuracy_does_not_depend_on_how_samples_are_cut_into_batches(pairs, dat
     whole = run(["accuracy"], [(0.0, predicted, labels)])
     assert value_of(run(["accuracy"], parts), "accuracy") == value_of(whole, "accuracy")
     assert value_of(whole, "accuracy") == pytest.approx(np.mean([p == t for p, t in pairs]))
-
-
-class TwoRanks:
-    """Adds up as if another rank had seen the same."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, tensor):
-        self.calls += 1
-        return tensor * 2
-
-
-def test_a_ledger_of_several_ranks_hands_out_by_number_and_doubles_up_to_what_the_patience_allows():
-    ledger, add_up = RowBuffer(statistic_set(["accuracy"])), TwoRanks()
-    ledger.reduce = add_up
-    ledger.readers.append(reader := Recording(flush_seconds=1000))
-    sums = PhaseSums(ledger.statistics)
-    for number in range(1, 61):
-        sums.update(torch.tensor(float(number)), torch.tensor([1, 0]), torch.tensor([1, 1]))
-        ledger.add(StatisticsRow("train", 1, 1, number, 60, number, 2 * number, 0.1, 0.0, 0.0, sums.state_now()))
-    ledger.flush()
-    # twice the proposal of rank 0, for the stand-in adds everything up twice: 1, 4, 16 rows, then the rest
-    assert (reader.writes, add_up.calls) == (4, 4)
-    assert [row.values["loss"] for row in reader.rows] == [(number + 1) / 2 for number in range(1, 61)]
-    assert {row.values["accuracy"] for row in reader.rows} == {0.5}
-    assert [row.samples for row in reader.rows] == [4 * number for number in range(1, 61)]
-
-
-def test_a_ledger_alone_after_an_exception_asks_nobody():
-    ledger, add_up = RowBuffer(statistic_set([])), TwoRanks()
-    ledger.reduce = add_up
-    ledger.readers.append(reader := Recording())
-    sums = PhaseSums(ledger.statistics)
-    sums.update(torch.tensor(3.0), None, None)
-    ledger.add(StatisticsRow("train", 1, 1, 1, 1, 1, 1, torch.tensor(0.5), 0.0, 0.0, sums.state_now()))
-    ledger.flush(together=False)
-    assert add_up.calls == 0
-    assert (reader.rows[0].values, reader.rows[0].lr) == ({"loss": 3.0}, 0.5)
 
 
 def test_labels_of_batches_without_a_loss_have_values_while_the_phase_runs():

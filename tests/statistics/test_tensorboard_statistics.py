@@ -142,11 +142,14 @@ def test_samples_are_counted_as_accumulation_counts_them():
 
 
 def test_a_run_has_the_name_that_it_was_given():
-    loggers = [TensorBoardStatisticsLogger("tb", name="large/first") for _ in range(2)]
+    loggers, names = (
+        [TensorBoardStatisticsLogger("tb", name="large/first") for _ in range(3)],
+        ["first", "first-1", "first-2"],
+    )
     for logger in loggers:
         fit([logger], WithHyperparameters, max_epochs=1)
-    assert [logger.run_directory for logger in loggers] == [Path("tb/large/first"), Path("tb/large/first-1")]
-    assert sorted(path.name for path in Path("tb/large").iterdir()) == ["first", "first-1"]
+    assert [logger.run_directory for logger in loggers] == [Path("tb/large") / name for name in names]
+    assert sorted(path.name for path in Path("tb/large").iterdir()) == names
     assert sorted(path.name for path in Path("tb/large/first").iterdir()) == ["train", "validation"]  # and no third
     for name in ("../up", "/root", "a/../b", "", ".", "a\nb", "a/", 3):
         with pytest.raises((ValueError, TypeError), match="`name` must be a plain name"):

@@ -123,6 +123,26 @@ def sharded_run(kind, max_epochs, *callbacks, ema=None, ckpt_path=None, strategy
     return fit, module, ema
 
 
+def own_weights(path):
+    """Return a callback that writes a file after step 3 and gives it other weights, on the rank alone that writes."""
+    from lightning.pytorch.callbacks import Callback
+
+    class Own(Callback):
+        writes = False
+
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                self.writes = True
+                trainer.save_checkpoint(path)
+                self.writes = False
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            if self.writes and trainer.is_global_zero:
+                checkpoint["state_dict"] = {"own": torch.ones(1)}
+
+    return Own()
+
+
 def fsdp(directory, kind):
     """A sharded run, its files, a resumed one; post-hoc snapshots; half precision."""
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -134,7 +154,7 @@ def fsdp(directory, kind):
     full, light = Path(directory) / "full", Path(directory) / "weights"
     latest, latest_again = (LatestWeightAveraging(**LATEST) for _ in range(2))
     fit, module, ema = sharded_run(
-        kind, 2, latest,
+        kind, 2, latest, own_weights(Path(directory) / "own.ckpt"),
         PostHocEMA(every_n_steps=8, dirpath=Path(directory) / "snapshots"),
         ModelCheckpoint(full, filename="{epoch}", save_top_k=-1),
         ModelCheckpoint(light, filename="{epoch}", save_weights_only=True, save_top_k=-1, every_n_train_steps=16),
