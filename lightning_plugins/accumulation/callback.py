@@ -178,7 +178,7 @@ class GradientAccumulation(Callback):
         self._scheduled = len(self.accumulation_plan(trainer).changes) > 1
         rank_zero_info(f"GradientAccumulation: {self._describe(trainer)}.")
         trainer.accumulate_grad_batches = self._batches_now(trainer)
-        self._window.total = 0
+        self._window.total, self._window.batches = 0, None
         self._zeroes_itself = overrides(pl_module, "optimizer_zero_grad")
         automatic = trainer.fit_loop.epoch_loop.automatic_optimization
         self.patches.wrap(automatic, "_optimizer_step", partial(self._optimizer_step, trainer))
@@ -206,7 +206,8 @@ class GradientAccumulation(Callback):
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begin the window anew: what was counted before is not in the gradients any more."""
-        self._window.total, self._counted, self._factor = 0, False, None
+        self._window.total, self._window.batches = 0, None
+        self._counted, self._factor = False, None
         if self._zeroes_itself:
             self._before_zeroing = first_gradient(_parameters(trainer))
 
@@ -217,7 +218,7 @@ class GradientAccumulation(Callback):
         # counted here, since a `training_step` that returned None must not count
         if not self._counted:
             self._counted = True
-            self._weight = self._window.add(self._count)
+            self._weight = self._window.add(self._count, trainer.accumulate_grad_batches)
             if isinstance(self._count, Tensor):
                 self._check.add_batch(self._count)
         weight = self._weight
@@ -298,8 +299,7 @@ class GradientAccumulation(Callback):
         total, ranks = self._window.total, trainer.world_size
         if ranks > 1:
             total = _sum(trainer, total)
-        divisor = trainer.accumulate_grad_batches * (1 if zero is None else zero.divisor)
-        factor = self._factor = self._window.factor(total, batches=divisor, ranks=ranks)
+        factor = self._factor = self._window.factor(total, divisor=ranks * (1 if zero is None else zero.divisor))
         # equal, full windows pay nothing
         if isinstance(factor, Tensor) or factor != 1:
             if zero is not None:

@@ -25,31 +25,40 @@ class Window:
 
     Attributes:
         reference: The count that weighs 1, the same on all ranks. Any will do; the usual count keeps weights near 1.
-        total: Items so far on this rank.
+        total: Items so far on this rank, 0 before the first batch.
+        batches: What Lightning divides the losses by, in the window's first batch; ``None`` before it.
     """
 
     def __init__(self) -> None:
         self.reference: float | None = None
         self.total: Count = 0
+        self.batches: int | None = None
 
-    def add(self, count: Count) -> Count:
-        """Count a batch and return its weight: 1, a number, or a tensor if the count is one."""
+    def add(self, count: Count, batches: int) -> Count:
+        """Count a batch and return its weight: 1, a number, or a tensor if the count is one.
+
+        Args:
+            count: Its items.
+            batches: What Lightning has divided its loss by: another number than before, if it was set in between.
+        """
         if self.reference is None:
             raise RuntimeError("Window.reference must be set before the first batch is counted.")
         self.total = self.total + count
+        if self.batches is None:
+            self.batches = batches
+        share = batches / self.batches
         if isinstance(count, Tensor):
-            return wide(count, count.device) / self.reference
-        return 1 if count == self.reference else count / self.reference
+            return wide(count, count.device) / self.reference * share
+        return 1 if count == self.reference * share == self.reference else count / self.reference * share
 
-    def factor(self, total: Count, *, batches: int, ranks: int) -> Count:
+    def factor(self, total: Count, *, divisor: int) -> Count:
         """Return what to multiply the window's gradient by: 1, a number, or a tensor if ``total`` is one.
 
         Args:
             total: Items of the window on all ranks; with none the gradient is left alone.
-            batches: What Lightning divided the losses by.
-            ranks: What the strategy divided the gradients by.
+            divisor: What the strategy has divided the gradients by.
         """
-        expected = batches * ranks * (self.reference or 1)
+        expected = (self.batches or 1) * divisor * (self.reference or 1)
         if isinstance(total, Tensor):
             # whole numbers would divide in single precision
             total = wide(total, total.device)

@@ -159,7 +159,9 @@ class Recording:
             self._cancelling and self._was_cancelled()
         ):
             loss = loss_of(outputs)
-            if loss is not None and self._undivide > 1:
+            if loss is None:
+                self._tell_once("StatisticsRecorder: the training step returns no loss, so training has none.")
+            elif self._undivide > 1:
                 loss = loss * self._undivide
             if self._counter is not None:
                 self._count_samples(self._counter, batch)

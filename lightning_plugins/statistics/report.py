@@ -55,6 +55,8 @@ class ClassificationReport(Callback):
         A few numbers per class, and one per pair of classes only where a picture is asked for; a few small kernels per
         batch, no synchronization.
     Does not compose with:
+        Several loaders of one phase, if each is to have its report: they are counted together.
+        :class:`StatisticsRecorder` has the accuracy of each.
         Another one with the same labels and paths in one Trainer, which Lightning refuses.
 
     Args:

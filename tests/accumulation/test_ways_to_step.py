@@ -1,5 +1,6 @@
 """Windows in modules that step, or zero, in a way of their own."""
 
+import lightning.pytorch as pl
 import pytest
 
 from lightning_plugins import GradientAccumulation, MicroBatching
@@ -108,4 +109,23 @@ def test_gradients_that_the_module_keeps_from_zeroing_are_refused(arguments):
 def test_a_module_may_zero_in_its_own_way():
     steps, data = steps_of(ZeroesInPlace(), [GradientAccumulation(2)], UNEQUAL), data_of(UNEQUAL)
     for step, window in zip(steps, [[0, 1], [2, 3], [4, 5]], strict=True):
+        assert relative_error(step["gradient"], full_gradient(step["weights"], [data[i] for i in window])) <= 5e-7
+
+
+class Sets(pl.Callback):
+    """Sets the accumulation in the middle of a window, as a callback of the user's may."""
+
+    def __init__(self, changes):
+        self.changes = changes
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.accumulate_grad_batches = self.changes.get(batch_idx, trainer.accumulate_grad_batches)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "behind"])
+def test_an_accumulation_that_changes_within_a_window_is_followed(order):
+    """Lightning divides the losses of one window by several numbers: 2 and 3 here, 3 and 1 later."""
+    callbacks = [Sets({1: 3, 4: 1}), GradientAccumulation(2)][::order]
+    steps, data = steps_of(Probe(), callbacks, UNEQUAL), data_of(UNEQUAL)
+    for step, window in zip(steps, [[0, 1, 2], [4], [5]], strict=True):
         assert relative_error(step["gradient"], full_gradient(step["weights"], [data[i] for i in window])) <= 5e-7

@@ -31,10 +31,10 @@ def test_both_ends_make_the_mean_over_all_items(counts, missing, on_device):
     for window, row, of_rank in zip(windows, counts, gradients, strict=True):
         window.reference = float(counts[0, 0]) or 1.0
         for count, gradient in zip(row, of_rank, strict=True):
-            weight = window.add(torch.tensor(count) if on_device else int(count))
+            weight = window.add(torch.tensor(count) if on_device else int(count), batches)
             mean += float(weight) * gradient / (ranks * batches)
     total = sum(window.total for window in windows)
-    factor = float(windows[0].factor(total, batches=batches, ranks=ranks))
+    factor = float(windows[0].factor(total, divisor=ranks))
     if counts.sum():
         assert mean * factor == pytest.approx((counts * gradients).sum() / counts.sum(), rel=1e-13)
     else:
@@ -44,13 +44,13 @@ def test_both_ends_make_the_mean_over_all_items(counts, missing, on_device):
 def test_equal_full_windows_need_no_scaling():
     window = Window()
     window.reference = 7.0
-    assert [window.add(7) for _ in range(3)] == [1, 1, 1]
-    assert window.factor(2 * window.total, batches=3, ranks=2) == 1
+    assert [window.add(7, 3) for _ in range(3)] == [1, 1, 1]
+    assert window.factor(2 * window.total, divisor=2) == 1
 
 
 def test_a_reference_comes_first():
     with pytest.raises(RuntimeError, match=r"Window.reference must be set before the first batch is counted\."):
-        Window().add(3)
+        Window().add(3, 1)
 
 
 def test_only_what_has_a_gradient_is_scaled_in_any_type():

@@ -209,6 +209,24 @@ def test_what_is_logged_and_no_mean_of_losses_is_not_taken_for_one(name, value, 
     assert "the step returns no loss and logs none, so validation has none either" in caplog.text
 
 
+def test_a_training_by_hand_that_returns_no_loss_says_so_once(caplog):
+    caplog.set_level("INFO")
+
+    class ByHand(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.log("train_mine", loss)
+
+    fit([CSVStatisticsLogger("log.csv")], ByHand())
+    rows = [row for row in read("log.csv") if row["phase"] == "train"]
+    assert all(row["loss"] == "" and row["train_mine"] for row in rows)
+    assert caplog.text.count("the training step returns no loss, so training has none") == 1
+
+
 def test_of_two_losses_that_a_validation_logs_its_own_is_taken():
     class Both(Classifier):
         def validation_step(self, batch, batch_idx):
