@@ -161,8 +161,13 @@ def test_targets_that_are_not_there_are_not_taken_from_elsewhere(targets):
         sources.find(None, BATCH)
 
 
-def test_a_submodules_output_may_be_the_predictions_where_a_key_gives_the_targets():
-    sources, module = StepSources("net", "classes", "a test"), torch.nn.ModuleDict({"net": Returning()})
+def classes(outputs, batch):
+    return outputs["classes"]
+
+
+@pytest.mark.parametrize("named", ["classes", classes, f"{__name__}.classes"], ids=["key", "function", "import path"])
+def test_a_submodules_output_may_be_the_predictions_where_the_targets_are_elsewhere(named):
+    sources, module = StepSources("net", named, "a test"), torch.nn.ModuleDict({"net": Returning()})
     sources.listen(module)
     module["net"](BATCH[0])
     found, targets = sources.find({"classes": BATCH[1]}, None)

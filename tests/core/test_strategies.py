@@ -17,6 +17,8 @@ from lightning_plugins.core.strategies import (
     TENSOR,
     XLA,
     check_strategy,
+    forwards_are_collective,
+    known_as,
     nearest,
     refusal,
 )
@@ -127,3 +129,11 @@ def test_a_strategy_that_accumulates_by_itself_is_refused(technique):
     with pytest.raises(MisconfigurationException, match=message):
         check_strategy(trainer, technique)
     check_strategy(trainer, "EMA")
+
+
+def test_before_its_mesh_is_made_a_strategy_is_taken_for_one_without_tensor_parallelism():
+    trainer = trainer_of(stock.ModelParallelStrategy, _device_mesh=None)
+    assert known_as(trainer.strategy) == FSDP2
+    assert forwards_are_collective(trainer.strategy)
+    assert not forwards_are_collective(trainer_of(stock.DDPStrategy).strategy)
+    assert known_as(object()) == ""

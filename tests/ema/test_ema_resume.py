@@ -1,5 +1,6 @@
 """A run that dies and is resumed is the run that would have been."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -232,14 +233,16 @@ def test_post_hoc_snapshots_of_a_resumed_run_are_the_same(tmp_path, file_format)
         assert same(a.read().rest, b.read().rest)
 
 
-def test_an_average_that_has_not_begun_is_in_no_file_whenever_the_weights_are_restored(tmp_path):
-    class Later(SingleDeviceStrategy):
-        restore_checkpoint_after_setup = True
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("other", [[], [EMA(0.5, name="other")]], ids=["plain file", "another average's file"])
+def test_an_average_that_has_not_begun_is_in_no_file_whenever_the_weights_are_restored(tmp_path, late, other):
+    class Strategy(SingleDeviceStrategy):
+        restore_checkpoint_after_setup = late
 
-    trainer(Cut(tmp_path / "plain.ckpt", ("train", 0, 1), None)).fit(Scripted(), numbers(5))
+    trainer(Cut(tmp_path / "first.ckpt", ("train", 0, 1), None), *copy.deepcopy(other)).fit(Scripted(), numbers(5))
     again = Cut(tmp_path / "early.ckpt", ("train", 0, 3), None)
     ema = EMA(0.9, start_step=5)
-    trainer(ema, again, strategy=Later()).fit(Scripted(), numbers(8), ckpt_path=tmp_path / "plain.ckpt")
+    trainer(ema, again, strategy=Strategy()).fit(Scripted(), numbers(8), ckpt_path=tmp_path / "first.ckpt")
     assert describe_checkpoint(tmp_path / "early.ckpt")["beside"] == {}
     assert ema.state_dict()["origin"] == 5
 

@@ -113,6 +113,16 @@ def test_an_index_without_a_plan_names_its_tensors_by_what_stands_behind_the_fir
     assert found.tensor("layer.w").tolist() == [1, 1]
 
 
+def test_entries_that_are_no_tensors_lie_as_deep_as_they_did(tmp_path):
+    state = {"layer": {"w": torch.ones(2), "extra": 5, "inner": {"extra": 6}}, "epoch": 3}
+    with warnings.catch_warnings():  # that there is one process
+        warnings.simplefilter("ignore")
+        dcp.save({"state_dict": state, "other": {"extra": 7}}, checkpoint_id=tmp_path)
+    found = ShardedTensors(tmp_path, {"state_dict"})
+    assert found.extras == {"layer": {"extra": 5, "inner": {"extra": 6}}, "epoch": 3}
+    assert list(found.specs) == ["layer.w"]
+
+
 def test_a_state_dict_that_is_one_tensor_has_none_by_name(tmp_path):
     with warnings.catch_warnings():  # that there is one process
         warnings.simplefilter("ignore")
