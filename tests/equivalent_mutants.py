@@ -17,6 +17,7 @@ _NOWHERE = "a range below 0 fits no other, wherever it lies"
 _ONE_KIND = "all tensors of a group have one type and one device, so the last says the same as the first"
 _ONE_LENGTH = "one is made beside the other, an entry for each; `strict` asserts it"
 _PAYS_NOTHING = "a gradient times 1 is that gradient: the condition saves the work"
+_QUICKER = "a dictionary is a mapping as well: asking for it first saves time"
 _RANDOM = "a random name that no other save has, of so many letters or of two more or less"
 _SCRATCH = "the size of a scratch buffer changes no number: every size is a choice between memory and time"
 _SIGN = "scores are only compared: twice a score ranks as the score does"
@@ -86,6 +87,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (15)"): _RANDOM,
     ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (17)"): _RANDOM,
     ("lightning_plugins/core/sharded_directory.py", "return (-1, -1)", "1 -> (2)"): _NOWHERE,
+    (
+        "lightning_plugins/core/step_outputs.py",
+        "_MOST_PIECES = 256  # calls of a module that are remembered within a batch",
+        "256 -> (257)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/core/step_outputs.py",
+        "_MOST_PIECES = 256  # calls of a module that are remembered within a batch",
+        "256 -> (255)",
+    ): _LIMIT,
+    (
+        "lightning_plugins/core/step_outputs.py",
+        "return type(outputs) is dict or isinstance(outputs, Mapping)",
+        "type(outputs) is dict or isinstance(outputs, Mapping) -> (isinstance(outputs, Mapping))",
+    ): _QUICKER,
     (
         "lightning_plugins/core/temporary_files.py",
         "left = stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime >= grace",

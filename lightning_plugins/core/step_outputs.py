@@ -93,7 +93,7 @@ def entry_of(holder: Any, key: str) -> Any:
         >>> entry_of({"labels": 3}, "labels"), entry_of([1, 2], "labels")
         (3, None)
     """
-    if isinstance(holder, (Tensor, str, bytes)) or type(holder) in (tuple, list):
+    if type(holder) in (tuple, list):
         return None
     if isinstance(holder, Mapping):
         return holder.get(key)

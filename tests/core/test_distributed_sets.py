@@ -9,7 +9,14 @@ from torch import nn
 
 from lightning_plugins.core.checkpoint_file import CheckpointError
 from lightning_plugins.core.checkpoint_keys import SAVE, SECOND_SETS, SECOND_SETS_FOLDER
-from lightning_plugins.core.distributed_sets import is_distributed, marking, open_sets, put_beside, refuse_cut_off
+from lightning_plugins.core.distributed_sets import (
+    is_distributed,
+    marking,
+    open_sets,
+    put_beside,
+    refuse_cut_off,
+    write_beside,
+)
 from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.save_marks import check_marks
 
@@ -132,6 +139,14 @@ def test_a_checkpoint_that_replaces_another_takes_its_sets_away(tmp_path):
     assert open_sets(save(tmp_path / "y", {("raw",): times(4)}), tmp_path / "y", module())
 
 
+def test_a_file_made_of_a_directory_has_its_sets_no_more(tmp_path):
+    """What it repeats of the directory is no reason to refuse it."""
+    said = save(tmp_path / "x", {("raw",): times(3)})
+    torch.save(said, tmp_path / "file.ckpt")
+    assert open_sets(said, tmp_path / "file.ckpt", module()) is None
+    assert open_sets({}, tmp_path / "x", module()) is None
+
+
 def test_a_save_that_did_not_come_does_not_swallow_the_next_one(tmp_path):
     """Another callback raised after the sets were put beside the checkpoint."""
     strategy = FSDPStrategy()
@@ -142,6 +157,33 @@ def test_a_save_that_did_not_come_does_not_swallow_the_next_one(tmp_path):
     assert (tmp_path / "x" / "meta.pt").exists()
     assert not {SAVE, SECOND_SETS} & whole.keys()
     assert "save_checkpoint" not in vars(strategy)
+
+
+def test_sets_that_several_ask_for_are_written_once(tmp_path):
+    """An average and a carried window see the same save."""
+    strategy = Strategy()
+    checkpoint = {"state_dict": {"0.bias": times(1)["0.bias"].as_subclass(Share)}}
+    put_beside(strategy, checkpoint, {("raw",): times(3)})
+    for _ in range(2):
+        write_beside(strategy, checkpoint, tmp_path / "x")
+    strategy.save_checkpoint(checkpoint, tmp_path / "x")
+    said = strategy.load_checkpoint(tmp_path / "x", weights_only=True)
+    assert equal(open_sets(said, tmp_path / "x", module()).read(("raw",)), times(3))
+    assert said[SECOND_SETS]["step"] == said[SAVE]["step"] == 0
+
+
+def test_a_save_that_is_killed_between_its_sets_and_the_rest_is_refused(tmp_path):
+    class Dying(Strategy):
+        def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+            raise KeyboardInterrupt
+
+    save(tmp_path / "x", {})
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "x", {("raw",): times(3)}, Dying())
+    strategy, patches = Strategy(), Patches()
+    refuse_cut_off(patches, strategy)
+    with pytest.raises(CheckpointError, match=r"its folder \w+ is of step 7 and its meta\.pt of no step"):
+        strategy.load_checkpoint(tmp_path / "x", weights_only=True)
 
 
 def test_a_file_has_nothing_beside_it():
@@ -159,15 +201,25 @@ def test_only_a_save_into_a_directory_is_marked(tmp_path):
     with marking(FSDPStrategy(), checkpoint):
         # as a plugin may do beside the checkpoint
         dcp.save(times(2), storage_writer=dcp.FileSystemWriter(tmp_path / "own"))
+        dcp.save(times(2), checkpoint_id=tmp_path / "planned", planner=dcp.DefaultSavePlanner())
         assert SAVE not in checkpoint
         dcp.save({"state_dict": times(1)}, checkpoint_id=tmp_path / "x")
     assert dcp.save is original
     check_marks(tmp_path / "x", checkpoint[SAVE])
     assert checkpoint[SAVE]["step"] == 8
-    check_marks(tmp_path / "own", None)
+    for name in ("own", "planned"):
+        check_marks(tmp_path / name, None)
     found = {name: torch.zeros_like(tensor) for name, tensor in times(2).items()}
     dcp.load(found, checkpoint_id=tmp_path / "own")
     assert equal(found, times(2))
+
+
+def test_a_save_that_several_mark_has_one_mark(tmp_path):
+    checkpoints = {"global_step": 8}, {"global_step": 8}
+    with marking(FSDPStrategy(), checkpoints[0]), marking(FSDPStrategy(), checkpoints[1]):
+        dcp.save({"state_dict": times(1)}, checkpoint_id=tmp_path / "x")
+    (said,) = (checkpoint[SAVE] for checkpoint in checkpoints if SAVE in checkpoint)
+    check_marks(tmp_path / "x", said)
 
 
 def test_a_directory_that_was_cut_off_is_refused_before_it_is_read(tmp_path):

@@ -142,6 +142,35 @@ def test_what_lies_on_a_rank_is_read_and_may_be_nothing():
     assert found[1].scatter(torch.ones(2), 0).tolist() == []
 
 
+class Handle(Record):
+    """Writes down what it is told."""
+
+    def reshard(self, free):
+        self.called.append(("reshard", free))
+
+    def post_reshard(self):
+        self.called.append("after")
+
+
+@pytest.mark.parametrize(
+    ("used", "sharded", "called"),
+    [(True, True, [("reshard", True), "after"]), (False, True, []), (True, False, [])],
+    ids=["gathered", "before the first forward", "not cut"],
+)
+def test_what_is_gathered_is_freed(used, sharded, called):
+    module = torch.nn.Linear(3, 2)
+    model = wrapped(module)
+    handle = model._handle = Handle(**{**vars(model._handle), "uses_sharded_strategy": sharded, "called": []})
+    if used:
+        handle.flat_param._local_shard = torch.ones(4)
+    flat_shards.look_up(model, module)
+    reshard(module)
+    assert handle.called == called
+    # FSDP1 is taken off
+    del handle, model._handle
+    reshard(module)
+
+
 def test_what_fsdp_leaves_whole_is_no_share():
     module = torch.nn.Linear(3, 2)
     flat_shards.look_up(wrapped(module, uses_sharded_strategy=False), module)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_plugins.core.step_outputs import StepSources, entry_of, loss_of
+from lightning_plugins.core.step_outputs import StepSources, entry_of, loss_of, targets_of
 
 
 class Returning(torch.nn.Module):
@@ -96,6 +96,11 @@ def test_what_has_no_names_has_no_part(holder):
     assert entry_of(holder, "labels") is None
 
 
+@pytest.mark.parametrize("holder", ["labels", [1, 2], (1, 2)], ids=str)
+def test_what_every_sequence_can_do_is_no_part_of_one(holder):
+    assert entry_of(holder, "count") is None
+
+
 @pytest.mark.parametrize(
     ("returned", "loss"),
     [
@@ -172,3 +177,112 @@ def test_a_submodules_output_may_be_the_predictions_where_the_targets_are_elsewh
     module["net"](BATCH[0])
     found, targets = sources.find({"classes": BATCH[1]}, None)
     assert (found.tolist(), targets.tolist()) == (BATCH[0].tolist(), [1, 0])
+
+
+INPUTS, TARGETS = BATCH
+Named = collections.namedtuple("Named", ("labels", "inputs"))
+Unnamed = collections.namedtuple("Unnamed", ("first", "second"))
+Alone = collections.namedtuple("Alone", ("first",))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "batch", "expected"),
+    [
+        ({"target": TARGETS}, (INPUTS, 1 - TARGETS), TARGETS),
+        (None, (INPUTS, TARGETS), TARGETS),
+        (None, [INPUTS, TARGETS], TARGETS),
+        (INPUTS.sum(), [INPUTS, TARGETS, INPUTS], TARGETS),
+        (None, {"x": INPUTS, "labels": TARGETS}, TARGETS),
+        (None, Named(TARGETS, INPUTS), TARGETS),
+        (None, Unnamed(INPUTS, TARGETS), TARGETS),
+        (None, (INPUTS,), "otherwise"),
+        (None, Alone(INPUTS), "otherwise"),
+        (None, {"x": INPUTS, "y": TARGETS}, "otherwise"),
+        (None, INPUTS, "otherwise"),
+        (None, types.SimpleNamespace(x=INPUTS), "otherwise"),
+    ],
+)
+def test_targets_are_found_by_their_name_or_as_the_second_item(outputs, batch, expected):
+    assert targets_of(outputs, batch, "otherwise") is expected
+
+
+def test_two_names_for_targets_are_refused_by_both():
+    with pytest.raises(ValueError, match=r"The batch has 'target' and 'labels', .* targets='target'\."):
+        targets_of(None, {"target": TARGETS, "labels": TARGETS})
+
+
+def test_what_the_step_returns_comes_before_what_forward_returned():
+    sources, module = StepSources(None, None, "a test"), Returning()
+    sources.listen(module)
+    module(INPUTS)
+    graph = (2 * INPUTS).requires_grad_()
+    found, targets = sources.find({"logits": graph, "target": graph[:, 0]}, None)
+    assert torch.equal(found, 2 * INPUTS)
+    assert not found.requires_grad
+    assert not targets.requires_grad
+    assert not sources.heard
+
+
+def test_one_module_is_listened_to_once_and_no_longer_than_asked_for():
+    sources, module = StepSources(None, None, "a test"), Returning()
+    assert not sources.listens
+    for _ in range(2):
+        sources.listen(module)
+    assert (sources.listens, len(module._forward_hooks)) == (True, 1)
+    for end in (sources.forget, sources.close):
+        module(INPUTS)
+        assert sources.heard
+        end()
+        assert not sources.heard
+    assert (sources.listens, len(module._forward_hooks)) == (False, 0)
+
+
+@pytest.mark.parametrize("name", ["predictions", "targets"])
+def test_a_source_is_a_name_or_a_function_of_two(name):
+    for wrong in (5, lambda outputs: outputs):
+        with pytest.raises(TypeError, match=f"`{name}` must be"):
+            StepSources(**{"predictions": None, "targets": None, "owner": "a test", name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("named", "outputs", "batch", "message"),
+    [
+        (
+            (None, None),
+            None,
+            BATCH,
+            r"no predictions: the step returned NoneType \(looked for 'logits' or 'preds'\) and the module's `forward` "
+            "was not called or returned no scores",
+        ),
+        (
+            ("scores", None),
+            {"loss": 1.0},
+            BATCH,
+            r"no predictions: the step returned a dict with the keys 'loss' \(looked for 'scores'\) and no submodule of "
+            "that name returned scores, nor is it a function's import path",
+        ),
+        (
+            (None, None),
+            {"logits": INPUTS},
+            {"x": INPUTS},
+            r"no targets: the step returned a dict with the keys 'logits' \(looked for 'target' or 'targets' or 'label' or "
+            r"'labels'\) and the batch, a dict, has no second item and no such entry",
+        ),
+        (
+            (None, "classes"),
+            {"logits": INPUTS},
+            BATCH,
+            r"no targets: .* \(looked for 'classes'\) and it is no function's import path",
+        ),
+        (
+            (None, None),
+            {"logits": INPUTS},
+            (INPUTS, "a"),
+            "The targets must be a tensor, got str: give a test.targets=",
+        ),
+        ((None, None), {"logits": [1]}, BATCH, "The predictions must be a tensor, got list: give a test.predictions="),
+    ],
+)
+def test_what_is_not_found_is_said_with_where_it_was_looked_for(named, outputs, batch, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        StepSources(*named, "a test").find(outputs, batch)
