@@ -1,6 +1,8 @@
 """Sets of tensors beside the weights of a distributed checkpoint, written and read by one rank."""
 
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +222,15 @@ def test_a_save_that_several_mark_has_one_mark(tmp_path):
         dcp.save({"state_dict": times(1)}, checkpoint_id=tmp_path / "x")
     (said,) = (checkpoint[SAVE] for checkpoint in checkpoints if SAVE in checkpoint)
     check_marks(tmp_path / "x", said)
+
+
+def test_sets_of_two_saves_are_refused(tmp_path):
+    """Both of the same step, as two runs write them."""
+    said, _ = (save(tmp_path / name, {("raw",): times(factor)}) for factor, name in ((3, "x"), (4, "y")))
+    part = Path(SECOND_SETS_FOLDER, "__0_0.distcp")
+    shutil.copy(tmp_path / "y" / part, tmp_path / "x" / part)
+    with pytest.raises(CheckpointError, match=r"its __0_0\.distcp and .* are of different saves"):
+        open_sets(said, tmp_path / "x", module())
 
 
 def test_a_directory_that_was_cut_off_is_refused_before_it_is_read(tmp_path):
