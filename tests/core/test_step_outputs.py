@@ -268,7 +268,7 @@ def test_a_source_is_a_name_or_a_function_of_two(name):
             (None, None),
             {"logits": INPUTS},
             {"x": INPUTS},
-            r"no targets: .* keys 'logits' \(looked for 'target' or .*\) and the batch, a dict, has no second item and no",
+            r"no targets: .* keys 'logits' \(looked for 'target' or .*\) and the batch, a dict, has no second item",
         ),
         (
             (None, "classes"),
@@ -286,7 +286,7 @@ def test_a_source_is_a_name_or_a_function_of_two(name):
             (None, None),
             {"logits": [1]},
             BATCH,
-            r"The predictions must be a tensor, got list: give a test\(predictions=",
+            r"The predictions must be a tensor, got list: give a test\(",
         ),
     ],
 )

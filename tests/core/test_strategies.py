@@ -111,9 +111,23 @@ def test_others_are_refused_with_the_nearest_that_works(technique, strategy):
         check_strategy(trainer_under(strategy), technique)
 
 
-def test_deepspeed_without_zero_is_refused():
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_may_have_any_stage_of_zero(stage):
+    check_strategy(trainer_under(DEEPSPEED, stage=stage), "GradientAccumulation")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"zero_optimization": {"stage": 0}}, {"zero_optimization": {}}, {}, None],
+    ids=["0", "none", "empty", "no"],
+)
+def test_deepspeed_without_zero_is_refused(config):
+    trainer = trainer_of(stock.DeepSpeedStrategy, config=config)
     with pytest.raises(MisconfigurationException, match="Mine needs ZeRO of stage 1, 2 or 3, got 0"):
-        check_strategy(trainer_under(DEEPSPEED, stage=0), "GradientAccumulation")
+        check_strategy(trainer, "GradientAccumulation")
+    # a technique that works under every strategy works under this one
+    for technique in (name for name, support in SUPPORTED.items() if not support.refuses):
+        check_strategy(trainer, technique)
 
 
 def test_a_strategy_of_its_own_is_refused():
