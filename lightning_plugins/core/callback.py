@@ -8,9 +8,16 @@ from collections.abc import Callable
 from enum import IntEnum, auto
 from typing import Any, ClassVar
 
-from lightning_plugins.core.lightning import CallbackOfBoth, LightningModule, MisconfigurationException, Trainer
+from lightning_plugins.core.lightning import (
+    CallbackOfBoth,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+)
 from lightning_plugins.core.patching import Patches
 from lightning_plugins.core.private_names import check_names
+from lightning_plugins.core.removal import Watch
 from lightning_plugins.core.validation import check_state_version
 
 
@@ -50,7 +57,8 @@ class Callback(CallbackOfBoth):
 
     A subclass sets :attr:`stage` and, where it has a state, :attr:`state_version`, :meth:`get_state` and
     :meth:`set_state`. Whatever it replaces goes through :attr:`patches`; whatever else has to be undone, it undoes in
-    :meth:`release`. Every end of a run comes there: the normal one, an exception and Ctrl-C.
+    :meth:`release`. Every end of a run comes there: the normal one, an exception and Ctrl-C; and a callback that is
+    taken out of ``trainer.callbacks`` in mid-run, after :meth:`leave`.
 
     Attributes:
         state_key: Where a checkpoint keeps the state: the class and the arguments that tell two instances apart.
@@ -96,6 +104,7 @@ class Callback(CallbackOfBoth):
         if type(profiler).__name__ == "PassThroughProfiler" and "profile" not in vars(profiler):
             # it does nothing, but by a generator: a microsecond and more for every hook of every callback
             self.patches.replace(profiler, "profile", lambda action_name: _NOTHING)  # noqa: ARG005, a name that may be given
+        Watch.begin(trainer, self, lambda: self._was_removed(trainer, pl_module))
 
     def _refuse_twin(self, callbacks: list[Any]) -> None:
         stateless = type(self).get_state is Callback.get_state and type(self).state_dict is Callback.state_dict
@@ -119,11 +128,23 @@ class Callback(CallbackOfBoth):
         self._end(trainer, pl_module)
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Watch.stop(trainer, self)
         try:
             self.release(trainer, pl_module)
         finally:
             self._remaining_end = None
             self.patches.undo()
+
+    def _was_removed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a callback that was taken out of ``trainer.callbacks`` in mid-run."""
+        rank_zero_info(f"{self.state_key} is no longer among the Trainer's callbacks: what it did ends here.")
+        try:
+            self.leave(trainer, pl_module)
+        finally:
+            self._end(trainer, pl_module)
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undo what is there until the run ends, when the callback is taken out of the Trainer before that."""
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Undo what :attr:`patches` does not know of. May be called twice, and before anything was begun."""

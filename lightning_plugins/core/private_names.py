@@ -48,6 +48,9 @@ FOREIGN_NAMES: tuple[ForeignName, ...] = (
         ("trainer", "callbacks", "ours are put in order"),
         ("trainer.profiler", "profile", "a Trainer without a profiler enters an empty context cheaply"),
         (_FIT, "run", "a fit with nothing left to train calls no hook"),
+        (_EPOCH, "advance", "a callback that was taken out of the Trainer ends before the next batch"),
+        (_VALIDATION, "run", "or before the next validation"),
+        ("trainer.strategy", "teardown", "or with the run"),
         (
             "torch.nn.Module()",
             "_parameters _buffers _non_persistent_buffers_set",

@@ -98,7 +98,7 @@ class AveragingCallback(Callback):
     def _before_loading(self) -> None:
         """Prepare the module for weights that are loaded in mid-fit."""
 
-    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
+    def _before_writing(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Change a checkpoint, last thing before it is written."""
 
     # -- hooks, in the order in which they fire
@@ -207,6 +207,10 @@ class AveragingCallback(Callback):
         for shadow in self._shadows:
             shadow.remember()
             shadow.ended = True
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let later files be those of a run without this average."""
+        self._file_patches.undo()
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizer, and follow the module to where it was moved."""
@@ -337,7 +341,7 @@ class AveragingCallback(Callback):
         watch_files(
             self._file_patches,
             trainer.strategy,
-            before_writing=self._before_writing,
+            before_writing=lambda checkpoint: self._before_writing(trainer, checkpoint),
             before_reading=lambda path: self._before_reading(trainer, path),
             loading=loading,
         )

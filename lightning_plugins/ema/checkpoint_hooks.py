@@ -56,7 +56,6 @@ class AverageInCheckpoints(AveragingCallback):
         # from a file, until the module is on its device
         self._restored: dict[str, Tensor] | None = None
         # whether the run's files are this one's to sort out
-        self._writes_files = False
         # the state dict of the file that is being made
         self._filled: Any = None
         self._zero_saves = ZeroSaves(name)
@@ -118,18 +117,24 @@ class AverageInCheckpoints(AveragingCallback):
 
     def _watch_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._watch_files(trainer, pl_module)
-        self._writes_files = roles_of(trainer).writer is self and not is_deepspeed(trainer.strategy)
         if is_deepspeed(trainer.strategy):
             self._zero_saves.watch(trainer, self._master_shadow)
-        if self._writes_files:
+            return
 
-            def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-                state = original()
+        def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            state = original()
+            # asked each time: the one that was it may have been taken out of the Trainer
+            if roles_of(trainer).writer is self:
                 self._fill_state_dict(state)
                 self._filled = state
-                return state
+            return state
 
-            self._file_patches.wrap(trainer.strategy, "lightning_module_state_dict", state_dict)
+        self._file_patches.wrap(trainer.strategy, "lightning_module_state_dict", state_dict)
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let later files be those of a run without this average."""
+        super().leave(trainer, pl_module)
+        self._zero_saves.leave()
 
     def _master_shadow(self) -> MasterShadow | None:
         self._catch_up_all()
@@ -154,9 +159,9 @@ class AverageInCheckpoints(AveragingCallback):
         owns = self._owns_files
         record(checkpoint).update(state_dict="average" if owns else "raw", name=self.name if owns else None)
 
-    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
+    def _before_writing(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         state, filled, self._filled = checkpoint.get("state_dict"), self._filled, None
-        if not (self._writes_files and self._shadows and state is not None):
+        if not self._shadows or state is None or is_deepspeed(trainer.strategy) or roles_of(trainer).writer is not self:
             return
         shadow = self._shadows[0]
         if not self._serves(shadow.module):

@@ -183,8 +183,8 @@ class LatestWeightAveraging(WeightAverage):
             raise ValueError(f"`{_KEY}` must be snapshots of named tensors for {self._called}, got {shown(found)}.")
         return latest
 
-    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
-        super()._before_writing(checkpoint)
+    def _before_writing(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        super()._before_writing(trainer, checkpoint)
         state = checkpoint.get("state_dict")
         if state and self._shadows:
             for snapshot in checkpoint.get(_KEY, {}).get(self.state_key, []):

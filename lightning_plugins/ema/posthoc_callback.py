@@ -256,6 +256,12 @@ class PostHocEMA(AveragingCallback):
             for number, saves in enumerate(self._zero_saves):
                 saves.watch(trainer, partial(self._master_shadow, number))
 
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let later files be those of a run without these averages."""
+        super().leave(trainer, pl_module)
+        for saves in self._zero_saves:
+            saves.leave()
+
     def _master_shadow(self, number: int) -> MasterShadow | None:
         self._catch_up()
         shadow = self._shadows[number] if self._shadows else None
@@ -296,7 +302,7 @@ class PostHocEMA(AveragingCallback):
         super()._restore_in_mid_fit(trainer, pl_module, checkpoint)
         self._set_aside(trainer, resumed=True)
 
-    def _before_writing(self, checkpoint: dict[str, Any]) -> None:
+    def _before_writing(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("state_dict")
         if state and self._shadows:
             for average in checkpoint.get(POSTHOC_KEY, {}).get(self.state_key, []):

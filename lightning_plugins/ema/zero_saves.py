@@ -58,6 +58,10 @@ class ZeroSaves:
         self._patches.undo()
         self._patches.wrap(strategy, "save_checkpoint", save)
 
+    def leave(self) -> None:
+        """See no directory any more."""
+        self._patches.undo()
+
     def _write(self, trainer: Trainer, shadow: MasterShadow, directory: Path) -> None:
         rank, failure = trainer.global_rank, None
         without_frozen = bool(getattr(trainer.strategy, "exclude_frozen_parameters", False))

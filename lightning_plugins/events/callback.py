@@ -88,7 +88,8 @@ class EventCallback(Callback):
         names = "all" if events is None else ",".join(event.value for event in self.events)
         super().__init__(function=_name_of(function), events=names)
         self._cut_epoch: int | None = None
-        self._dispatcher: EventDispatcher | None = None  # of the first such callback in a Trainer, for all of them
+        # one for all such callbacks of a Trainer, while a fit runs
+        self._dispatcher: EventDispatcher | None = None
 
     def __call__(self, loop: TrainingLoop, event: Event) -> Any:
         """Call the function, so that a decorated one can be used as before."""
@@ -103,46 +104,42 @@ class EventCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin; not before, since a resumed run knows only now where it stands."""
-        callbacks = [found for found in trainer.callbacks if isinstance(found, EventCallback)]  # type: ignore[attr-defined]
-        if callbacks[0] is self:
-            listeners = {event: [found.function for found in callbacks if event in found.events] for event in Event}
-            self._dispatcher = EventDispatcher(trainer, listeners, sum_over_ranks(trainer), self._cut_epoch)
-            self._dispatcher.fit_starts()
+        if self._dispatcher is None:
+            dispatcher = EventDispatcher(
+                trainer, functools.partial(_listeners, trainer), sum_over_ranks(trainer), self._cut_epoch
+            )
+            for callback in _all_of(trainer):
+                callback._dispatcher = dispatcher
+        self._take_place("fit_starts")
         self._cut_epoch = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``EPOCH_START`` and ``TRAINING_START``."""
-        if self._dispatcher is not None:
-            self._dispatcher.epoch_starts()
+        self._take_place("epoch_starts")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """``BATCH_START``."""
-        if self._dispatcher is not None:
-            self._dispatcher.training_batch_starts(batch, batch_idx)
+        self._take_place("training_batch_starts", batch, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """``UPDATE_START``."""
-        if self._dispatcher is not None:
-            self._dispatcher.update_starts()
+        self._take_place("update_starts")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """``BATCH_END``, and ``TRAINING_END`` after the epoch's last batch."""
-        if self._dispatcher is not None:
-            self._dispatcher.training_batch_ends(outputs)
+        self._take_place("training_batch_ends", outputs)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``VALIDATION_START``; before it ``TRAINING_END`` if the last batch did not know that it was."""
-        if self._dispatcher is not None:
-            self._dispatcher.validation_starts()
+        self._take_place("validation_starts")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """``BATCH_START``."""
-        if self._dispatcher is not None:
-            self._dispatcher.validation_batch_starts(batch, batch_idx, dataloader_idx)
+        self._take_place("validation_batch_starts", batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -154,23 +151,19 @@ class EventCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """``BATCH_END``; ``INFERENCE_PREDICTION_END`` came within the step."""
-        if self._dispatcher is not None:
-            self._dispatcher.validation_batch_ends(outputs)
+        self._take_place("validation_batch_ends", outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``VALIDATION_END``."""
-        if self._dispatcher is not None:
-            self._dispatcher.validation_ends()
+        self._take_place("validation_ends")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``EPOCH_END``."""
-        if self._dispatcher is not None:
-            self._dispatcher.epoch_ends()
+        self._take_place("epoch_ends")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``FIT_END``."""
-        if self._dispatcher is not None:
-            self._dispatcher.fit_ends()
+        self._take_place("fit_ends")
         self.release(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -186,9 +179,15 @@ class EventCallback(Callback):
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module and the Trainer as they were; after an exception, ``FIT_END`` does not come."""
-        if self._dispatcher is not None:
-            self._dispatcher.close()
-            self._dispatcher = None
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None and not any(found._dispatcher is dispatcher for found in _all_of(trainer)):
+            dispatcher.close()
+
+    def _take_place(self, moment: str, *what: Any) -> None:
+        """Let the events of a hook take place, once for all such callbacks: when the first of them is told."""
+        dispatcher = self._dispatcher
+        if dispatcher is not None and dispatcher.is_news(moment, self):
+            getattr(dispatcher, moment)(*what)
 
     # pickling
 
@@ -232,6 +231,16 @@ def on_events(*events: Event | str) -> Callable[[Callable[[TrainingLoop, Event],
         )
     chosen = tuple(Event.named(event) for event in events)
     return lambda function: EventCallback(function, events=chosen)
+
+
+def _all_of(trainer: Trainer) -> list[EventCallback]:
+    """Return a Trainer's callbacks of events as they are now: functions may take one out, or put one in."""
+    return [found for found in trainer.callbacks if isinstance(found, EventCallback)]  # type: ignore[attr-defined]
+
+
+def _listeners(trainer: Trainer, event: Event) -> list[Callable[[TrainingLoop, Event], Any]]:
+    """Return the functions to be told of an event, in their order."""
+    return [found.function for found in _all_of(trainer) if event in found.events]
 
 
 class _Decorated:

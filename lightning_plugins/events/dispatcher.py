@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class EventDispatcher:
 
     Args:
         trainer: The Trainer, in ``on_train_start``.
-        listeners: The functions of every event, in their order.
+        listeners: Returns the functions to be told of an event now, in their order.
         add_up: Adds a tensor up over the ranks; ``None`` with one.
         cut_epoch: What a run that is resumed had there.
 
@@ -46,7 +46,7 @@ class EventDispatcher:
     def __init__(
         self,
         trainer: Trainer,
-        listeners: Mapping[Event, Sequence[Listener]],
+        listeners: Callable[[Event], Sequence[Listener]],
         add_up: Callable[[Tensor], Tensor] | None,
         cut_epoch: int | None = None,
     ) -> None:
@@ -63,10 +63,19 @@ class EventDispatcher:
         self._trains = False  # between trainingStart and trainingEnd
         self._validates = False
         self._predicted = False
+        # the hook at hand, and who was told of it
+        self._moment, self._told = "", list[object]()
         self._forward = trainer.lightning_module.register_forward_hook(self._forward_done)
         self._pieces = 0
         self._control.intercept("training_step", self._training_step)
         self._control.intercept("validation_step", self._validation_step)
+
+    def is_news(self, moment: str, teller: object) -> bool:
+        """Return whether a hook, of which each of several callbacks tells, was not told of by another one."""
+        if moment != self._moment or teller in self._told:
+            self._moment, self._told = moment, []
+        self._told.append(teller)
+        return len(self._told) == 1
 
     def close(self) -> None:
         """Leave the module and the Trainer as they were."""
@@ -221,7 +230,7 @@ class EventDispatcher:
 
     def _fire(self, event: Event) -> bool:
         """Let an event take place, and tell whether more than the batch at hand is left because of it."""
-        listeners = self._listeners[event]
+        listeners = self._listeners(event)
         action = self._agreed(self._ask(listeners, event)) if listeners else None
         if action is None:
             return False

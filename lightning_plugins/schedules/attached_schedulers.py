@@ -91,6 +91,11 @@ class AttachedSchedulers:
             rank_zero_info(f"LearningRateScheduler follows an optimizer that was set up anew, from step {position} on.")
         return begun
 
+    def detach(self, trainer: Trainer) -> None:
+        """Take the schedulers out of the Trainer's."""
+        configs = trainer.strategy.lr_scheduler_configs
+        configs[:] = [config for config in configs if not any(config.scheduler is own for own in self.schedulers)]
+
     def release(self) -> None:
         """Take every hook off the optimizers."""
         for scheduler in self.schedulers:

@@ -9,19 +9,8 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lightning_plugins.core.callback import Callback, Stage
-from lightning_plugins.core.lightning import (
-    LightningModule,
-    MisconfigurationException,
-    Trainer,
-    rank_zero_info,
-)
-from lightning_plugins.core.validation import (
-    one_of,
-    real_number,
-    shown,
-    true_or_false,
-    whole_number,
-)
+from lightning_plugins.core.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_info
+from lightning_plugins.core.validation import one_of, real_number, shown, true_or_false, whole_number
 from lightning_plugins.core.zero import is_deepspeed
 from lightning_plugins.schedules.attached_schedulers import AttachedSchedulers
 from lightning_plugins.schedules.plateau import Plateau, PlateauState, PlateauWatch
@@ -328,6 +317,10 @@ class LearningRateScheduler(Callback):
         """Refuse a metric that never came in a run of one epoch, too; tell when time has not ended the run."""
         self._check_monitor(trainer)
         self._run.end()
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the rates as they are, and later files without the schedulers."""
+        self._attached.detach(trainer)
 
     def release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take every hook off the optimizers."""
