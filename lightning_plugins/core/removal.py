@@ -23,8 +23,9 @@ class Watch:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._ends: list[tuple[Any, Callable[[], None]]] = []
-        # the Trainer's list when it was last looked at
-        self._seen: list[Any] = []
+        # the Trainer's list, and what was in it when it was last looked at
+        self._list: list[Any] = trainer.callbacks
+        self._seen = list(self._list)
         self._patches = Patches()
         epoch = trainer.fit_loop.epoch_loop
         for owner, name in ((epoch, "advance"), (epoch.val_loop, "run"), (trainer.strategy, "teardown")):
@@ -34,9 +35,9 @@ class Watch:
     def begin(cls, trainer: Any, callback: Any, end: Callable[[], None]) -> None:
         """Call ``end`` when a callback is seen to be gone."""
         cls.stop(trainer, callback)
-        if trainer not in cls._of:
-            cls._of[trainer] = cls(trainer)
-        cls._of[trainer]._ends.append((callback, end))
+        watch = cls._of.get(trainer) or cls._of.setdefault(trainer, cls(trainer))
+        watch._list, watch._seen = trainer.callbacks, list(trainer.callbacks)
+        watch._ends.append((callback, end))
 
     @classmethod
     def stop(cls, trainer: Any, callback: Any) -> None:
@@ -49,11 +50,21 @@ class Watch:
                 del cls._of[trainer]
 
     def _look_first(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        there = self._trainer.callbacks
         # mostly it is as it was; a list is compared by what it holds
-        if there != self._seen:
-            self._seen = list(there)
-            for callback, end in list(self._ends):
-                if not any(found is callback for found in there):
-                    end()
+        if self._trainer.callbacks != self._seen:
+            self._look()
         return original(*args, **kwargs)
+
+    def _look(self) -> None:
+        there, before = self._trainer.callbacks, self._seen
+        if there is not self._list and not any(_is_in(before, callback) for callback in there):
+            # a search for a rate or a batch size, and our own validation, put another list there for a while
+            return
+        self._list, self._seen = there, list(there)
+        for callback, end in list(self._ends):
+            if not _is_in(there, callback):
+                end()
+
+
+def _is_in(callbacks: list[Any], callback: Any) -> bool:
+    return any(found is callback for found in callbacks)
