@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from lightning_plugins import EMA, Event, EventCallback
-from lightning_plugins.core.removal import Watch
 from tests.support.callback_runs import loader, make_classifier, same, working_in
 from tests.support.cases import CALLBACKS, make
 from tests.support.leftovers import of_module, of_optimizer, of_trainer
@@ -65,7 +64,7 @@ def run(folder, *callbacks, epochs=3):
         # a callback of the package is heard no more, so the files are those of a run that never had it
         file = torch.load(folder / "last.ckpt", weights_only=False)
     left = [*of_module(module), *of_optimizer(module.optimizer), *of_trainer(trainer)]
-    return trainer, file, left, saves.found
+    return file, left, saves.found
 
 
 def plain_keys(file):
@@ -84,21 +83,21 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_taken_out_acts_no_more_and_leaves_nothing(tmp_path, plain, name, hook):
     callback, way = make(name), WAYS[HOOKS.index(hook) % 2]
-    trainer, file, left, found = run(tmp_path, callback, At(hook, lambda trainer: way(trainer, callback)))
-    assert set(left) ^ set(plain[2]) <= (BY_TORCH if name == "LearningRateScheduler" else set())
+    file, left, found = run(tmp_path, callback, At(hook, lambda trainer: way(trainer, callback)))
+    assert set(left) ^ set(plain[1]) <= (BY_TORCH if name == "LearningRateScheduler" else set())
     # already in the next epoch
-    assert set(found) ^ set(plain[3]) <= (BY_TORCH if name == "LearningRateScheduler" else set())
-    assert plain_keys(file) == plain_keys(plain[1])
-    assert trainer not in Watch._of
+    assert set(found) ^ set(plain[2]) <= (BY_TORCH if name == "LearningRateScheduler" else set())
+    assert plain_keys(file) == plain_keys(plain[0])
+    assert callback._presence is None
     assert not callback.patches
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_after_the_removal_are_those_of_a_run_without_the_average(tmp_path, plain, way):
     ema = EMA(0.9)
-    file = run(tmp_path, ema, At("on_validation_batch_start", lambda trainer: way(trainer, ema)))[1]
-    assert same(file["state_dict"], plain[1]["state_dict"])
-    assert same(file["optimizer_states"], plain[1]["optimizer_states"])
+    file = run(tmp_path, ema, At("on_validation_batch_start", lambda trainer: way(trainer, ema)))[0]
+    assert same(file["state_dict"], plain[0]["state_dict"])
+    assert same(file["optimizer_states"], plain[0]["optimizer_states"])
 
 
 def heard_by_three(folder, act):

@@ -16,8 +16,8 @@ from lightning_plugins.core.lightning import (
     rank_zero_info,
 )
 from lightning_plugins.core.patching import Patches
+from lightning_plugins.core.presence import Presence
 from lightning_plugins.core.private_names import check_names
-from lightning_plugins.core.removal import Watch
 from lightning_plugins.core.validation import check_state_version
 
 
@@ -85,6 +85,8 @@ class Callback(CallbackOfBoth):
         self._told_apart_by = tuple(identity)
         self.patches = Patches()
         self._remaining_end: Callable[[], None] | None = None
+        # one for all of ours in a Trainer, during a run
+        self._presence: Presence | None = None
 
     # -- hooks, in the order in which they fire
 
@@ -104,7 +106,9 @@ class Callback(CallbackOfBoth):
         if type(profiler).__name__ == "PassThroughProfiler" and "profile" not in vars(profiler):
             # it does nothing, but by a generator: a microsecond and more for every hook of every callback
             self.patches.replace(profiler, "profile", lambda action_name: _NOTHING)  # noqa: ARG005, a name that may be given
-        Watch.begin(trainer, self, lambda: self._was_removed(trainer, pl_module))
+        known = [found._presence for found in callbacks if isinstance(found, Callback) and found._presence is not None]
+        self._presence = next((found for found in known if found.belongs_to(trainer)), None) or Presence(trainer)
+        self._presence.begin(self, lambda: self._was_removed(trainer, pl_module))
 
     def _refuse_twin(self, callbacks: list[Any]) -> None:
         stateless = type(self).get_state is Callback.get_state and type(self).state_dict is Callback.state_dict
@@ -128,7 +132,9 @@ class Callback(CallbackOfBoth):
         self._end(trainer, pl_module)
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Watch.stop(trainer, self)
+        presence, self._presence = self._presence, None
+        if presence is not None:
+            presence.stop(self)
         try:
             self.release(trainer, pl_module)
         finally:

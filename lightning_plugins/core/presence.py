@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from lightning_plugins.core.patching import Patches
 
 
-class Watch:
+class Presence:
     """Looks, before each training batch, each validation and the end of a run, which callbacks are still there.
 
     One for all of ours in a Trainer; with the last of them it ends.
@@ -17,8 +16,6 @@ class Watch:
     Args:
         trainer: The Trainer.
     """
-
-    _of: ClassVar[WeakKeyDictionary[Any, Watch]] = WeakKeyDictionary()
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -31,23 +28,23 @@ class Watch:
         for owner, name in ((epoch, "advance"), (epoch.val_loop, "run"), (trainer.strategy, "teardown")):
             self._patches.wrap(owner, name, self._look_first)
 
-    @classmethod
-    def begin(cls, trainer: Any, callback: Any, end: Callable[[], None]) -> None:
-        """Call ``end`` when a callback is seen to be gone."""
-        cls.stop(trainer, callback)
-        watch = cls._of.get(trainer) or cls._of.setdefault(trainer, cls(trainer))
-        watch._list, watch._seen = trainer.callbacks, list(trainer.callbacks)
-        watch._ends.append((callback, end))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of a callback is in no run
 
-    @classmethod
-    def stop(cls, trainer: Any, callback: Any) -> None:
+    def belongs_to(self, trainer: Any) -> bool:
+        """Return whether it is that of a Trainer."""
+        return self._trainer is trainer
+
+    def begin(self, callback: Any, end: Callable[[], None]) -> None:
+        """Call ``end`` when a callback is seen to be gone."""
+        self._list, self._seen = self._trainer.callbacks, list(self._trainer.callbacks)
+        self._ends = [*(found for found in self._ends if found[0] is not callback), (callback, end)]
+
+    def stop(self, callback: Any) -> None:
         """Watch a callback no more."""
-        watch = cls._of.get(trainer)
-        if watch is not None:
-            watch._ends = [found for found in watch._ends if found[0] is not callback]
-            if not watch._ends:
-                watch._patches.undo()
-                del cls._of[trainer]
+        self._ends = [found for found in self._ends if found[0] is not callback]
+        if not self._ends:
+            self._patches.undo()
 
     def _look_first(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # mostly it is as it was; a list is compared by what it holds
