@@ -68,9 +68,10 @@ class MicroBatching(Callback):
         split: ``split(batch, sizes) -> pieces`` for batches that only you can take apart: a batch for each of the
             sizes, which are in samples and add up to the whole. Where the samples of a batch cannot be told, ``size``
             and ``sizes`` are in what ``count`` counts. ``None`` cuts tensors, arrays, lists and nests of them.
-        logged: What a name that ``training_step`` logs is of a batch: ``"mean"`` over what ``count`` counts, which is
-            taken of fractions that are averaged over batches, ``"sample_mean"``, ``"sum"``, ``"max"`` or ``"min"``,
-            which are taken where ``reduce_fx`` is that. Whole numbers that are averaged over batches need it.
+        logged: What a name that is logged is of a batch: ``"mean"`` over what ``count`` counts, which is taken of
+            fractions that are averaged over batches, ``"sample_mean"``, ``"sum"``, ``"max"`` or ``"min"``, which are
+            taken where ``reduce_fx`` is that, or ``"last"`` for what the last piece has, as gradients in
+            ``on_after_backward``. Whole numbers that are averaged over batches need it.
 
     Raises:
         TypeError: If ``size`` is no whole number, ``split`` no function or ``logged`` no mapping; during the run if the

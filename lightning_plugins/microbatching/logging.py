@@ -81,7 +81,7 @@ class PieceLogs:
                 continue
             name, reduction = result.meta.name, result.meta.reduce_fx.__name__
             self.names.add(name)
-            way = way_of(name, self._ways.get(name), reduction, [value for _, value, _ in entries])
+            way = way_of(name, self._ways.get(name), reduction, [value for _, value, _ in entries], result.meta.fx)
             if way in ("max", "min") and name not in self._ways:
                 self.bounds.add(name)
             for call in _calls(entries):

@@ -19,8 +19,9 @@ from lightning_plugins.core.batches import record_like, sequence_like
 from lightning_plugins.core.counting import Count, wide
 from lightning_plugins.core.validation import one_of, shown
 
-WAYS = ("mean", "sample_mean", "sum", "max", "min")
-"""What a logged value can be of a batch: a mean over what the loss is a mean over, or over samples, a sum, a bound."""
+WAYS = ("mean", "sample_mean", "sum", "max", "min", "last")
+"""What a logged value can be of a batch: a mean over what the loss is a mean over, or over samples, a sum, a bound, or
+what is so when its last piece has run."""
 
 
 def shares(pieces: Sequence[Any], sizes: Sequence[int], count: Callable[[Any], Count] | None) -> list[Count]:
@@ -219,29 +220,37 @@ def checked_ways(given: Any) -> dict[str, str]:
     return {name: one_of(f"logged[{shown(name)}]", way, WAYS) for name, way in given.items()}
 
 
-def way_of(name: str, told: str | None, reduction: str, values: Sequence[Tensor]) -> str:
+def way_of(name: str, told: str | None, reduction: str, values: Sequence[Tensor], hook: str = "training_step") -> str:
     """Return how the values that pieces log under a name make the value of the whole batch.
 
     A fraction that is averaged over batches is a mean. A value whose sum or bound over batches is logged is taken for a
-    sum or bound within one; a module that follows the largest *mean* of a batch must say so.
+    sum or bound within one; a module that follows the largest *mean* of a batch must say so. Gradients are the batch's
+    when the last backward is done.
 
     Args:
         name: The name that is logged.
         told: What the user says, one of :data:`WAYS`.
         reduction: ``reduce_fx``: ``"mean"``, ``"sum"``, ``"max"`` or ``"min"``.
         values: What the pieces have logged.
+        hook: The method that it is logged in.
 
     Raises:
         ValueError: If the user must say.
     """
     if told is not None:
         return told
-    if reduction != "mean" or all(value.is_floating_point() for value in values):
+    if hook == "on_after_backward":
+        return "last"
+    if hook == "on_before_backward" and len(values) > 1:
+        kind = f"in {hook}, which is given each piece's share of the loss"
+    elif reduction != "mean" or all(value.is_floating_point() for value in values):
         return reduction
+    else:
+        kind = "as a whole number, which is no mean, for every piece"
     raise ValueError(
-        f"`logged` must tell what {name!r} is of a batch, got nothing: it is logged as a whole number, which is no "
-        f"mean, for every piece. Write MicroBatching(logged={{{name!r}: ...}}) with 'mean' if it is a mean over what "
-        "`count` counts, 'sample_mean' if over samples, 'sum', 'max' or 'min' if it is that of the batch."
+        f"`logged` must tell what {name!r} is of a batch, got nothing: it is logged {kind}. Write "
+        f"MicroBatching(logged={{{name!r}: ...}}) with 'mean' if it is a mean over what `count` counts, 'sample_mean' "
+        "if over samples, 'sum', 'max' or 'min' if it is that of the batch, 'last' if it is the last piece's."
     )
 
 
@@ -259,5 +268,7 @@ def combine_logged(way: str, values: Sequence[Tensor], weights: Sequence[Count])
             total, weights = len(weights), [1.0] * len(weights)
         mean: Tensor = weighted_sum(values, [weight / total for weight in weights])
         return mean
+    if way == "last":
+        return values[-1]
     stacked = torch.stack(list(values))
     return {"sum": stacked.sum(0), "max": stacked.amax(0), "min": stacked.amin(0)}[way]

@@ -26,6 +26,7 @@ LOGGED = {
     "tokens, averaged": ("sum", "mean"),
     "long": ("sample_mean", "mean"),
     "longest": ("sample_mean", "max"),
+    "epoch": ("last", "mean"),
 }
 WAYS = {name: way for name, (way, reduction) in LOGGED.items() if way not in (None, reduction)}
 
@@ -40,6 +41,7 @@ class Logs(Probe):
             "max": batch["inputs"].max(),
             "min": batch["inputs"].min(),
             "sum": known.sum(),
+            "last": torch.tensor(7 + self.current_epoch),
             "sample_mean": (known.sum(1) > 2).double().mean(),
         }
         for name, (way, reduction) in LOGGED.items():
@@ -48,6 +50,11 @@ class Logs(Probe):
         # a number of its own, the same for each batch
         self.log("weighed alike", loss, on_epoch=True, on_step=False, batch_size=10)
         return loss
+
+    def on_after_backward(self):
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters()])
+        self.log("norm", norm, on_step=True, on_epoch=True)
+        self.log("largest norm", norm, on_step=True, on_epoch=True, reduce_fx="max")
 
 
 class Reads(pl.Callback):
@@ -92,6 +99,21 @@ def test_a_whole_number_that_is_averaged_is_refused_in_the_first_batch(size):
         ValueError, match="`logged` must tell what 'it' is of a batch, got nothing: it is logged as a wh"
     ):
         fit(One(torch.tensor(3)), [MicroBatching(size)], batches((4, 4), dtype=torch.float32, tokens=False))
+
+
+class InHook(Probe):
+    def on_before_backward(self, loss):
+        self.log("it", loss)
+
+
+def test_a_piece_of_the_loss_is_no_loss_of_the_batch():
+    """Whole batches log it; of pieces the hook is given shares of the loss, which add up."""
+    data = batches((4, 3), dtype=torch.float32, tokens=False)
+    whole = fit(InHook(lr=0.0), [MicroBatching()], data).callback_metrics["it"]
+    with pytest.raises(ValueError, match="it is logged in on_before_backward, which is given each piece's share"):
+        fit(InHook(), [MicroBatching(2)], data)
+    told = fit(InHook(lr=0.0), [MicroBatching(2, logged={"it": "sum"})], data).callback_metrics["it"]
+    assert float(told) == pytest.approx(float(whole), rel=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["max", min], ids=str)
