@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.core.lightning import Trainer
+from lightning_plugins.core.lightning import Trainer, rank_zero_info
 from lightning_plugins.events.events import (
     ACTIONS,
     CancelAction,
@@ -67,6 +67,7 @@ class EventDispatcher:
         self._moment, self._told = "", list[object]()
         self._forward = trainer.lightning_module.register_forward_hook(self._forward_done)
         self._pieces = 0
+        self._steps, self._updates, self._silent = trainer.global_step, True, False
         self._control.intercept("training_step", self._training_step)
         self._control.intercept("validation_step", self._validation_step)
 
@@ -99,6 +100,7 @@ class EventDispatcher:
         """Before the training step."""
         self._control.begin_batch()
         self._validates = False
+        self._steps, self._updates = self._trainer.global_step, False
         self.batch_cancelled = self._leaving is not None
         if self._leaving is None:
             self._trains = True  # a run that resumes in mid-epoch has no trainingStart
@@ -114,6 +116,7 @@ class EventDispatcher:
 
     def update_starts(self) -> None:
         """After the backward, before gradients are clipped and the optimizer steps."""
+        self._updates = True
         if not self.batch_cancelled and self._fire(Event.UPDATE_START):
             self.batch_cancelled = True
             self._end_epoch()
@@ -122,6 +125,8 @@ class EventDispatcher:
 
     def training_batch_ends(self, outputs: Any) -> None:
         """After the step, or after none."""
+        if not (self._updates or self._silent) and self._trainer.global_step != self._steps:
+            self._tell_of_silence()
         if self._leaving is None:
             if self._pieces > 1:  # a batch that ran in pieces: its loss is put together again here
                 self._loop.step_done(outputs, self._trainer.accumulate_grad_batches)
@@ -177,6 +182,15 @@ class EventDispatcher:
     def fit_ends(self) -> None:
         """After the last epoch, or instead of it."""
         self._fire(Event.FIT_END)
+
+    def _tell_of_silence(self) -> None:
+        self._silent = bool(self._listeners[Event.UPDATE_START])
+        if self._silent:
+            rank_zero_info(
+                f"EventCallback: the Trainer has counted a step without `{Event.UPDATE_START.value}`, which comes with "
+                f"Lightning's hook before a step. An `optimizer_step` of the module's own fires it by "
+                f"`optimizer.step(closure)`."
+            )
 
     def _training_ends(self) -> None:
         if not self._trains:

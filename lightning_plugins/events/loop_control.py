@@ -40,8 +40,8 @@ class LoopControl:
     def cancel_batch(self) -> None:
         """Let the batch at hand pass without its step: it counts as a step that was attempted and changed nothing.
 
-        Where it would have ended a window, the hook before the step drops the gradients of the window's other batches,
-        which no rank has seen of the others yet.
+        Where it would have ended a window, the gradients of the window's other batches are dropped, which no rank has
+        seen of the others yet: in the closure, which every way of stepping runs.
         """
         check_strategy(self._trainer, "Cancelling")
         optimization = self._epoch.automatic_optimization
@@ -53,10 +53,14 @@ class LoopControl:
                 if zero_grad is not None:  # the window begins here all the same
                     zero_grad()
 
+            def last_closure() -> None:
+                closure()
+                self.drop_gradients()
+
             if self._epoch._should_accumulate():
                 closure()
             else:
-                optimization._optimizer_step(batch_idx, closure)
+                optimization._optimizer_step(batch_idx, last_closure)
             return {}
 
         self._until_next_batch.wrap(optimization, "run", run)

@@ -122,6 +122,20 @@ def test_a_window_without_its_last_batch_makes_no_step(tmp_path, kind):
         assert trainer.global_step == 2
 
 
+@pytest.mark.parametrize("kind", ACCUMULATIONS)
+def test_a_module_that_steps_torchs_optimizer_makes_none_either(tmp_path, kind, caplog):
+    """The hook before a step, which it leaves out, is where `updateStart` comes from; one line says so."""
+    callbacks, options = ACCUMULATIONS[kind]()
+    module = make_regression()
+    module.optimizer_step = lambda epoch, batch_idx, optimizer, closure: optimizer.optimizer.step(closure)
+    with caplog.at_level("INFO"):
+        act = cancelling(Event.BATCH_START, 2)
+        events, *_ = fit(tmp_path, act, module=module, callbacks=callbacks, epochs=1, training=6, **options)
+    assert same(weights(module), plain_training([[3, 4, 5]]))
+    assert "updateStart" not in events
+    assert caplog.text.count("EventCallback: the Trainer has counted a step without `updateStart`") == 1
+
+
 @pytest.mark.parametrize("index", [0, 1, 3, 4])
 def test_a_window_without_another_batch_is_the_mean_of_the_rest(tmp_path, index):
     act = cancelling(Event.BATCH_START, index)
