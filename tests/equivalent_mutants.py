@@ -1,6 +1,6 @@
 """Mutants that change nothing: what ``mutants.py`` cannot see killed, and why.
 
-A key is the module, the text of the line, and the change.
+A row is the module, the text of the line, why nothing changes, and the changes.
 """
 
 _BEGINNING = "what tells the kinds of files apart stands in the first 262 bytes; it may be given some more or less"
@@ -25,205 +25,169 @@ _SYMMETRIC = "whether two files, or numbers, are the same does not depend on whi
 _UNREAD = "a hook's argument that is not read, which has to be there"
 _WIDER = "a range that reaches farther takes in more of the same file"
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {
+_ROWS = [
+    ("accumulation/callback.py", "if isinstance(factor, Tensor) or factor != 1:", _PAYS_NOTHING, "1 -> (0)"),
     (
-        "lightning_plugins/accumulation/callback.py",
-        "if isinstance(factor, Tensor) or factor != 1:",
-        "1 -> (0)",
-    ): _PAYS_NOTHING,
-    (
-        "lightning_plugins/accumulation/carried_windows.py",
+        "accumulation/carried_windows.py",
         'self._begin = _started(trainer) - (loaded["position"] if loaded else 0)',
+        _BEGINS,
         "0 -> (-1)",
-    ): _BEGINS,
-    ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "30 -> (31)"): _WIDER,
-    ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "2 -> (3)"): _WIDER,
-    ("lightning_plugins/checkpoints/run_files.py", "header = 30 + 2 * 65535", "65535 -> (65536)"): _WIDER,
-    ("lightning_plugins/checkpoints/selection.py", 'sign = 1 if mode == "min" else -1', "1 -> (2)"): _SIGN,
+    ),
+    ("checkpoints/run_files.py", "header = 30 + 2 * 65535", _WIDER, "30 -> (31)", "2 -> (3)", "65535 -> (65536)"),
+    ("checkpoints/selection.py", 'sign = 1 if mode == "min" else -1', _SIGN, "1 -> (2)"),
     (
-        "lightning_plugins/checkpoints/streaming_mean.py",
+        "checkpoints/streaming_mean.py",
         "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
+        _LIMIT,
         "ratio < 2**20 -> (ratio <= 2 ** 20)",
-    ): _LIMIT,
-    (
-        "lightning_plugins/checkpoints/streaming_mean.py",
-        "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
         "2 -> (3)",
-    ): _LIMIT,
-    (
-        "lightning_plugins/checkpoints/streaming_mean.py",
-        "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
         "20 -> (21)",
-    ): _LIMIT,
-    (
-        "lightning_plugins/checkpoints/streaming_mean.py",
-        "if all(ratio < 2**20 and ratio.is_integer() for ratio in ratios):",
         "20 -> (19)",
-    ): _LIMIT,
+    ),
     (
-        "lightning_plugins/cli/inspect.py",
+        "cli/inspect.py",
         "print(json.dumps(found, indent=2, default=str))  # noqa: T201",
+        _INDENTED,
         "2 -> (1)",
-    ): _INDENTED,
-    (
-        "lightning_plugins/cli/inspect.py",
-        "print(json.dumps(found, indent=2, default=str))  # noqa: T201",
         "2 -> (3)",
-    ): _INDENTED,
+    ),
     (
-        "lightning_plugins/core/batches.py",
+        "core/batches.py",
         'if length is None or (listed and (self.reading == "samples" or (len(values) > 2 and alike(batch)))):',
+        _LONGER_WAY,
         "len(values) > 2 and alike(batch) -> (len(values) > 2)",
-    ): _LONGER_WAY,
-    ("lightning_plugins/core/safetensors_file.py", "_LARGEST_HEADER = 50_000_000", "50_000_000 -> (50000001)"): _LIMIT,
-    ("lightning_plugins/core/safetensors_file.py", "_LARGEST_HEADER = 50_000_000", "50_000_000 -> (49999999)"): _LIMIT,
+    ),
     (
-        "lightning_plugins/core/safetensors_file.py",
+        "core/safetensors_file.py",
+        "_LARGEST_HEADER = 50_000_000",
+        _LIMIT,
+        "50_000_000 -> (50000001)",
+        "50_000_000 -> (49999999)",
+    ),
+    (
+        "core/safetensors_file.py",
         'text = file.read(length) if length <= _LARGEST_HEADER else b""',
+        _LIMIT,
         "length <= _LARGEST_HEADER -> (length < _LARGEST_HEADER)",
-    ): _LIMIT,
-    ("lightning_plugins/core/safetensors_file.py", "start = file.read(512)", "512 -> (511)"): _BEGINNING,
-    ("lightning_plugins/core/safetensors_file.py", "start = file.read(512)", "512 -> (513)"): _BEGINNING,
-    ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (15)"): _RANDOM,
-    ("lightning_plugins/core/save_marks.py", "return secrets.token_hex(16)", "16 -> (17)"): _RANDOM,
-    ("lightning_plugins/core/sharded_directory.py", "return (-1, -1)", "1 -> (2)"): _NOWHERE,
+    ),
+    ("core/safetensors_file.py", "start = file.read(512)", _BEGINNING, "512 -> (511)", "512 -> (513)"),
+    ("core/save_marks.py", "return secrets.token_hex(16)", _RANDOM, "16 -> (15)", "16 -> (17)"),
+    ("core/sharded_directory.py", "return (-1, -1)", _NOWHERE, "1 -> (2)"),
     (
-        "lightning_plugins/core/step_outputs.py",
+        "core/step_outputs.py",
         "_MOST_PIECES = 256  # calls of a module that are remembered within a batch",
+        _LIMIT,
         "256 -> (257)",
-    ): _LIMIT,
-    (
-        "lightning_plugins/core/step_outputs.py",
-        "_MOST_PIECES = 256  # calls of a module that are remembered within a batch",
         "256 -> (255)",
-    ): _LIMIT,
+    ),
     (
-        "lightning_plugins/core/step_outputs.py",
+        "core/step_outputs.py",
         "return type(outputs) is dict or isinstance(outputs, Mapping)",
+        _QUICKER,
         "type(outputs) is dict or isinstance(outputs, Mapping) -> (isinstance(outputs, Mapping))",
-    ): _QUICKER,
+    ),
     (
-        "lightning_plugins/core/temporary_files.py",
+        "core/temporary_files.py",
         "left = stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime >= grace",
+        _LIMIT,
         "time.time() - found.st_mtime >= grace -> (time.time() - found.st_mtime > grace)",
-    ): _LIMIT,
+    ),
     (
-        "lightning_plugins/core/temporary_files.py",
+        "core/temporary_files.py",
         "left = os.path.samestat(found, path.lstat())",
+        _SYMMETRIC,
         "os.path.samestat(found, path.lstat()) -> (os.path.samestat(path.lstat(), found))",
-    ): _SYMMETRIC,
-    ("lightning_plugins/core/torch_file.py", "start = file.read(512)", "512 -> (511)"): _BEGINNING,
-    ("lightning_plugins/core/torch_file.py", "start = file.read(512)", "512 -> (513)"): _BEGINNING,
+    ),
+    ("core/torch_file.py", "start = file.read(512)", _BEGINNING, "512 -> (511)", "512 -> (513)"),
     (
-        "lightning_plugins/core/user_warning.py",
+        "core/user_warning.py",
         'while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:',
+        _NO_FRAME,
         (
             'frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE -> '
             "(frame.f_globals.get('__name__', '').partition('.')[0] == _PACKAGE)"
         ),
-    ): _NO_FRAME,
+    ),
     (
-        "lightning_plugins/core/validation.py",
+        "core/validation.py",
         "_WORD = 100  # characters of what may be a misspelt word: to compare longer ones takes long",
+        _LIMIT,
         "100 -> (99)",
-    ): _LIMIT,
-    (
-        "lightning_plugins/core/validation.py",
-        "_WORD = 100  # characters of what may be a misspelt word: to compare longer ones takes long",
         "100 -> (101)",
-    ): _LIMIT,
-    ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (1)"): _LIMIT,
-    ("lightning_plugins/core/validation.py", "left, count = [value], 0", "0 -> (-1)"): _LIMIT,
-    ("lightning_plugins/core/validation.py", "count += 1", "1 -> (2)"): _LIMIT,
-    ("lightning_plugins/ema/master_shadow.py", "return False", "return False -> return None"): _FALSE,
+    ),
+    ("core/validation.py", "left, count = [value], 0", _LIMIT, "0 -> (1)", "0 -> (-1)"),
+    ("core/validation.py", "count += 1", _LIMIT, "1 -> (2)"),
+    ("ema/master_shadow.py", "return False", _FALSE, "return False -> return None"),
     (
-        "lightning_plugins/ema/master_shadow.py",
+        "ema/master_shadow.py",
         "return [list(parts) for parts in zip(*self._histories, strict=True)]",
+        _ONE_LENGTH,
         "True -> (False)",
-    ): _ONE_LENGTH,
+    ),
     (
-        "lightning_plugins/ema/latest_shadow.py",
+        "ema/latest_shadow.py",
         "for found, history in zip(self._tensors, self._histories, strict=True):",
+        _ONE_LENGTH,
         "True -> (False)",
-    ): _ONE_LENGTH,
+    ),
     (
-        "lightning_plugins/ema/pace.py",
+        "ema/pace.py",
         "rules = (rule for rule, given in zip(self.rules, self._given, strict=True) if given.is_open)",
+        _ONE_LENGTH,
         "True -> (False)",
-    ): _ONE_LENGTH,
-    ("lightning_plugins/ema/power_exponent.py", "slope = (3 * x + 14) * x + 16 - inverse", "16 -> (17)"): _FROM_ABOVE,
-    ("lightning_plugins/ema/tensor_groups.py", "self._device = weights[0].device", "0 -> (-1)"): _ONE_KIND,
+    ),
+    ("ema/power_exponent.py", "slope = (3 * x + 14) * x + 16 - inverse", _FROM_ABOVE, "16 -> (17)"),
+    ("ema/tensor_groups.py", "self._device = weights[0].device", _ONE_KIND, "0 -> (-1)"),
     (
-        "lightning_plugins/ema/tensor_groups.py",
+        "ema/tensor_groups.py",
         "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
+        _SCRATCH,
         "4 -> (5)",
-    ): _SCRATCH,
-    (
-        "lightning_plugins/ema/tensor_groups.py",
-        "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
         "4 -> (3)",
-    ): _SCRATCH,
-    (
-        "lightning_plugins/ema/tensor_groups.py",
-        "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
         "32 -> (33)",
-    ): _SCRATCH,
-    (
-        "lightning_plugins/ema/tensor_groups.py",
-        "self._swap_layout, self._blend_layout = Layout(mib_on_gpu=4), Layout(mib_on_gpu=32)",
         "32 -> (31)",
-    ): _SCRATCH,
+    ),
     (
-        "lightning_plugins/ema/tensor_groups.py",
+        "ema/tensor_groups.py",
         'limit = (self._mib_on_gpu if device.type == "cuda" else 1) * _MIB // dtype.itemsize',
+        _SCRATCH,
         "self._mib_on_gpu if device.type == \"cuda\" else 1 -> (1 if device.type == 'cuda' else self._mib_on_gpu)",
-    ): _SCRATCH,
-    (
-        "lightning_plugins/ema/tensor_groups.py",
-        'limit = (self._mib_on_gpu if device.type == "cuda" else 1) * _MIB // dtype.itemsize',
         "device.type == \"cuda\" -> (device.type != 'cuda')",
-    ): _SCRATCH,
+    ),
+    ("ema/tensor_groups.py", "device, dtype = left[0].device, right[0].dtype", _ONE_KIND, "0 -> (-1)"),
     (
-        "lightning_plugins/ema/tensor_groups.py",
-        "device, dtype = left[0].device, right[0].dtype",
-        "0 -> (-1)",
-    ): _ONE_KIND,
-    (
-        "lightning_plugins/ema/zero_files.py",
+        "ema/zero_files.py",
         "and all(type(size) is int and 0 <= size < 2**40 for size in shape)",
+        _LIMIT,
         "2 -> (3)",
-    ): _LIMIT,
-    (
-        "lightning_plugins/ema/zero_files.py",
-        "and all(type(size) is int and 0 <= size < 2**40 for size in shape)",
         "40 -> (41)",
-    ): _LIMIT,
-    (
-        "lightning_plugins/ema/zero_files.py",
-        "and all(type(size) is int and 0 <= size < 2**40 for size in shape)",
         "40 -> (39)",
-    ): _LIMIT,
-    ("lightning_plugins/events/callback.py", "dataloader_idx: int = 0,", "0 -> (1)"): _UNREAD,
-    ("lightning_plugins/events/callback.py", "dataloader_idx: int = 0,", "0 -> (-1)"): _UNREAD,
-    ("lightning_plugins/microbatching/merging.py", "return False", "return False -> return None"): _FALSE,
+    ),
+    ("events/callback.py", "dataloader_idx: int = 0,", _UNREAD, "0 -> (1)", "0 -> (-1)"),
+    ("microbatching/merging.py", "return False", _FALSE, "return False -> return None"),
     (
-        "lightning_plugins/statistics/label_counter.py",
+        "statistics/label_counter.py",
         "torch.eq(self._numbers, targets, out=self._equal)",
+        _SYMMETRIC,
         "torch.eq(self._numbers, targets, out=self._equal) -> (torch.eq(targets, self._numbers, out=self._equal))",
-    ): _SYMMETRIC,
+    ),
     (
-        "lightning_plugins/statistics/recording.py",
+        "statistics/recording.py",
         "return {name: value for name, value in (row.values or {}).items() if name in self.statistics.names}",
+        _IS_THERE,
         "row.values or {} -> (row.values)",
-    ): _IS_THERE,
+    ),
+    ("statistics/rows.py", "return min(map(_FLUSH_SECONDS, self.readers), default=0.0)", _NO_READER, "0.0 -> (-1.0)"),
     (
-        "lightning_plugins/statistics/rows.py",
-        "return min(map(_FLUSH_SECONDS, self.readers), default=0.0)",
-        "0.0 -> (-1.0)",
-    ): _NO_READER,
-    (
-        "lightning_plugins/statistics/running.py",
+        "statistics/running.py",
         "sums = dict(zip(self.labels.names, self._counts.unbind(), strict=True))",
+        _ONE_LENGTH,
         "True -> (False)",
-    ): _ONE_LENGTH,
+    ),
+]
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (f"lightning_plugins/{module}", line, change): reason
+    for module, line, reason, *changes in _ROWS
+    for change in changes
 }
