@@ -184,7 +184,7 @@ class EventDispatcher:
         self._fire(Event.FIT_END)
 
     def _tell_of_silence(self) -> None:
-        self._silent = bool(self._listeners[Event.UPDATE_START])
+        self._silent = bool(self._listeners(Event.UPDATE_START))
         if self._silent:
             rank_zero_info(
                 f"EventCallback: the Trainer has counted a step without `{Event.UPDATE_START.value}`, which comes with "
