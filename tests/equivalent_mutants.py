@@ -3,8 +3,10 @@
 A row is the module, the text of the line, why nothing changes, and the changes.
 """
 
+_ANY_ONE = "any one of several callbacks may do what is to be done once"
 _BEGINNING = "what tells the kinds of files apart stands in the first 262 bytes; it may be given some more or less"
 _BEGINS = "a window that holds no batch, or less than none, begins with the next batch"
+_COUNTED = "batches are known to be plain from the first one on, whose counts are there; the type allows `None`"
 _FALSE = "asked as yes or no, and `None` is no"
 _FROM_ABOVE = "a slope that is too steep by one takes shorter steps down to the same root, where rounding stops them"
 _IS_THERE = "a row that was evaluated has its values, if none at all an empty dictionary; the type allows `None`"
@@ -124,6 +126,7 @@ _ROWS = [
         _ONE_LENGTH,
         "True -> (False)",
     ),
+    ("ema/checkpoint_hooks.py", "elif evaluator is None and averages(trainer)[0] is self:", _ANY_ONE, "0 -> (-1)"),
     (
         "ema/latest_shadow.py",
         "for found, history in zip(self._tensors, self._histories, strict=True):",
@@ -165,6 +168,28 @@ _ROWS = [
     ),
     ("events/callback.py", "dataloader_idx: int = 0,", _UNREAD, "0 -> (1)", "0 -> (-1)"),
     ("microbatching/merging.py", "return False", _FALSE, "return False -> return None"),
+    (
+        "schedules/layerwise.py",
+        "kept = [(name, weights) for (name, _), weights in zip(layers, members, strict=True) if weights]",
+        _ONE_LENGTH,
+        "True -> (False)",
+    ),
+    (
+        "schedules/layerwise.py",
+        "for (name, _), weights in zip(layers, members, strict=True):",
+        _ONE_LENGTH,
+        "True -> (False)",
+    ),
+    (
+        "statistics/label_counter.py",
+        "if self.is_plain and counts is not None and self._plain.fits(predictions, targets):",
+        _COUNTED,
+        (
+            "self.is_plain and counts is not None and self._plain.fits(predictions, targets) -> "
+            "(self.is_plain and self._plain.fits(predictions, targets))"
+        ),
+    ),
+    ("statistics/plot.py", "if len(labels) <= 20:", _LIMIT, "20 -> (21)", "20 -> (19)"),
     (
         "statistics/label_counter.py",
         "torch.eq(self._numbers, targets, out=self._equal)",

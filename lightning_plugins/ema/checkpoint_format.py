@@ -379,7 +379,4 @@ def _lightnings(checkpoint: Mapping[str, Any]) -> Contents | None:
         raise TypeError("`current_model_state` and `averaging_state` must be mappings, as Lightning's callback writes.")
     _check_names("current_model_state", current)
     raw = {clean_name(key): value for key, value in current.items() if isinstance(value, Tensor)}
-    count = averaging.get("n_averaged", 1)
-    single = isinstance(count, Tensor) and count.numel() == 1
-    updates = whole_number("n_averaged", count.item() if single else count)
-    return Contents("average", None, raw, updates=updates)
+    return Contents("average", None, raw, updates=whole_number("n_averaged", averaging.get("n_averaged")))

@@ -159,7 +159,7 @@ class PostHocEMA(AveragingCallback):
         """Place what a file gave, and find the directory."""
         super().on_fit_start(trainer, pl_module)
         self._refuse_shared_directory(trainer)
-        if self._find_directory(trainer) != self.dirpath and trainer.is_global_zero and leaves_files(trainer):
+        if trainer.is_global_zero and leaves_files(trainer):
             check_writable("dirpath", self._find_directory(trainer), directory=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -142,7 +142,7 @@ def _merge_containers(values: Sequence[Any], weights: Sequence[Count], sizes: Se
     if len(set(map(len, columns))) > 1:
         lengths = ", ".join(str(len(column)) for column in columns)
         raise TypeError(f"`{path}` must have an entry per sample or one length, got the lengths {lengths}.")
-    names = [name for name, _ in named] if named else [f"[{index}]" for index in range(len(columns[0]))]
+    names = [name for name, _ in named] if named else [f"[{index}]" for index in range(len(first))]
     transposed = zip(names, zip(*columns, strict=True), strict=True)
     items = [merge(column, weights, sizes, path + name) for name, column in transposed]
     return record_like(first, items) if named else sequence_like(first, items)
@@ -191,10 +191,11 @@ def _merge_rows(values: Sequence[Any], weights: Sequence[Count], sizes: Sequence
 
 def _merge_tensors(values: list[Tensor], weights: Sequence[Count], sizes: Sequence[int], path: str) -> Tensor:
     if all(rows(value) == size for value, size in zip(values, sizes, strict=True)):
-        if not values[0].is_nested:
+        layouts = [value.layout for value in values if value.is_nested]
+        if not layouts:
             return torch.cat(values)
         parts = [part for value in values for part in value.unbind()]
-        return torch.nested.as_nested_tensor(parts, layout=values[0].layout)
+        return torch.nested.as_nested_tensor(parts, layout=layouts.pop())
     if any(value.is_nested for value in values) or len({value.shape for value in values}) > 1:
         shapes = ", ".join("nested" if value.is_nested else str(tuple(value.shape)) for value in values)
         raise TypeError(f"`{path}` must have a row per sample or one shape, got the shapes {shapes}.")

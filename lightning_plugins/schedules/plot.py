@@ -90,7 +90,7 @@ def draw_panels(
     width, height = (7, 3.2 * len(panels) + 0.2 * lines) if size is None else size
     inches = (real_number("size", width, above=0), real_number("size", height, above=0))
     figure = Figure(figsize=inches, layout="constrained")  # no pyplot: nothing global
-    every = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    every = figure.subplots(len(panels), sharex=True, squeeze=False).ravel()
     for axes, (title, curves) in zip(every, panels.items(), strict=True):
         for label, values in curves.items():
             axes.plot(steps, values, label=textwrap.fill(label, int(_LABEL_WIDTH * inches[0] / 7) + 1))

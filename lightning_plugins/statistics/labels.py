@@ -232,7 +232,7 @@ def _of_one_shape(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
                 return predictions.squeeze(axis), targets
     axis = -1 if less < 4 else 1
     if less > 1 and targets.shape[axis] == 1 and (more == less - 1 or (more == less and predictions.shape[axis] != 1)):
-        return predictions, targets.squeeze(axis)
+        return _of_one_shape(predictions, targets.squeeze(axis))
     return predictions, targets
 
 

@@ -154,7 +154,7 @@ def _drawn(runs: Sequence[tuple[str, Curves]], *, log: bool) -> Any:
     with_rates = any(curves.rates[0] for _, curves in runs)
     panels = len(statistics) + with_rates
     figure = _figure(8, 2 + 2 * panels)
-    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(panels, sharex=True, squeeze=False).ravel()
     for axis, statistic in zip(axes, statistics, strict=False):
         for run, curves in runs:
             for line, (xs, ys) in sorted(curves.lines.get(statistic, {}).items()):

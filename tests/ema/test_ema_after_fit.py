@@ -210,6 +210,18 @@ def test_digest_tells_signs_orders_and_single_bits():
     assert digest([torch.zeros(0)]) == digest([torch.zeros(0)])
 
 
+@pytest.mark.parametrize("after_fit", ["average", "raw"])
+def test_a_module_that_was_moved_after_its_fit_is_evaluated_with_the_average(after_fit):
+    module, ema = Scripted(), EMA(0.9, after_fit=after_fit)
+    fit = trainer(ema)
+    fit.fit(module, numbers(5))
+    # what `module.to(device)` does
+    module.weight.data = module.weight.data.clone()
+    fit.validate(module, numbers(1), verbose=False)
+    assert module.seen == pytest.approx([WARMUP[4]], rel=1e-6)
+    assert module.weight.item() == pytest.approx(WARMUP[4] if after_fit == "average" else THETA[4], rel=1e-6)
+
+
 # -- states are checked like arguments
 
 

@@ -104,6 +104,31 @@ def test_unfrozen_weights_join_at_the_next_epoch():
         assert not torch.equal(ema.raw_state_dict()["net.0.weight"], before)
 
 
+def test_weights_unfrozen_by_a_run_that_resumes_in_mid_epoch_join_before_its_first_step(tmp_path):
+    class Save(unified.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    class Unfreeze(unified.Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.net[0].requires_grad_(True)
+
+    def fit(ema, *callbacks, **options):
+        torch.manual_seed(0)
+        module = Net()
+        module.net[0].requires_grad_(False)
+        before = module.net[0].weight.detach().clone()
+        trainer(ema, *callbacks).fit(module, regression(), **options)
+        return before
+
+    fit(EMA(ConstantDecay(1.0)), Save())
+    ema = EMA(ConstantDecay(1.0))
+    before = fit(ema, Unfreeze(), ckpt_path=tmp_path / "mid.ckpt")
+    assert torch.equal(ema.average_state_dict()["net.0.weight"], before)
+    assert not torch.equal(ema.raw_state_dict()["net.0.weight"], before)
+
+
 def test_training_is_bit_for_bit_what_it_is_without_an_average():
     runs = []
     for callbacks in (

@@ -17,7 +17,7 @@ from lightning_plugins import (
 )
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import MisconfigurationException
-from lightning_plugins.ema.checkpoint_format import RECORD_KEY, Contents, fitting_average
+from lightning_plugins.ema.checkpoint_format import RECORD_KEY, Contents, fitting_average, read_contents
 from lightning_plugins.ema.checkpoint_summary import describe_checkpoint
 from lightning_plugins.ema.snapshots import list_snapshots
 from tests.support import conditions
@@ -62,6 +62,19 @@ def test_files_of_lightnings_own_callback_are_resumed(tmp_path):
         assert torch.equal(seen["average"][name], theirs["state_dict"][name])
     assert seen["state"] == {"version": 1, "applied_steps": 8, "origin": 0, "last_update": 8}
     assert ema.state_dict()["last_update"] == 16
+
+
+@pytest.mark.parametrize(("count", "updates"), [(torch.tensor(3), 3), (3, 3), (torch.tensor([3]), 3), (0, 0)])
+def test_the_updates_of_lightnings_own_average_are_its_own_count(count, updates):
+    file = {"state_dict": {}, "current_model_state": {}, "averaging_state": {"n_averaged": count}}
+    assert read_contents(file).updates == updates
+    assert isinstance(read_contents(file).updates, int)
+
+
+@pytest.mark.parametrize("count", [{}, {"n_averaged": 1.5}, {"n_averaged": torch.tensor([1, 2])}, {"n_averaged": -1}])
+def test_a_count_of_lightnings_own_average_that_is_none_is_refused(count):
+    with pytest.raises((TypeError, ValueError), match="`n_averaged` must be"):
+        read_contents({"state_dict": {}, "current_model_state": {}, "averaging_state": count})
 
 
 def test_an_average_added_to_a_resumed_run_begins_there(tmp_path, caplog):

@@ -37,6 +37,18 @@ def test_a_replaced_parameter_is_followed_from_its_own_value(tmp_path, caplog, b
     torch.testing.assert_close(average["backbone.0.weight"], whole, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_noticed_in_mid_epoch_is_said_at_once(caplog):
+    said = []
+
+    class Look(unified.Callback):
+        def on_train_batch_end(self, *_):
+            said.append("head.weight, head.bias was replaced" in caplog.text)
+
+    with caplog.at_level("INFO"):
+        trainer(EMA(0.9), At(3, new_head, batch=True), Look()).fit(Wide(), regression())
+    assert said == [False] * 3 + [True] * 5
+
+
 def test_a_parameter_replaced_in_validation_is_in_the_file_and_trained_on(tmp_path):
     class Replace(unified.Callback):
         def on_validation_epoch_end(self, trainer, pl_module):

@@ -321,6 +321,12 @@ def test_another_fit_goes_on_only_with_the_same_cuts(ranks):
         same, different = stand_ins.Optimizer12(ranks[0][1], *CUTS[0]), stand_ins.Optimizer12(other, 0, 13)
         shadows[0].rebind_to(Zero(stand_ins.Engine(same)))
         assert all(map(torch.equal, before, [part.values for part in shadows[0].averages()]))
+        # the masters of this fit are followed from now on
+        same.flat.add_(1)
+        shadows[0].update(DECAY)
+        masters = [part.values for part in Zero(stand_ins.Engine(same)).masters(ranks[0][1])]
+        for old, now, part in zip(before, masters, shadows[0].averages(), strict=True):
+            torch.testing.assert_close(part.values, DECAY * old + (1 - DECAY) * now)
         shadows[0].module = other
         with pytest.raises(ValueError, match="must go on with the stage and optimizer"):
             shadows[0].rebind_to(Zero(stand_ins.Engine(different)))

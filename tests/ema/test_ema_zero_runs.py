@@ -16,6 +16,7 @@ from lightning_plugins import (
     extract_weights,
     synthesize_ema,
 )
+from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema import zero_saves
 from lightning_plugins.ema.zero_files import files_of
@@ -153,6 +154,7 @@ def test_a_directory_that_is_saved_while_the_module_holds_the_average_has_the_ma
     folder, masters, _, (ema, latest), _ = whole
     saved = torch.load(folder / name / "checkpoint" / "mp_rank_00_model_states.pt")
     assert np.array_equal(saved["masters"].double().numpy(), masters[8])
+    assert saved["rest"].keys().isdisjoint({checkpoint_keys.EMA, checkpoint_keys.POSTHOC_EMA})
     post = [f"post-hoc {sigma} " for sigma in SIGMAS]
     names = sorted(files_of(folder / name))
     assert [*names[:2], *(found[: len(prefix)] for found, prefix in zip(names[2:], post, strict=True))] == [

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_plugins import CancelBatch, Event, EventCallback, GradientAccumulation, MicroBatching, StatisticsRecorder
+from lightning_plugins.events.training_loop import TrainingLoop
 from tests.support.events_runs import batches, fit, make_regression
 from tests.support.training import make_trainer
 
@@ -95,6 +96,34 @@ def test_batches_that_are_no_pairs(tmp_path):
     loader = torch.utils.data.DataLoader(data, batch_size=None)
     make_trainer(tmp_path, callbacks=[callback], limit_val_batches=0).fit(module, loader, batches(1))
     assert [(sorted(given), target is None) for given, target in seen] == [(["target", "x"], False), (["x"], True)]
+
+
+NORMAL = torch.distributions.Normal(0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("output", "prediction"),
+    [
+        (torch.ones(2, 3), torch.ones(2, 3)),
+        (torch.ones(1), torch.ones(1)),
+        ((torch.ones(2), torch.zeros(2)), (torch.ones(2), torch.zeros(2))),
+        ({"boxes": torch.ones(2)}, {"boxes": torch.ones(2)}),
+        ({"logits": torch.ones(2), "loss": torch.tensor(1.0)}, torch.ones(2)),
+        (NORMAL, NORMAL),
+        # what a step returns, which under DistributedDataParallel is the module's forward
+        (torch.tensor(1.0), None),
+        ({"loss": torch.tensor(1.0)}, None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_a_prediction_is_what_forward_returns_unless_it_is_a_loss(tmp_path, output, prediction):
+    loop = TrainingLoop(make_trainer(tmp_path))
+    assert loop.forward_done(output) is (prediction is not None)
+    if prediction is NORMAL or prediction is None:
+        assert loop.last_output is prediction
+    else:
+        torch.testing.assert_close(loop.last_output, prediction)
 
 
 def test_several_validation_loaders_count_each_for_itself(tmp_path):

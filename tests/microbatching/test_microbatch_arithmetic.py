@@ -87,6 +87,17 @@ def test_sequences_of_several_lengths_are_put_one_after_another():
         assert [part.tolist() for part in first] == [part.tolist() for part in parts[:2]]
 
 
+def test_a_piece_whose_samples_have_one_length_may_be_put_beside_nested_ones():
+    parts = [torch.arange(3.0), torch.arange(5.0), torch.arange(4.0)]
+    for pieces, order in (((parts[:2], parts[2:]), [0, 1, 2]), ((parts[2:], parts[:2]), [2, 0, 1])):
+        given = [
+            torch.nested.nested_tensor(piece, layout=torch.jagged) if len(piece) == 2 else torch.stack(piece)
+            for piece in pieces
+        ]
+        found = merge(given, [2 / 3, 1 / 3], [len(piece) for piece in pieces])
+        assert [part.tolist() for part in found.unbind()] == [parts[number].tolist() for number in order]
+
+
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_a_sequence_has_an_entry_per_sample_or_a_field_that_has_a_row_per_sample(kind):
     """Three samples in pieces of 2 and 1, so that every length could be either."""

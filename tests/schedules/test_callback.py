@@ -163,6 +163,9 @@ def test_every_group_keeps_its_own_base_rate(tmp_path):
     assert rates(module, 0) == expected(schedule, 10, 0.1)
     assert rates(module, 1) == expected(schedule, 10, 0.02)
     assert callback.lrs == [tuple(used) for used in module.optimizer.used]
+    for base_lr in ([0.1], [0.1, 0.2, 0.3]):
+        with pytest.raises(ValueError, match="`base_lr` must have one rate for each of the 2 groups"):
+            fit(tmp_path, LearningRateScheduler(WarmupLinear(2), base_lr=base_lr), module=module)
 
 
 def test_base_rates_and_minimum_are_absolute(tmp_path):

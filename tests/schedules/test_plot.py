@@ -9,6 +9,7 @@ import pytest
 from lightning_plugins import Cosine, Join, Linear, Noam, Schedule, Segment, Segments, WarmupCosine
 from lightning_plugins.cli import main
 from lightning_plugins.schedules import parse_schedule, plot_schedules, sketch
+from lightning_plugins.schedules.plot import draw_panels
 
 PNG = b"\x89PNG\r\n"
 
@@ -51,6 +52,33 @@ def test_the_curve_that_is_drawn_is_the_schedule(tmp_path, monkeypatch):
     steps, values = drawn["long"]
     assert len(steps) <= 2002
     assert (steps[0], steps[-1], values[-1]) == (0, 10**6 - 1, pytest.approx(1e-6))
+
+
+def test_axes_begin_at_0_but_for_a_panel_whose_values_lie_close_together(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: (figures.append(self), save(self, *args, **options))
+    )
+    rate = {"head": [0.1, 0.05, 0.0], "body": [0.01, 0.005, 0.0]}
+    panels = {"learning rate": rate, "decay": {"ema": [0.996, 0.998, 1.0]}, "flat": {"all": [0.5, 0.5, 0.5]}}
+    draw_panels(panels, range(3), tmp_path / "three.png")
+    draw_panels({"decay": panels["decay"]}, range(3), tmp_path / "one.png")
+    three, one = figures
+    assert [axes.get_ylim()[0] for axes in three.axes] == [0, pytest.approx(0.996, abs=0.001), 0]
+    assert [axes.get_ylabel() for axes in three.axes] == list(panels)
+    assert [axes.get_xlabel() for axes in three.axes] == ["", "", "optimizer step"]
+    assert {axes.get_xlim() for axes in three.axes} == {(0, 3)}
+    assert [[text.get_text() for text in axes.get_legend().get_texts()] for axes in three.axes] == list(
+        map(list, panels.values())
+    )
+    assert three.legends == []
+    # a picture of one panel has its names above it
+    assert one.axes[0].get_ylim()[0] == 0
+    assert one.axes[0].get_legend() is None
+    assert [text.get_text() for text in one.legends[0].get_texts()] == ["ema"]
+    assert tuple(three.get_size_inches()) == pytest.approx((7, 3 * 3.2 + 4 * 0.2))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,17 @@ def test_whole_numbers_in_a_grid_are_class_numbers_or_several_labels():
     wanted = expected(labels.flatten(), predicted.flatten())
     check(values_of(in_pieces(predicted, labels)), wanted)
     check(values_of(in_pieces(predicted % 2, labels % 2)), expected(labels.flatten() % 2, predicted.flatten() % 2))
+    # one-hot rows until then: each row of a file by what its own phase had shown
+    one_hot = [torch.nn.functional.one_hot(numbers[:, 0], 6) for numbers in (predicted, labels)]
+    sums, states = PhaseSums(statistic_set(["accuracy", MCC])), []
+    for batch in [*in_pieces(*one_hot, 3), (predicted % 2, labels % 2)]:
+        sums.update(None, *batch)
+        states.append(sums.state_now())
+    rows = [StatisticsRow("train", 1, 1, 1, 1, 1, 1, None, 0.0, 0.0, state) for state in states]
+    evaluate(sums.statistics, rows)
+    check(rows[2].values, expected(labels[:, 0], predicted[:, 0]))
+    found, wanted = (torch.cat([one, other % 2]) for one, other in zip(one_hot, (predicted, labels), strict=True))
+    check(rows[3].values, expected(wanted.flatten(), found.flatten()))
 
 
 @pytest.mark.parametrize("task", ["auto", "multiclass"])
