@@ -61,6 +61,15 @@ def test_a_group_of_one_writes_the_mean(paths, tmp_path):
 
 
 @pytest.mark.usefixtures("_group")
+def test_a_file_counts_as_one_part(paths, tmp_path):
+    """As one that another strategy wrote before the run went on in shards, or after."""
+    whole = {"w": torch.arange(6.0).view(3, 2) + 1, "half": torch.ones(2).bfloat16()}
+    torch.save({"state_dict": whole, "global_step": 1}, tmp_path / "file.ckpt")
+    write_together(lambda: mean_of([paths[0], tmp_path / "file.ckpt"]), tmp_path / "mean.ckpt", CPU)
+    assert_is_mean(tmp_path / "mean.ckpt")
+
+
+@pytest.mark.usefixtures("_group")
 def test_what_goes_wrong_before_the_file_is_raised_as_it_is(paths, tmp_path):
     (paths[1] / ".metadata").unlink()
     with pytest.raises((CheckpointError, OSError), match=r"1\.ckpt"):
