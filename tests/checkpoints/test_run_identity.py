@@ -88,3 +88,71 @@ def test_two_runs_of_unlike_epochs_come_apart_in_any_order(seed):
     found = newest_run(shuffled, files)
     falls = any(a[0] < b[0] and a[1] > b[1] for a in runs["s"] for b in runs["l"])
     assert {name[0] for name in found} == {highest} if falls else highest in {name[0] for name in found}
+
+
+def test_the_latest_fit_decides_where_a_file_belongs():
+    run, branch = Lineage((("a", 50),)), Lineage((("a", 5), ("b", 9)))
+    assert branch not in run
+    assert branch in Lineage((("a", 5), ("b", 20)))
+    assert (run.began, branch.began, Lineage().began) == ("a", "b", "")
+    assert branch.at(12) == Lineage((("a", 5), ("b", 12)))
+    assert (Lineage() in run) is False
+
+
+@pytest.mark.parametrize("fits", [[["a", 0]], [("x" * 80, 3)], (("a", 1),), [["a", 1]] * 10_000], ids=len)
+def test_a_lineage_of_a_file_is_taken(fits):
+    assert lineage_of({"lightning_plugins_run": {"version": 1, "fits": fits}}).fits == tuple(map(tuple, fits))
+
+
+@pytest.mark.parametrize(
+    "fits",
+    [
+        *(None, 5, "ab", {"a": 1}, {("a", 1)}, ["a1"], [{"a": 1, "b": 2}], [["a"]], [["a", 1, 2]], [[5, 1]], [["", 1]]),
+        *([["x" * 81, 1]], [["two\nlines", 1]], [["a", -1]], [["a", True]], [["a", 1.5]], [["a", "1"]]),
+        [["a", 1]] * 10_001,
+    ],
+    ids=lambda fits: str(fits)[:20],
+)
+def test_what_is_no_lineage_is_none(fits):
+    state = {"version": 1, "fits": fits}
+    with pytest.raises((TypeError, ValueError), match=r"`(lightning_plugins_run|fits)` must"):
+        checked_lineage(state)
+    assert lineage_of({"lightning_plugins_run": state}) == Lineage()
+
+
+def newest_of(files):
+    """Return the newest run of files without names, each a step and an epoch."""
+    return newest_run(range(len(files)), {index: (Lineage(), *numbers) for index, numbers in enumerate(files)})
+
+
+@pytest.mark.parametrize(
+    ("files", "newest"),
+    [
+        ([], []),
+        ([(10, 0)], [0]),
+        # one run that saves within epochs, twice at a step, and once without its epoch
+        ([(5, 0), (10, 0), (15, 1), (15, 1), (20, None), (20, 1), (30, 2)], [0, 1, 2, 3, 4, 5, 6]),
+        ([(10, 0), (20, 1), (30, 0)], [2]),
+        # at one step there is one epoch
+        ([(10, 0), (20, 1), (30, 2), (30, 1)], [3]),
+        # a file without its epoch goes where its steps are nearest, as one of the first epoch
+        ([(10, None), (20, 1), (30, 0)], [2]),
+        ([(0, 0), (1, 0)], [0, 1]),
+    ],
+)
+def test_files_without_names_are_told_apart_by_their_epochs(files, newest):
+    assert sorted(newest_of(files)) == newest
+
+
+@pytest.mark.parametrize("short", [4, 10])
+@pytest.mark.parametrize("times", [3, 5])
+@pytest.mark.parametrize("epochs", [(4, 1), (7, 2), (10, 2), (20, 3), (21, 5)])
+def test_two_runs_with_epochs_of_unlike_lengths_come_apart(short, times, epochs):
+    runs = [
+        [(length * (epoch + 1), epoch) for epoch in range(count)]
+        for length, count in zip((short, short * times), epochs, strict=True)
+    ]
+    expected = max(runs, key=lambda run: run[-1][0])
+    files = runs[0] + runs[1]
+    random.Random(0).shuffle(files)
+    assert sorted(files[index] for index in newest_of(files)) == expected
