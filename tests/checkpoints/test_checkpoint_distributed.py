@@ -14,6 +14,7 @@ from lightning_plugins.checkpoints.average_of_run import AverageOfRun
 from lightning_plugins.checkpoints.distributed import on_rank_zero, write_together
 from lightning_plugins.checkpoints.formats import open_checkpoint
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
+from lightning_plugins.core.save_marks import new_save, write_marked
 
 CPU = torch.device("cpu")
 
@@ -75,6 +76,15 @@ def test_what_goes_wrong_before_the_file_is_raised_as_it_is(paths, tmp_path):
     with pytest.raises((CheckpointError, OSError), match=r"1\.ckpt"):
         write_together(lambda: mean_of(paths), tmp_path / "mean.ckpt", CPU)
     assert not (tmp_path / "mean.ckpt").exists()
+
+
+def test_a_directory_of_two_saves_is_refused(tmp_path):
+    with warnings.catch_warnings():  # that there is one process
+        warnings.simplefilter("ignore")
+        write_marked(dcp.save, {"state_dict": {"w": torch.ones(1)}}, tmp_path / "x", save=new_save(), step=0, rank=0)
+    torch.save({"global_step": 1}, tmp_path / "x" / "meta.pt")
+    with pytest.raises(CheckpointError, match=r"its \.metadata is of a save of which there is no meta\.pt"):
+        open_checkpoint(tmp_path / "x", trust=False)
 
 
 def test_a_process_alone_needs_no_group(paths, tmp_path):

@@ -147,3 +147,32 @@ def test_a_program_of_torchscript_is_told_as_what_it_is(tmp_path, capsys):
         archive.writestr("program/code/__torch__.py", "class Linear(Module): ...", zipfile.ZIP_DEFLATED)
     assert main(["inspect", str(tmp_path / "program.pt")]) == 2
     assert "it is a TorchScript archive, not a checkpoint" in capsys.readouterr().err
+
+
+def test_lines_are_made_for_reading(tmp_path, capsys):
+    """Tied tensors are counted once, numbers have commas, and what there is not is a dash."""
+    weight = torch.ones(3, 500)
+    state = {"w": weight, "tied": weight, "n": torch.tensor(3), "note": "x"}
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"state_dict": {"w": weight}, "global_step": 10**400}, tmp_path / "huge.ckpt")
+    lines, found = inspected(capsys, tmp_path / "plain.pt")
+    assert [line for line in lines if not line.startswith(("path", "file bytes"))] == [
+        "kind         state dict",
+        "epoch        -",
+        "global step  -",
+        "state dict   weights weights, tensors 3, elements 3,001, bytes 6,008, types float32, int64",
+        "sources      -",
+        "other        note",
+    ]
+    assert found["state_dict"]["bytes"] == 6008
+    assert max(map(len, inspected(capsys, tmp_path / "huge.ckpt")[0])) < 700
+
+
+def test_a_directory_is_listed_by_steps_and_what_has_none_comes_last(tmp_path, capsys):
+    for name, said in {"a": {}, "b": {"global_step": 0}, "c": {"global_step": 12_000}, "d": {"global_step": 7}}.items():
+        torch.save({"state_dict": {"w": torch.ones(1)}, **said}, tmp_path / f"{name}.ckpt")
+    lines, found = inspected(capsys, tmp_path)
+    assert [one["global_step"] for one in found] == [0, 7, 12_000, None]
+    assert ["step 0," in lines[0], "step 7," in lines[1], "step 12,000," in lines[2], "step -," in lines[3]] == [
+        True
+    ] * 4

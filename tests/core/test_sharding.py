@@ -7,6 +7,7 @@ import torch
 
 from lightning_plugins.core import flat_shards
 from lightning_plugins.core.flat_shards import FlatShard
+from lightning_plugins.core.module_state import state_of
 from lightning_plugins.core.sharding import any_sharded, is_sharded, local, reshard
 
 
@@ -202,3 +203,23 @@ def test_a_parameter_without_a_share_has_the_other_ranks_gradient(two_alike):
     share = torch.zeros(0).as_subclass(Part)
     share.grad = torch.ones(2)
     assert flat_shards.of(module.bias).gradient(share, 4).tolist() == [2, 2]
+
+
+class Buffers(torch.nn.Linear):
+    """A layer without a bias, with a buffer that is saved and one that is not."""
+
+    def __init__(self):
+        super().__init__(3, 2, bias=False)
+        self.register_buffer("count", torch.ones(1))
+        self.register_buffer("cache", torch.ones(1), persistent=False)
+
+
+def test_a_state_dict_in_shards_has_the_names_of_the_whole_one():
+    """FSDP1's own would gather them; the names that its wrappers add are taken out."""
+    module = torch.nn.Sequential(Buffers(), torch.nn.Linear(2, 2))
+    expected = module.state_dict(keep_vars=True)
+    module[1] = wrapped(module[1])
+    flat_shards.look_up(module, module)
+    found = state_of(module)
+    assert [name.replace("module.", "") for name in found] == list(expected)
+    assert all(found[name] is value for name, value in zip(found, expected.values(), strict=True))
