@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; ``None``: the process's own.
 
     Returns:
-        Exit status: 0, or 2 after one line about bad input on standard error; 1 where all that could be done was done,
-        after a line for each thing that could not. 130 after Ctrl-C, 141 when the output is no longer read.
+        Exit status: 0, or 2 after a line about bad input on standard error, whether the rest was done or nothing.
+        130 after Ctrl-C, 141 when the output is no longer read.
     """
     parser = Parser(prog="lightning-plugins", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")

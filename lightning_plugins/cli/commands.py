@@ -16,7 +16,6 @@ else:
     Commands = object
 
 BAD_INPUT = 2
-NOT_ALL = 1
 CHECKPOINTS = (".ckpt", ".safetensors")
 WEIGHTS = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_plugins import checkpoints, ema
-from lightning_plugins.cli.commands import NOT_ALL, Commands, add_trust, complain, say
+from lightning_plugins.cli.commands import BAD_INPUT, Commands, add_trust, complain, say
 from lightning_plugins.core.validation import shortened, shown
 
 _DESCRIPTION = """\
 Say what a checkpoint holds, without running what it names: Lightning's, plain
 state dicts, safetensors, sharded directories, and all in a directory. Of those
 in it that cannot be read it says why on the error output, and the exit status
-is 1.
+is 2.
 """
 _EPILOG = """\
 examples:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(found, as_json=arguments.json)
         for fault in faults:
             complain(fault)
-        return NOT_ALL if faults else 0
+        return BAD_INPUT if faults else 0
     else:
         _print(_described(path, trust=arguments.trust), as_json=arguments.json)
     return 0

@@ -81,7 +81,7 @@ def test_a_directory_is_read_to_its_end_and_what_cannot_be_read_is_named(whole, 
     (tmp_path / "step=3.ckpt" / "__0_0.distcp").write_bytes(b"of a save that was killed")
     (tmp_path / "z.ckpt").write_bytes((whole / "1.ckpt").read_bytes())
     for options in ([], ["--json"]):
-        assert main(["inspect", str(tmp_path), *options]) == 1
+        assert main(["inspect", str(tmp_path), *options]) == 2
         output = capsys.readouterr()
         lines = output.err.splitlines()
         for line, (name, why) in zip(
