@@ -61,6 +61,7 @@ class StepClock:
 
     Args:
         optimizer: The optimizer to listen to. :meth:`close` takes the hooks off again.
+        before: Called before every step.
 
     Attributes:
         attempted: Steps that the optimizer was called for. A step that a scaler skipped calls no hook.
@@ -76,8 +77,9 @@ class StepClock:
         (2, 1)
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, before: Callable[[], None] | None = None) -> None:
         self.attempted = 0
+        self._before = before
         self._called_with_gradient = 0
         # stays on the device until it is asked for
         self._skipped_inside: Tensor | None = None
@@ -109,6 +111,8 @@ class StepClock:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._running = True
+        if self._before is not None:
+            self._before()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._running:
@@ -138,14 +142,16 @@ class RunClock:
     Args:
         trainer: The Trainer, when training starts.
         applied: Steps that were applied before.
+        between: Called between two steps of one batch, when the Trainer has one optimizer.
 
     Attributes:
         news: What was noticed, a line each; emptied by the reader.
     """
 
-    def __init__(self, trainer: Any, applied: int) -> None:
+    def __init__(self, trainer: Any, applied: int, between: Callable[[], None] | None = None) -> None:
         self.news: list[str] = []
         self._trainer = trainer
+        self._between = between if len(trainer.optimizers) == 1 else None
         # the Trainer's and the clock's count, as last compared
         self._steps: tuple[int, int] | None = None
         self._silent = False
@@ -188,9 +194,13 @@ class RunClock:
 
     def _listen(self, applied: int) -> None:
         self._optimizer = self._optimizer_of_trainer()
-        self._clock = StepClock(self._optimizer)
+        self._clock = StepClock(self._optimizer, None if self._between is None else self._before_step)
         self.restore(applied)
         self._writes = self._clock.attempted, _writes_into(self._optimizer)
+
+    def _before_step(self) -> None:
+        if self._steps is not None and self._between is not None and self._clock.attempted != self._steps[1]:
+            self._between()
 
     def _listen_to_another(self) -> None:
         applied = self._clock.applied

@@ -7,7 +7,7 @@ Under ZeRO a rank trains its own partition of the weights, in float32, from whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,19 +195,20 @@ class ZeroClock:
         """Do nothing: there is nothing to take off."""
 
 
-def clock_of(trainer: Any, applied: int) -> RunClock | ZeroClock:
+def clock_of(trainer: Any, applied: int, between: Callable[[], None] | None = None) -> RunClock | ZeroClock:
     """Return what counts the applied steps of a run, whatever its strategy.
 
     Args:
         trainer: The Trainer, when training starts.
         applied: Steps that were applied before.
+        between: Called between two steps of one batch, where there is one optimizer and it is not DeepSpeed's.
 
     Raises:
         TypeError: If the optimizer's steps cannot be seen.
         ValueError: If DeepSpeed's optimizer is of a kind that was not tested.
     """
     zero = zero_of(trainer)
-    return RunClock(trainer, applied) if zero is None else ZeroClock(zero, applied)
+    return RunClock(trainer, applied, between) if zero is None else ZeroClock(zero, applied)
 
 
 def fragment(found: NamedTensor, part: tuple[int, Tensor]) -> Fragment:

@@ -156,7 +156,7 @@ class AveragingCallback(Callback):
             )
         self._trainer = trainer
         try:
-            self._clock = clock_of(trainer, counter.applied)
+            self._clock = clock_of(trainer, counter.applied, self._catch_up)
         except TypeError as error:
             raise MisconfigurationException(
                 f"`{type(self).__name__}` must see the steps of the optimizer, but {type(optimizers[0]).__name__} has "

@@ -109,6 +109,36 @@ def test_several_steps_in_one_batch_decay_for_each():
     assert ema.average_state_dict()["a"].item() == pytest.approx(follow([THETA[2], THETA[5]], [0.125] * 2)[-1])
 
 
+@pytest.mark.parametrize("way", ["by hand", "twice", "torch's", "toggled"])
+def test_each_of_several_steps_in_one_batch_of_one_optimizer_is_an_update(way):
+    class Steps(Scripted):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = way != "by hand"
+
+        def training_step(self, batch, batch_idx):
+            if self.automatic_optimization:
+                return super().training_step(batch, batch_idx)
+            for _ in range(2):
+                self.manual_backward(super().training_step(batch, batch_idx))
+                self.optimizers().step()
+            return None
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            step = optimizer.optimizer.step if way == "torch's" else optimizer.step
+            if way == "toggled":
+                with optimizer.toggle_model():
+                    step(closure)
+            else:
+                step(closure)
+            step()
+
+    module, ema = Steps(), EMA(0.9)
+    trainer(ema).fit(module, numbers(5))
+    assert ema.state_dict()["last_update"] == 10
+    assert module.weight.item() == pytest.approx(WARMUP[-1], rel=1e-6)
+
+
 class Overflowing(Net):
     """Some batches overflow in float16."""
 
