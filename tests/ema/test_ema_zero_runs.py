@@ -7,15 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plugins import (
-    EMA,
-    ConstantDecay,
-    LatestWeightAveraging,
-    PostHocEMA,
-    PowerDecay,
-    extract_weights,
-    synthesize_ema,
-)
+import lightning_plugins as lp
 from lightning_plugins.core import checkpoint_keys
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.ema import zero_saves
@@ -95,9 +87,9 @@ def data(n=8):
 
 def averages(folder):
     return (
-        EMA(ConstantDecay(0.75)),
-        LatestWeightAveraging(3, every=2, **RAW),
-        PostHocEMA(SIGMAS, every_n_steps=5, dirpath=folder),
+        lp.EMA(lp.ConstantDecay(0.75)),
+        lp.LatestWeightAveraging(3, every=2, **RAW),
+        lp.PostHocEMA(SIGMAS, every_n_steps=5, dirpath=folder),
     )
 
 
@@ -140,8 +132,8 @@ def test_averages_are_those_of_the_masters(whole):
     np.testing.assert_allclose(flat(ema), expected, rtol=0, atol=1e-7)
     assert np.array_equal(flat(latest), np.mean([masters[4], masters[6], masters[8]], axis=0).astype(np.float32))
     for sigma in SIGMAS:
-        expected = recursion(masters, [PowerDecay(sigma)(n) for n in range(1, 9)])
-        np.testing.assert_allclose(flat(synthesize_ema(folder / "snapshots", sigma)), expected, rtol=0, atol=1e-6)
+        expected = recursion(masters, [lp.PowerDecay(sigma)(n) for n in range(1, 9)])
+        np.testing.assert_allclose(flat(lp.synthesize_ema(folder / "snapshots", sigma)), expected, rtol=0, atol=1e-6)
     [seen] = module.seen
     for name in NAMES:
         assert torch.equal(seen[name], ema[name].bfloat16())
@@ -162,8 +154,8 @@ def test_a_directory_that_is_saved_while_the_module_holds_the_average_has_the_ma
         "lawa",
         *post,
     ]
-    assert same(extract_weights(folder / name), ema)
-    assert same(extract_weights(folder / name, name="lawa"), latest)
+    assert same(lp.extract_weights(folder / name), ema)
+    assert same(lp.extract_weights(folder / name, name="lawa"), latest)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
@@ -174,7 +166,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path):
     assert all(same(one.average_state_dict(), two) for one, two in zip(again[:2], states, strict=True))
     assert same(again[0].raw_state_dict(), raw)
     for sigma in SIGMAS:
-        assert same(synthesize_ema(tmp_path, sigma), synthesize_ema(folder / "snapshots", sigma))
+        assert same(lp.synthesize_ema(tmp_path, sigma), lp.synthesize_ema(folder / "snapshots", sigma))
 
 
 def test_a_run_that_finds_nothing_left_to_train_ends_as_the_one_did_that_was_killed_while_it_ended(whole, tmp_path):
@@ -187,12 +179,17 @@ def test_a_run_that_finds_nothing_left_to_train_ends_as_the_one_did_that_was_kil
     assert same(again[0].raw_state_dict(), raw)
     assert same(clone_state(ended), clone_state(module))
     for sigma in SIGMAS:
-        assert same(synthesize_ema(tmp_path, sigma), synthesize_ema(folder / "snapshots", sigma))
+        assert same(lp.synthesize_ema(tmp_path, sigma), lp.synthesize_ema(folder / "snapshots", sigma))
 
 
 def test_a_directory_is_evaluated_with_the_average_of_the_callback_that_evaluates(whole):
     folder, _, _, (ema, latest), raw = whole
-    cases = [(EMA(), ema), (LatestWeightAveraging(), latest), (EMA(evaluate="raw"), raw), (EMA(name="other"), raw)]
+    cases = [
+        (lp.EMA(), ema),
+        (lp.LatestWeightAveraging(), latest),
+        (lp.EMA(evaluate="raw"), raw),
+        (lp.EMA(name="other"), raw),
+    ]
     for average, expected in cases:
         module = Half()
         trainer(average, strategy=OneRank()).validate(module, data(1), ckpt_path=folder / "end", verbose=False)
@@ -202,16 +199,16 @@ def test_a_directory_is_evaluated_with_the_average_of_the_callback_that_evaluate
 
 def test_an_average_that_the_directory_lacks_begins_anew(whole, tmp_path):
     folder, masters, *_ = whole
-    new = EMA(ConstantDecay(0.5), name="new", **RAW)
+    new = lp.EMA(lp.ConstantDecay(0.5), name="new", **RAW)
     # the directory has 0.05, too, of a callback of other widths
-    others = {width: PostHocEMA(widths, every_n_steps=4, dirpath=tmp_path / str(width)) for width, widths in OTHERS}
+    others = {width: lp.PostHocEMA(widths, every_n_steps=4, dirpath=tmp_path / str(width)) for width, widths in OTHERS}
     fit(new, *others.values(), ckpt_path=folder / "five")
     np.testing.assert_allclose(
         flat(new.average_state_dict()), recursion(masters[5:], [0.5] * 3), rtol=0, atol=1e-7
     )  # fmt: skip
     for width in others:
-        expected = recursion(masters[5:], [PowerDecay(width)(n) for n in range(1, 4)])
-        np.testing.assert_allclose(flat(synthesize_ema(tmp_path / str(width), width)), expected, rtol=0, atol=1e-6)
+        expected = recursion(masters[5:], [lp.PowerDecay(width)(n) for n in range(1, 4)])
+        np.testing.assert_allclose(flat(lp.synthesize_ema(tmp_path / str(width), width)), expected, rtol=0, atol=1e-6)
 
 
 def test_two_of_overlapping_widths_have_files_of_their_own(whole, tmp_path):
@@ -220,12 +217,12 @@ def test_two_of_overlapping_widths_have_files_of_their_own(whole, tmp_path):
 
     def callbacks(place):
         for widths in (first, second):
-            yield PostHocEMA(widths, every_n_steps=4, dirpath=tmp_path / place / str(widths))
+            yield lp.PostHocEMA(widths, every_n_steps=4, dirpath=tmp_path / place / str(widths))
 
     fit(*callbacks("whole"), Save(tmp_path / "six", 6), ckpt_path=whole[0] / "five")
     fit(*callbacks("resumed"), ckpt_path=tmp_path / "six")
     for widths in (first, second):
-        found = [synthesize_ema(tmp_path / place / str(widths), 0.05) for place in ("whole", "resumed")]
+        found = [lp.synthesize_ema(tmp_path / place / str(widths), 0.05) for place in ("whole", "resumed")]
         assert same(*found)
     assert len(files_of(tmp_path / "six")) == 4
 
@@ -234,7 +231,7 @@ def test_a_part_that_cannot_be_written_ends_the_save(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left")
 
-    run, _ = fit(EMA())
+    run, _ = fit(lp.EMA())
     monkeypatch.setattr(zero_saves, "write_part", full)
     with pytest.raises(OSError, match="no space left"):
         run.save_checkpoint(tmp_path / "end")
@@ -244,9 +241,13 @@ def test_a_part_that_cannot_be_written_ends_the_save(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("average", "module", "message"),
     [
-        (EMA(ConstantDecay(0.75)), Half(4), "average 'ema' in .* must be cut as the weights of this run are"),
-        (PostHocEMA(SIGMAS, dirpath="nowhere"), Half(4), "average 'post-hoc 0.05 .*' in .* must be cut as the weights"),
-        (LatestWeightAveraging(name="ema"), Half(), "average 'ema' must come with the snapshots"),
+        (lp.EMA(lp.ConstantDecay(0.75)), Half(4), "average 'ema' in .* must be cut as the weights of this run are"),
+        (
+            lp.PostHocEMA(SIGMAS, dirpath="nowhere"),
+            Half(4),
+            "average 'post-hoc 0.05 .*' in .* must be cut as the weights",
+        ),
+        (lp.LatestWeightAveraging(name="ema"), Half(), "average 'ema' must come with the snapshots"),
     ],
     ids=["EMA", "PostHocEMA", "LatestWeightAveraging"],
 )
@@ -262,20 +263,20 @@ def test_what_does_not_fit_is_refused(whole, monkeypatch, average, module, messa
 
 
 def test_a_file_that_holds_an_average_is_no_directory_to_resume_from(tmp_path):
-    trainer(EMA(), Save(tmp_path / "file.ckpt", 5)).fit(Half(), data())
+    trainer(lp.EMA(), Save(tmp_path / "file.ckpt", 5)).fit(Half(), data())
     with pytest.raises(MisconfigurationException, match="must resume from a directory of DeepSpeed, got a file"):
-        fit(EMA(), ckpt_path=tmp_path / "file.ckpt")
+        fit(lp.EMA(), ckpt_path=tmp_path / "file.ckpt")
 
 
 def test_what_is_frozen_is_left_out_where_deepspeed_leaves_it_out(tmp_path):
-    run, _ = fit(EMA(), Save(tmp_path / "all", 8))
+    run, _ = fit(lp.EMA(), Save(tmp_path / "all", 8))
     run.strategy.exclude_frozen_parameters = True
     run.save_checkpoint(tmp_path / "some")
-    assert extract_weights(tmp_path / "all").keys() - extract_weights(tmp_path / "some").keys() == {"frozen"}
+    assert lp.extract_weights(tmp_path / "all").keys() - lp.extract_weights(tmp_path / "some").keys() == {"frozen"}
 
 
 def test_the_strategy_of_an_earlier_fit_saves_nothing_of_a_later_one(tmp_path):
-    ema = EMA()
+    ema = lp.EMA()
     run, _ = fit(ema)
     trainer(ema).fit(Half(), data())
     run.save_checkpoint(tmp_path / "earlier")
