@@ -245,7 +245,7 @@ def test_a_part_that_cannot_be_written_ends_the_save(tmp_path, monkeypatch):
         (
             lp.PostHocEMA(SIGMAS, dirpath="nowhere"),
             Half(4),
-            "average 'post-hoc 0.05 .*' in .* must be cut as the weights",
+            "average 'post-hoc 0.05 .*' in .* must be cut as",
         ),
         (lp.LatestWeightAveraging(name="ema"), Half(), "average 'ema' must come with the snapshots"),
     ],
