@@ -80,7 +80,7 @@ def average_checkpoints(
     for name, flag in {"strict": strict, "trust": trust, "allow_nonfinite": allow_nonfinite}.items():
         true_or_false(name, flag)
     target = None if output is None else _output_path(output, overwrite=true_or_false("overwrite", overwrite))
-    files = _distinct(paths)
+    files = distinct_files(paths)
     numbers = checked_weights(weights, len(files))
     mean = CheckpointMean(
         [open_checkpoint(path, trust=trust) for path in files],
@@ -138,7 +138,7 @@ def _output_path(output: str | Path, *, overwrite: bool) -> Path:
     return path
 
 
-def _distinct(paths: Iterable[str | Path]) -> list[Path]:
+def distinct_files(paths: Iterable[str | Path]) -> list[Path]:
     """Return the paths as a list.
 
     Raises:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_plugins.checkpoints.average import average_checkpoints, checked_weights
+from lightning_plugins.checkpoints.average import average_checkpoints, checked_weights, distinct_files
 from lightning_plugins.checkpoints.record import Record, read_record
-from lightning_plugins.checkpoints.selection import Limits, Selection, choose
+from lightning_plugins.checkpoints.selection import Limits, Selection, choose, is_checkpoint_directory
+from lightning_plugins.core.checkpoint_file import refuse_remote
 from lightning_plugins.core.module_state import shorten
-from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
-from lightning_plugins.core.validation import printable
+from lightning_plugins.core.validation import a_path, printable
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,16 @@ def plan_average(
         The plan: rows for a table, and :meth:`Plan.run`.
 
     Raises:
-        ValueError: If ``last`` and ``best`` come together, ``steps`` cannot be read, or fewer than two checkpoints are
-            left; also :class:`CheckpointError`.
+        ValueError: If ``last`` and ``best`` come together, ``steps`` cannot be read, one file comes twice, or fewer
+            than two checkpoints are left; also :class:`CheckpointError`.
         FileNotFoundError: If an input does not exist.
     """
-    given = [Path(path) for path in inputs]
-    for path in given:
+    given = [Path(a_path("inputs", path)) for path in inputs]
+    for path, text in zip(given, inputs, strict=True):
+        refuse_remote(text)
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist.")
-    directories = [path for path in given if path.is_dir() and not is_sharded_checkpoint(path)]
+    directories = [path for path in given if path.is_dir() and not is_checkpoint_directory(path)]
     files = [path for path in given if path not in directories]
     chosen_by_user = not directories and last is None and best is None and steps is None
     selection = (
@@ -119,6 +120,7 @@ def plan_average(
     if count < 2:
         where = f" in {shorten(list(map(str, directories)))}" if directories else ""
         raise ValueError(f"At least two checkpoints are needed, found {count}{where}.")
+    distinct_files([record.path for record in selection.records])
     numbers = checked_weights(weights, count)
     shares = [number / math.fsum(numbers) for number in numbers]
     rows = [_row(record, selection, share) for record, share in zip(selection.records, shares, strict=True)]

@@ -19,6 +19,7 @@ from lightning_plugins.core.files import open_regular
 from lightning_plugins.core.second_sets import check_whole
 from lightning_plugins.core.stand_ins import StoredTensor, UnreadableError
 from lightning_plugins.core.torch_file import Archive, is_archive, read_legacy
+from lightning_plugins.core.zero_directory import is_deepspeed_directory, step_of
 
 # a score; larger whole numbers are none that a float holds
 _LARGEST = 1e300
@@ -67,6 +68,8 @@ def read_record(path: str | Path) -> Record:
     """
     path = Path(path)
     if path.is_dir():
+        if is_deepspeed_directory(path):
+            return Record(path, _step_of_deepspeed(path))
         check_whole(path)
         meta = path / "meta.pt"
         return _torch_record(path, meta) if meta.is_file() else Record(path)
@@ -86,13 +89,20 @@ def read_records(paths: Iterable[Path]) -> tuple[list[Record], dict[Path, str]]:
         except CheckpointError as error:  # noqa: PERF203  # the others are read all the same
             faults[path] = str(error)
         except OSError as error:
-            faults[path] = f"{path} cannot be read: {error.strerror or error}."
+            faults[path] = f"{path} cannot be read: {error.strerror}." if error.strerror else str(error)
     return records, faults
 
 
 def read_manifest(path: str | Path) -> Mapping[str, Any] | None:
     """Return the manifest of a file that :func:`average_checkpoints` wrote, ``None`` for any other checkpoint."""
     return read_record(path).manifest
+
+
+def _step_of_deepspeed(path: Path) -> int | None:
+    try:
+        return step_of(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _torch_record(path: Path, file_path: Path) -> Record:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from lightning_plugins.checkpoints.record import Record, looked_up, read_record, read_records
 from lightning_plugins.checkpoints.run_identity import newest_run
-from lightning_plugins.core.checkpoint_file import CheckpointError
+from lightning_plugins.core.checkpoint_file import CheckpointError, refuse_remote
 from lightning_plugins.core.module_state import shorten
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.user_warning import warn
 from lightning_plugins.core.validation import a_path, printable, shown, whole_number
+from lightning_plugins.core.zero_directory import is_deepspeed_directory
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -88,7 +89,8 @@ def select_checkpoints(
         >>> [path.name for path in select_checkpoints(folder, last=2)]
         ['20.ckpt', '100.ckpt']
     """
-    dirpath = Path(a_path("dirpath", dirpath))
+    refuse_remote(a_path("dirpath", dirpath))
+    dirpath = Path(dirpath)
     if not dirpath.is_dir():
         raise NotADirectoryError(f"{dirpath} is not a directory.")
     limits = Limits(min_step, max_step, min_epoch, max_epoch)
@@ -152,7 +154,12 @@ def found_in(dirpath: Path) -> list[Path]:
 def _may_be_checkpoint(path: Path) -> bool:
     if path.name.startswith("."):
         return False
-    return is_sharded_checkpoint(path) if path.is_dir() else path.suffix in SUFFIXES
+    return is_checkpoint_directory(path) if path.is_dir() else path.suffix in SUFFIXES
+
+
+def is_checkpoint_directory(path: Path) -> bool:
+    """Return whether a directory is one checkpoint; those of DeepSpeed are found, to be told of."""
+    return is_sharded_checkpoint(path) or is_deepspeed_directory(path)
 
 
 def _found_below(dirpath: Path) -> list[Record]:
@@ -161,7 +168,7 @@ def _found_below(dirpath: Path) -> list[Record]:
     for folder, folders, names in os.walk(dirpath):
         here = Path(folder)
         inside = [name for name in folders if not name.startswith(".")]
-        folders[:] = [] if is_sharded_checkpoint(here) else inside
+        folders[:] = [] if is_checkpoint_directory(here) else inside
         if here == dirpath:
             continue
         for path in sorted(here / name for name in [*names, *inside] if _may_be_checkpoint(here / name)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_plugins import checkpoints, ema
 from lightning_plugins.cli.commands import BAD_INPUT, Commands, add_trust, complain, say
-from lightning_plugins.core.validation import shortened, shown
+from lightning_plugins.core.validation import a_path, shortened, shown
 
 _DESCRIPTION = """\
 Say what a checkpoint holds, without running what it names: Lightning's, plain
@@ -37,9 +37,11 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a line for each thing that is there, or for each checkpoint of a directory; return the exit status."""
-    from lightning_plugins.core.sharded_directory import is_sharded_checkpoint  # noqa: PLC0415  # imports torch
+    from lightning_plugins.core.checkpoint_file import refuse_remote  # noqa: PLC0415  # imports torch
+    from lightning_plugins.core.sharded_directory import is_sharded_checkpoint  # noqa: PLC0415  # likewise
     from lightning_plugins.core.zero_directory import is_deepspeed_directory  # noqa: PLC0415  # likewise
 
+    refuse_remote(a_path("path", arguments.path))
     path = Path(arguments.path)
     if is_deepspeed_directory(path):
         _print(ema.describe_zero_directory(path), as_json=arguments.json)

@@ -20,6 +20,17 @@ class CheckpointError(ValueError):
         super().__init__(printable(message))
 
 
+def refuse_remote(path: str | Path) -> None:
+    """Raise if a path is that of another machine, as ``s3://bucket/last.ckpt`` is.
+
+    Raises:
+        CheckpointError: If so.
+    """
+    # a Path keeps one slash of the two, and a letter before a colon is a drive
+    if "://" in str(path) or ":/" in str(path)[2:]:
+        raise CheckpointError(f"{path} is not on this machine; copy it to a local file first.")
+
+
 def unreadable(path: Path, error: Exception | str) -> str:
     """Return one line that says why ``path`` cannot be read."""
     return f"{path} cannot be read as a checkpoint: {reason(error)}"

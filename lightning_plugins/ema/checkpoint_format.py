@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.core import checkpoint_keys, torch_file
+from lightning_plugins.core.checkpoint_file import refuse_remote
 from lightning_plugins.core.module_state import averaged_tensors, clean_name, fill, misfits, named_tensors
 from lightning_plugins.core.second_sets import Label, check_whole, listed
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
@@ -333,7 +334,8 @@ def load_checkpoint(
     Raises:
         ValueError: If it is no checkpoint, or needs more than tensors and plain values to load without trust.
     """
-    path = Path(a_path("checkpoint_path", path))
+    refuse_remote(a_path("checkpoint_path", path))
+    path = Path(path)
     true_or_false("trust", trust)
     directory = is_sharded_checkpoint(path)
     if not path.is_file() and not directory:

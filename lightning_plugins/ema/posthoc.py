@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_plugins.core.progress import with_progress
 from lightning_plugins.core.validation import a_path, shortened, shown, whole_number
 from lightning_plugins.ema.power_exponent import power_exponent
-from lightning_plugins.ema.snapshots import SnapshotFile, list_snapshots, read_frozen
+from lightning_plugins.ema.snapshots import SnapshotFile, list_snapshots, read_frozen, steps_in
 
 _MOST_AVERAGES = 5000
 """Most averages that a solution is sought for: a dense system of so many unknowns, 200 MB and some seconds."""
@@ -87,15 +87,14 @@ def synthesize_ema(
     """
     power_exponent(sigma_rel)
     sigma_rel = float(sigma_rel)
-    snapshots = list_snapshots(a_path("dirpath", dirpath))
-    if not snapshots:
+    there = steps_in(a_path("dirpath", dirpath))
+    if not there:
         raise ValueError(f"`dirpath` must be a directory with snapshots of PostHocEMA, got {shown(str(dirpath))}.")
-    there = [snapshot.step for snapshot in snapshots]
     end = there[-1] if step is None else whole_number("step", step, at_least=1, unit="steps")
     if end not in there:
         listed = ", ".join(map(str, there[:10])) + (", ..." if len(there) > 10 else "")
         raise ValueError(f"`step` must be that of a snapshot in {dirpath}, got {end}; there are {listed}.")
-    used = [snapshot for snapshot in snapshots if snapshot.step <= end]
+    used = list_snapshots(dirpath, up_to=end)
     other = next((snapshot for snapshot in used if snapshot.run != used[-1].run), None)
     if other is not None:
         raise ValueError(

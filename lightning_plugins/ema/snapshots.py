@@ -78,8 +78,17 @@ class SnapshotFile:
         return _read(self.path)[1]
 
 
-def list_snapshots(dirpath: str | Path) -> list[SnapshotFile]:
+def steps_in(dirpath: str | Path) -> list[int]:
+    """Return the steps of the snapshots in a directory, by the names of the files, in order."""
+    return sorted({int(match[1]) for path in Path(dirpath).glob("step=*") if (match := _NAME.fullmatch(path.name))})
+
+
+def list_snapshots(dirpath: str | Path, up_to: int | None = None) -> list[SnapshotFile]:
     """Return the snapshots in a directory by step.
+
+    Args:
+        dirpath: The directory.
+        up_to: Only those of this step and before; later ones are not read.
 
     Raises:
         ValueError: If a file with a snapshot's name is none.
@@ -87,7 +96,7 @@ def list_snapshots(dirpath: str | Path) -> list[SnapshotFile]:
     found = []
     for path in Path(dirpath).glob("step=*"):
         match = _NAME.fullmatch(path.name)
-        if match:
+        if match and (up_to is None or int(match[1]) <= up_to):
             header, contents = _read(path)
             found.append(SnapshotFile(path, header["step"], tuple(header["sigma_rels"]), contents.run))
     return sorted(found, key=lambda snapshot: snapshot.step)

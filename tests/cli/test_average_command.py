@@ -119,6 +119,59 @@ def test_what_cannot_be_read_and_may_have_been_asked_for_is_refused_by_name(fold
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "inputs", [["DIR", "DIR"], ["DIR", "DIR/step=1.ckpt"], ["DIR/step=1.ckpt", "LINK/step=1.ckpt"]]
+)
+def test_a_file_that_would_count_twice_is_refused_before_it_is_planned(folder, tmp_path_factory, capsys, inputs):
+    link = tmp_path_factory.mktemp("link") / "link"
+    link.symlink_to(folder)
+    words = [word.replace("DIR", str(folder)).replace("LINK", str(link)) for word in inputs]
+    assert main(["average", *words, "--dry-run"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "step=1.ckpt are the same file; use `weights`" in output.err
+
+
+def test_a_directory_of_deepspeed_is_told_what_to_do_with(folder, capsys):
+    """By itself and in a directory; nothing of its own can be averaged."""
+    for step in (7, 8):
+        place = folder / f"deep{step}.ckpt"
+        (place / "checkpoint").mkdir(parents=True)
+        (place / "latest").write_text("checkpoint")
+        torch.save({"global_steps": step}, place / "checkpoint" / "mp_rank_00_model_states.pt")
+    for inputs in ([str(folder), "--last", "2"], [str(folder / "step=1.ckpt"), str(folder / "deep7.ckpt")]):
+        assert main(["average", *inputs, "--output", str(folder / "out.ckpt")]) == 2
+        assert (
+            "is a directory of DeepSpeed. Where DeepSpeed is installed, `lightning-plugins ex"
+            in capsys.readouterr().err
+        )
+    assert main(["inspect", str(folder)]) == 0
+    assert [line.split("global step ")[1][0] for line in capsys.readouterr().out.splitlines()] == list("1234578")
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/last.ckpt", "file:///somewhere/last.ckpt"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["average", "PATH", "PATH", "--dry-run"],
+        ["inspect", "PATH"],
+        ["extract", "PATH", "--weights", "raw", "--output", "OUT"],
+    ],
+)
+def test_a_path_of_another_machine_is_called_one(folder, capsys, command, path):
+    words = [word.replace("PATH", path).replace("OUT", str(folder / "out.pt")) for word in command]
+    assert main(words) == 2
+    assert f"{path} is not on this machine; copy it to a local file first." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["average", "", "--dry-run"], ["inspect", ""]])
+def test_an_empty_name_is_not_the_directory_at_hand(folder, monkeypatch, capsys, command):
+    """As from a variable of the shell that is not set."""
+    monkeypatch.chdir(folder)
+    assert main(command) == 2
+    assert "must be a path that a file can have, got ''" in capsys.readouterr().err
+
+
 def test_last_and_best_exclude_each_other(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["average", str(folder), "--last", "2", "--best", "2", "--output", "x.ckpt"])

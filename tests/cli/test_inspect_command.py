@@ -1,6 +1,7 @@
 """``inspect`` opens everything that the other commands read or write, as lines or as JSON."""
 
 import json
+import os
 import zipfile
 
 import pytest
@@ -77,6 +78,7 @@ def test_a_directory_is_read_to_its_end_and_what_cannot_be_read_is_named(whole, 
     (tmp_path / "error.ckpt").write_text("<html>not found</html>")
     (tmp_path / "vocabulary.bin").write_text("of another program, which no one said is a checkpoint")
     (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
+    os.mkfifo(tmp_path / "pipe.ckpt")
     (tmp_path / "step=3.ckpt").mkdir()
     (tmp_path / "step=3.ckpt" / "__0_0.distcp").write_bytes(b"of a save that was killed")
     (tmp_path / "z.ckpt").write_bytes((whole / "1.ckpt").read_bytes())
@@ -91,6 +93,7 @@ def test_a_directory_is_read_to_its_end_and_what_cannot_be_read_is_named(whole, 
                 ("c.safetensors", "it is empty"),
                 ("error.ckpt", "it is a web page"),
                 ("last.ckpt", "No such file"),
+                ("pipe.ckpt", "is a device or a pipe"),
                 ("step=3.ckpt", "is incomplete: it has no .metadata"),
             ],
             strict=True,

@@ -285,6 +285,16 @@ def test_wrong_files_and_numbers_are_refused(tmp_path):
         list_snapshots(tmp_path)
 
 
+def test_a_snapshot_later_than_the_step_that_is_asked_for_need_not_be_readable(tmp_path):
+    for step in (5, 10, 15):
+        write_snapshot(tmp_path, step, [0.1], SnapshotContents([{"w": torch.tensor([float(step)])}], {}))
+    (tmp_path / "step=0000000015.pt").write_bytes(b"")
+    assert synthesize_ema(tmp_path, 0.1, 10)["w"].tolist() == [10]
+    for step in (None, 15):
+        with pytest.raises(ValueError, match=r"0015\.pt is none: it is empty"):
+            synthesize_ema(tmp_path, 0.1, step)
+
+
 def test_set_aside_spares_what_is_not_later(tmp_path):
     for step in (5, 10):
         write_snapshot(tmp_path, step, [0.1], SnapshotContents([{"w": torch.ones(2)}], {}))

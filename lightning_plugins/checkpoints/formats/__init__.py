@@ -13,7 +13,7 @@ from lightning_plugins.checkpoints.formats.base import Checkpoint
 from lightning_plugins.checkpoints.formats.safetensors import SafetensorsFile
 from lightning_plugins.checkpoints.formats.sharded import ShardedDirectory
 from lightning_plugins.checkpoints.formats.torch_reader import TorchFile
-from lightning_plugins.core.checkpoint_file import CheckpointError
+from lightning_plugins.core.checkpoint_file import CheckpointError, refuse_remote
 from lightning_plugins.core.sharded_directory import is_sharded_checkpoint
 from lightning_plugins.core.zero_directory import is_deepspeed_directory
 
@@ -29,9 +29,8 @@ def open_checkpoint(path: str | Path, *, trust: bool) -> Checkpoint:
         FileNotFoundError: If there is nothing.
         CheckpointError: If it is no checkpoint, is damaged, or needs trust.
     """
+    refuse_remote(path)
     path = Path(path)
-    if "://" in str(path) or ":/" in str(path)[2:]:
-        raise CheckpointError(f"{path} is not on this machine; copy it to a local file first.")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.is_dir():
