@@ -78,6 +78,7 @@ def test_complex_tensors_are_averaged(tmp_path):
     assert torch.allclose(state["z"], torch.tensor([1 + 2j]))
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("weights", [None, [1, 2, 4]])
 @pytest.mark.parametrize("kind", [torch.complex32, torch.complex64, torch.complex128])
 def test_complex_numbers_of_every_width_are_the_rounded_mean_of_their_parts(tmp_path, kind, weights):

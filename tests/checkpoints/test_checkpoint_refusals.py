@@ -177,6 +177,7 @@ def test_an_existing_output_is_only_replaced_when_asked(tmp_path):
         average_checkpoints(paths, tmp_path / "folder.ckpt", overwrite=True)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_what_safetensors_cannot_hold_is_refused(tmp_path):
     paths = write_files(tmp_path, 2, _extra_state=lambda i: "text")
     with pytest.raises(CheckpointError, match=r"`_extra_state` is no dense tensor, which \.safetensors cannot hold"):
