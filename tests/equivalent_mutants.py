@@ -6,13 +6,14 @@ A row is the module, the text of the line, why nothing changes, and the changes.
 _ANY_ONE = "any one of several callbacks may do what is to be done once"
 _BEGINNING = "what tells the kinds of files apart stands in the first 262 bytes; it may be given some more or less"
 _BEGINS = "a window that holds no batch, or less than none, begins with the next batch"
+_BEYOND = "a range that begins beyond the end has no elements"
 _COUNTED = "batches are known to be plain from the first one on, whose counts are there; the type allows `None`"
 _FALSE = "asked as yes or no, and `None` is no"
 _FROM_ABOVE = "a slope that is too steep by one takes shorter steps down to the same root, where rounding stops them"
+_INDENTED = "how far the lines of JSON are indented changes nothing that is read from them"
 _IS_THERE = "a row that was evaluated has its values, if none at all an empty dictionary; the type allows `None`"
 _LIMIT = "a limit far from what ordinary runs and files have; its exact value is free"
 _LONGER_WAY = "fields that are not alike are counted as well, and to the same number, by the way for all other batches"
-_INDENTED = "how far the lines of JSON are indented changes nothing that is read from them"
 _NO_FRAME = "Python gives its frames, and the outermost one is of the program that runs"
 _NO_READER = "without a reader every patience of 0 and less makes a flush due after one row, and no row is handed out"
 _NOWHERE = "a range below 0 fits no other, wherever it lies"
@@ -36,6 +37,7 @@ _ROWS = [
         "0 -> (-1)",
     ),
     ("checkpoints/run_files.py", "header = 30 + 2 * 65535", _WIDER, "30 -> (31)", "2 -> (3)", "65535 -> (65536)"),
+    ("checkpoints/run_identity.py", "return False", _FALSE, "return False -> return None"),
     ("checkpoints/selection.py", 'sign = 1 if mode == "min" else -1', _SIGN, "1 -> (2)"),
     (
         "checkpoints/streaming_mean.py",
@@ -45,6 +47,12 @@ _ROWS = [
         "2 -> (3)",
         "20 -> (21)",
         "20 -> (19)",
+    ),
+    (
+        "checkpoints/streaming_mean.py",
+        "begins = range(0, stop - start, _CHUNK)",
+        _BEYOND,
+        "stop - start -> (stop + start)",
     ),
     (
         "cli/inspect.py",

@@ -13,7 +13,9 @@ from lightning_plugins.checkpoints import CheckpointError
 from lightning_plugins.checkpoints.average_of_run import AverageOfRun
 from lightning_plugins.checkpoints.distributed import on_rank_zero, write_together
 from lightning_plugins.checkpoints.formats import open_checkpoint
+from lightning_plugins.checkpoints.isolated_validation import load_weights
 from lightning_plugins.checkpoints.streaming_mean import CheckpointMean
+from lightning_plugins.core import flat_shards
 from lightning_plugins.core.save_marks import new_save, write_marked
 
 CPU = torch.device("cpu")
@@ -113,3 +115,34 @@ def test_other_ranks_hear_what_rank_zero_could_not_do():
     on_rank_zero(fail, lambda text: None, is_zero=False)
     with pytest.raises(CheckpointError, match=r"^Rank zero failed: ValueError: no room$"):
         on_rank_zero(fail, lambda text: "ValueError: no room", is_zero=False)
+
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """What FSDP1 wraps a module in that it leaves whole, as far as it is read."""
+
+    class Handle:
+        uses_sharded_strategy, flat_param = False, SimpleNamespace(_params=())
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self._handle = module, self.Handle()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_each_rank_of_fsdp1_takes_its_part_out_of_the_whole(tmp_path, strict):
+    module = torch.nn.Linear(3, 2)
+    module.strict_loading = strict
+    model = FullyShardedDataParallel(module)
+    flat_shards.look_up(model, module)
+    for number, more in enumerate(({}, {"other": torch.ones(1)})):
+        state = {name: torch.full_like(value, number + 1.0) for name, value in module.state_dict().items()}
+        torch.save({"state_dict": state | more}, tmp_path / f"{number}.ckpt")
+    load_weights(None, module, open_checkpoint(tmp_path / "0.ckpt", trust=False))
+    assert {value.item() for parameter in module.parameters() for value in parameter.flatten()} == {1.0}
+    other = open_checkpoint(tmp_path / "1.ckpt", trust=False)
+    if strict:
+        with pytest.raises(RuntimeError, match="The checkpoint's weights are not the module's: unexpected: other"):
+            load_weights(None, module, other)
+    else:
+        load_weights(None, module, other)
+    assert module.weight[0, 0].item() == (1.0 if strict else 2.0)
