@@ -20,6 +20,9 @@ from lightning_plugins.core.second_sets import GRADIENTS
 from lightning_plugins.core.sharding import collected, full_shape, is_sharded, local, placed_as, scatter
 from lightning_plugins.core.validation import real_number, shown, whole_number
 
+_ADDED = {"ranks", "batches"}
+"""What the state of an open window has since later releases."""
+
 
 class CarriedWindows:
     """Decides in the training loop's place when a window is full, and saves a window that is not.
@@ -38,6 +41,7 @@ class CarriedWindows:
         self._begin = 0
         self._place = 0
         self._zeroed = False
+        self._resumed = False
         self._loaded: dict[str, Any] | None = None
         # gradients from a distributed checkpoint
         self._beside: dict[str, Tensor] | None = None
@@ -52,10 +56,9 @@ class CarriedWindows:
             return bool(self._place < trainer.accumulate_grad_batches and not run_ends)
 
         def make_zero_grad_fn(original: Callable[[int, Any], Any], _: int, optimizer: Any) -> Any:
-            # Lightning asks whether the index is a multiple of the window: 0 is, 1 is not, and a window of one batch
-            # has no second one
+            # Lightning asks whether the index is a multiple of the window, and 0 is
             zeroed, self._zeroed = self._zeroed, True
-            return original(1 if zeroed else 0, optimizer)
+            return None if zeroed else original(0, optimizer)
 
         patches.wrap(epoch_loop, "_should_accumulate", should_accumulate)
         patches.wrap(epoch_loop.automatic_optimization, "_make_zero_grad_fn", make_zero_grad_fn)
@@ -69,7 +72,9 @@ class CarriedWindows:
         if trainer.fit_loop._skip_backward:
             return False
         done = self.done(trainer)
-        begins = self.stepped or not 0 < done < trainer.accumulate_grad_batches
+        # one that was loaded takes another batch, however few a window has now
+        resumed, self._resumed = self._resumed, False
+        begins = not resumed and (self.stepped or not 0 < done < trainer.accumulate_grad_batches)
         if begins:
             done, self._begin, self._zeroed, self.stepped = 0, _started(trainer), False, False
         self._place = done + 1
@@ -92,6 +97,7 @@ class CarriedWindows:
         rank's shares; then they are ``None`` here.
         """
         state: dict[str, Any] = {"position": self.done(trainer), "total": total, "gradients": {}, "ranks": 1}
+        state["batches"] = trainer.accumulate_grad_batches
         means = is_sharded(pl_module) and not flat_shards.are_in(pl_module)
         if means:
             state["ranks"] = data_ranks(trainer)
@@ -118,11 +124,12 @@ class CarriedWindows:
             ValueError: If one is out of range.
         """
         if state is not None:
-            if not isinstance(state, Mapping) or state.keys() - {"ranks"} != {"position", "total", "gradients"}:
+            if not isinstance(state, Mapping) or state.keys() - _ADDED != {"position", "total", "gradients"}:
                 raise TypeError(f"`state['carried']` must hold position, total and gradients, got {shown(state)}.")
             whole_number("state['carried']['position']", state["position"], at_least=1, unit="batches")
             real_number("state['carried']['total']", state["total"], at_least=0)
             whole_number("state['carried']['ranks']", state.get("ranks", 1), at_least=1, unit="ranks")
+            whole_number("state['carried']['batches']", state.get("batches", 1), at_least=1, unit="batches")
             # those in a folder are read by now, if they are there; an evaluation does not need them
             gradients, self._beside = self._beside if state["gradients"] is None else state["gradients"], None
             if gradients is not None and not _are_tensors(gradients):
@@ -134,7 +141,8 @@ class CarriedWindows:
         """Put a loaded window in place and return this rank's share of its count, 0 when there is none.
 
         The saved sums are put on rank 0 and nothing on the others: a step sees the mean over the ranks. Where that is
-        taken after each backward, every rank takes its share of it.
+        taken after each backward, every rank takes its share of it. Where a window has another number of batches now,
+        the gradients are what they were if all losses had been divided by that.
 
         Raises:
             ValueError: If a gradient does not fit its parameter, or the folder with the gradients is not there.
@@ -146,13 +154,14 @@ class CarriedWindows:
                 f"{SECOND_SETS_FOLDER}, but it was put together from a directory without it. Resume from the "
                 "directory, or from an epoch whose last window was full."
             )
-        self._begin = _started(trainer) - (loaded["position"] if loaded else 0)
+        batches = trainer.accumulate_grad_batches
+        self._begin, self._resumed = _started(trainer) - (loaded["position"] if loaded else 0), loaded is not None
         self._zeroed = bool(loaded and loaded["gradients"])
         if loaded is None:
             return 0
         gradients, ranks = loaded["gradients"], loaded.get("ranks", 1)
         sharded = _takes_means(pl_module)
-        factor = ranks / data_ranks(trainer) if sharded else ranks
+        factor = (ranks / data_ranks(trainer) if sharded else ranks) * loaded.get("batches", batches) / batches
         for key, parameter in pl_module.named_parameters():
             name = clean_name(key)
             if name in gradients and (sharded or trainer.is_global_zero):

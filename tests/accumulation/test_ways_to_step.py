@@ -2,11 +2,20 @@
 
 import lightning.pytorch as pl
 import pytest
+from torch.utils.data import DataLoader
 
 from lightning_plugins import GradientAccumulation, MicroBatching
 from lightning_plugins.core.lightning import MisconfigurationException
 from tests.accumulation.test_window_boundaries import UNEQUAL, TwiceAStep, data_of, steps_of
-from tests.support.accumulation_runs import Probe, fit, full_gradient, relative_error
+from tests.support.accumulation_runs import (
+    Dictionaries,
+    Probe,
+    Recorder,
+    SaveAfterFirstEpoch,
+    fit,
+    full_gradient,
+    relative_error,
+)
 
 
 class WaysToStep(Probe):
@@ -120,6 +129,27 @@ class Sets(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         trainer.accumulate_grad_batches = self.changes.get(batch_idx, trainer.accumulate_grad_batches)
+
+
+@pytest.mark.parametrize("samples", [2, 4, 8])
+def test_an_open_window_goes_on_with_another_batch_size(tmp_path, samples):
+    """Steps of 8 samples: 4 batches of 2, of which one is left over; then batches of another size."""
+    arguments = {"effective_batch_size": 8, "carry": True}
+    path, data = tmp_path / "cut.ckpt", Dictionaries(10)
+    fit(
+        Probe(),
+        [GradientAccumulation(**arguments), SaveAfterFirstEpoch(path)],
+        DataLoader(data, batch_size=2),
+        epochs=2,
+    )
+    recorder, probe = Recorder(), Probe()
+    again = DataLoader(data, batch_size=samples)
+    callbacks = [GradientAccumulation(**arguments), recorder]
+    fit(probe, callbacks, again, epochs=2, fit_arguments={"ckpt_path": path})
+    rows = [*range(8, 10), *range({2: 6, 4: 4, 8: 8}[samples])]
+    joined = {name: tensor[rows] for name, tensor in data.batch.items()}
+    step = recorder.steps[0]
+    assert relative_error(step["gradient"], full_gradient(step["weights"], [joined])) <= 1e-6
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "behind"])
