@@ -92,6 +92,27 @@ def test_what_is_taken_out_acts_no_more_and_leaves_nothing(tmp_path, plain, name
     assert not callback.patches
 
 
+@pytest.mark.filterwarnings("ignore:MicroBatching splits batches, and batch normalization")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_put_in_without_a_beginning_does_nothing(tmp_path, plain, name):
+    """Lightning sets nothing up in mid-run."""
+    late = make(name)
+    file, left, _ = run(tmp_path, At("on_train_batch_end", lambda trainer: trainer.callbacks.append(late)))
+    assert same(file["state_dict"], plain[0]["state_dict"])
+    assert same(file["optimizer_states"], plain[0]["optimizer_states"])
+    assert {line for line in left if not line.startswith("callback ")} <= set(plain[1])
+
+
+@pytest.mark.filterwarnings("ignore:MicroBatching splits batches, and batch normalization")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_taken_out_and_is_put_back_does_nothing(tmp_path, plain, name):
+    callback = make(name)
+    out = At("on_train_batch_start", lambda trainer: in_place(trainer, callback))
+    back = At("on_train_epoch_end", lambda trainer: trainer.callbacks.append(callback))
+    left = run(tmp_path, callback, out, back)[1]
+    assert {line for line in left if not line.startswith("callback ")} <= set(plain[1]) | BY_TORCH
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_after_the_removal_are_those_of_a_run_without_the_average(tmp_path, plain, way):
     ema = EMA(0.9)

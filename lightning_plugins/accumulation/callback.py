@@ -193,6 +193,8 @@ class GradientAccumulation(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Choose the length of a window that begins, and count the batch; all ranks are at the same point here."""
+        if not self._holds:  # put into the Trainer in mid-run
+            return
         if self._carried is not None:
             if self._carried.next_batch(trainer):
                 trainer.accumulate_grad_batches = self._batches_now(trainer)
@@ -213,6 +215,8 @@ class GradientAccumulation(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weigh the backward by the batch's count; a batch that runs in pieces has several."""
+        if not self._holds:
+            return
         if self._before_zeroing is not None:
             self._check_zeroed(trainer, pl_module)
         # counted here, since a `training_step` that returned None must not count
