@@ -279,11 +279,12 @@ class LearningRateScheduler(Callback):
             self._plan(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx)
         again, self._announced = self._announced, True
         for scheduler in self._attached.schedulers if not self._by_batch else ():
-            if not self._announces:
-                scheduler.expected = not again
-            elif scheduler.optimizer is optimizer:
-                scheduler.expect()
-            if again and self._trainers_clock:  # a second step with one batch is none of the Trainer's
+            if self._announces:
+                if scheduler.optimizer is optimizer:
+                    scheduler.expect()
+            elif not again:
+                scheduler.expected = True
+            elif self._trainers_clock:  # a second step with one batch is none of the Trainer's
                 scheduler.refresh(trainer.global_step)
 
     def on_train_batch_end(
