@@ -5,7 +5,6 @@ A row is the module, the text of the line, why nothing changes, and the changes.
 
 _ANY_ONE = "any one of several callbacks may do what is to be done once"
 _BEGINNING = "what tells the kinds of files apart stands in the first 262 bytes; it may be given some more or less"
-_BEGINS = "a window that holds no batch, or less than none, begins with the next batch"
 _BEYOND = "a range that begins beyond the end has no elements"
 _COUNTED = "batches are known to be plain from the first one on, whose counts are there; the type allows `None`"
 _FALSE = "asked as yes or no, and `None` is no"
@@ -21,8 +20,10 @@ _ONE_KIND = "all tensors of a group have one type and one device, so the last sa
 _ONE_LENGTH = "one is made beside the other, an entry for each; `strict` asserts it"
 _PAYS_NOTHING = "a gradient times 1 is that gradient: the condition saves the work"
 _QUICKER = "a dictionary is a mapping as well: asking for it first saves time"
+_OTHER_WAY = "a batch of a single label is counted by the way for all other batches, to the same numbers"
 _RANDOM = "a random name that no other save has, of so many letters or of two more or less"
 _SCRATCH = "the size of a scratch buffer changes no number: every size is a choice between memory and time"
+_SEVERAL = "files of several numbers of ranks are more than one, so their number is no other"
 _SIGN = "scores are only compared: twice a score ranks as the score does"
 _SYMMETRIC = "whether two files, or numbers, are the same does not depend on which comes first"
 _UNREAD = "a hook's argument that is not read, which has to be there"
@@ -30,12 +31,6 @@ _WIDER = "a range that reaches farther takes in more of the same file"
 
 _ROWS = [
     ("accumulation/callback.py", "if isinstance(factor, Tensor) or factor != 1:", _PAYS_NOTHING, "1 -> (0)"),
-    (
-        "accumulation/carried_windows.py",
-        'self._begin = _started(trainer) - (loaded["position"] if loaded else 0)',
-        _BEGINS,
-        "0 -> (-1)",
-    ),
     ("checkpoints/run_files.py", "header = 30 + 2 * 65535", _WIDER, "30 -> (31)", "2 -> (3)", "65535 -> (65536)"),
     ("checkpoints/run_identity.py", "return False", _FALSE, "return False -> return None"),
     ("checkpoints/selection.py", 'sign = 1 if mode == "min" else -1', _SIGN, "1 -> (2)"),
@@ -174,8 +169,16 @@ _ROWS = [
         "40 -> (41)",
         "40 -> (39)",
     ),
+    (
+        "events/callback.py",
+        "self.release(trainer, pl_module)",
+        _UNREAD,
+        "self.release(trainer, pl_module) -> (self.release(pl_module, trainer))",
+    ),
     ("events/callback.py", "dataloader_idx: int = 0,", _UNREAD, "0 -> (1)", "0 -> (-1)"),
     ("microbatching/merging.py", "return False", _FALSE, "return False -> return None"),
+    ("ema/zero_files.py", "_MOST_RANKS = 100_000", _LIMIT, "100_000 -> (99999)", "100_000 -> (100001)"),
+    ("ema/zero_files.py", "wanted = min(ranks) if len(ranks) == 1 else 0", _SEVERAL, "0 -> (1)"),
     (
         "schedules/layerwise.py",
         "kept = [(name, weights) for (name, _), weights in zip(layers, members, strict=True) if weights]",
@@ -197,7 +200,21 @@ _ROWS = [
             "(self.is_plain and self._plain.fits(predictions, targets))"
         ),
     ),
+    (
+        "statistics/label_counter.py",
+        "and 0 < targets.shape[0] == predictions.shape[0] <= _MOST_PLAIN_LABELS",
+        _OTHER_WAY,
+        "0 -> (1)",
+    ),
     ("statistics/plot.py", "if len(labels) <= 20:", _LIMIT, "20 -> (21)", "20 -> (19)"),
+    (
+        "statistics/plot.py",
+        'marker="o" if len(xs) < 50 and not own else None,',
+        _LIMIT,
+        "len(xs) < 50 -> (len(xs) <= 50)",
+        "50 -> (51)",
+        "50 -> (49)",
+    ),
     (
         "statistics/label_counter.py",
         "torch.eq(self._numbers, targets, out=self._equal)",

@@ -199,10 +199,14 @@ def _merge_tensors(values: list[Tensor], weights: Sequence[Count], sizes: Sequen
     if any(value.is_nested for value in values) or len({value.shape for value in values}) > 1:
         shapes = ", ".join("nested" if value.is_nested else str(tuple(value.shape)) for value in values)
         raise TypeError(f"`{path}` must have a row per sample or one shape, got the shapes {shapes}.")
-    if values[0].is_floating_point() or values[0].is_complex():
+    fractions = [value.is_floating_point() or value.is_complex() for value in values]
+    if any(fractions) != all(fractions):
+        kinds = ", ".join(str(value.dtype).removeprefix("torch.") for value in values)
+        raise TypeError(f"`{path}` must have one type, got {kinds}.")
+    if all(fractions):
         total: Tensor = weighted_sum(values, weights)
         return total
-    if values[0].dtype is torch.bool:
+    if any(value.dtype is torch.bool for value in values):
         raise TypeError(f"`{path}` must be numbers or have a row per sample, got one bool for every piece.")
     return torch.stack(values).sum(0)
 

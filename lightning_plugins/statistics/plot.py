@@ -171,7 +171,8 @@ def _drawn(runs: Sequence[tuple[str, Curves]], *, log: bool) -> Any:
                 )
         axis.set_ylabel(_literally(statistic))
         axis.legend(fontsize="small")
-        _make_logarithmic(axis, wanted=log)
+        if log:
+            _make_logarithmic(axis)
     if with_rates:
         for run, curves in runs:
             axes[-1].plot(
@@ -182,8 +183,8 @@ def _drawn(runs: Sequence[tuple[str, Curves]], *, log: bool) -> Any:
     return figure
 
 
-def _make_logarithmic(axis: Any, *, wanted: bool) -> None:
-    values = np.concatenate([line.get_ydata() for line in axis.get_lines()]) if wanted else np.zeros(1)
+def _make_logarithmic(axis: Any) -> None:
+    values = np.concatenate([line.get_ydata() for line in axis.get_lines()])
     if (values[np.isfinite(values)] > 0).all() and np.isfinite(values).any():
         axis.set_yscale("log")
 

@@ -71,6 +71,11 @@ def test_the_updates_of_lightnings_own_average_are_its_own_count(count, updates)
     assert isinstance(read_contents(file).updates, int)
 
 
+@pytest.mark.parametrize("key", ["current_model_state", "averaging_state"])
+def test_a_file_with_one_half_of_what_lightnings_own_callback_writes_is_none_of_its(key):
+    assert read_contents({"state_dict": {}, key: {"n_averaged": 3}}) is None
+
+
 @pytest.mark.parametrize("count", [{}, {"n_averaged": 1.5}, {"n_averaged": torch.tensor([1, 2])}, {"n_averaged": -1}])
 def test_a_count_of_lightnings_own_average_that_is_none_is_refused(count):
     with pytest.raises((TypeError, ValueError), match="`n_averaged` must be"):

@@ -251,6 +251,20 @@ def test_resume_with_a_file_that_does_not_fit_is_refused(tmp_path):
     trainer(plain).validate(Net(), regression(8), ckpt_path=tmp_path / "full.ckpt", verbose=False)
 
 
+def test_a_run_that_is_resumed_from_elsewhere_goes_on_beside_its_checkpoint(tmp_path, caplog):
+    first, elsewhere = tmp_path / "first", tmp_path / "elsewhere"
+    files = ModelCheckpoint(first / "checkpoints", filename="full")
+    trainer(PostHocEMA(every_n_steps=5), files, default_root_dir=first).fit(Scripted(), numbers(5))
+    again, more = PostHocEMA(every_n_steps=5), ModelCheckpoint(elsewhere / "checkpoints")
+    with caplog.at_level("INFO"):
+        trainer(again, more, default_root_dir=elsewhere, max_epochs=2).fit(
+            Scripted(), numbers(5), ckpt_path=first / "checkpoints" / "full.ckpt"
+        )
+    assert [snapshot.step for snapshot in list_snapshots(first / "posthoc_ema")] == [5, 10]
+    assert not (elsewhere / "posthoc_ema").exists()
+    assert "are said to lie in" not in caplog.text
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is_told_to(tmp_path):
     trainer(PostHocEMA(every_n_steps=5, dirpath=tmp_path / "old"), ModelCheckpoint(tmp_path, filename="full")).fit(
         Scripted(), numbers(5)

@@ -137,6 +137,33 @@ def test_the_place_in_the_list_does_not_matter(tmp_path):
     assert all(torch.equal(seen[0][1][name], seen[1][1][name]) for name in seen[0][1])
 
 
+def test_validation_steps_outside_of_a_validation_are_those_of_a_run_without_the_callback(tmp_path):
+    """In the sanity check, and where a callback calls them by hand."""
+
+    class Look(unified_callbacks.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_validation_batch_end(self, trainer, pl_module, outputs, *_):
+            self.seen.append((trainer.sanity_checking, outputs))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append((None, trainer.strategy.validation_step(batch, batch_idx)))
+
+    def run(*callbacks):
+        look = Look()
+        trainer = make_trainer(tmp_path, callbacks=[*callbacks, look], num_sanity_val_steps=2)
+        trainer.fit(make_regression(), batches(2), batches(3, seed=2))
+        return look.seen
+
+    told = []
+    with_events, without = run(EventCallback(lambda loop, event: told.append(loop.trainer.sanity_checking))), run()
+    assert with_events == without
+    assert [checking for checking, _ in without] == [True] * 2 + [None] * 2 + [False] * 3
+    assert None not in [outputs for _, outputs in without]
+    assert not any(told)
+
+
 class Boom(Exception):
     """An ordinary error in a function."""
 

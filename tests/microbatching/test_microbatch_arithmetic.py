@@ -137,6 +137,13 @@ def test_merged_tensors_hold_no_graph():
             r"`outputs\['x'\]` must be numbers or have a row per sample, got on",
         ),
         (
+            [torch.tensor(2), torch.tensor(True)],
+            r"`outputs\['x'\]` must be numbers or have a row per sample, got on",
+        ),
+        # a count in one piece and a mean in the other are neither to be added nor to be averaged
+        ([torch.tensor(0), torch.tensor(0.75)], r"`outputs\['x'\]` must have one type, got int64, float32\."),
+        ([torch.tensor(0.75), torch.tensor(0)], r"`outputs\['x'\]` must have one type, got float32, int64\."),
+        (
             ["a", "b"],
             r"`outputs\['x'\]` must be the same for every piece of a batch or something to average, got \['a'",
         ),

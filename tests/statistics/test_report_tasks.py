@@ -217,3 +217,10 @@ def test_a_batch_of_none_counts_nowhere():
     batches = DataLoader([None, *validation, None], batch_size=None, collate_fn=lambda batch: batch)
     fit([gaps], Gaps, max_epochs=1, data=(train, batches), num_sanity_val_steps=0)
     assert Path("whole.txt").read_text() == Path("gaps.txt").read_text()
+
+
+@pytest.mark.parametrize("task", ["auto", "multiclass"])
+@pytest.mark.parametrize("width", [3, 6])
+def test_whole_numbers_in_a_grid_of_another_width_are_class_numbers(task, width):
+    predicted, truth = torch.randint(4, (2, 30, width), generator=torch.Generator().manual_seed(0))
+    check(report_of(predicted, truth, 4, task=task), truth.flatten(), predicted.flatten())

@@ -67,6 +67,14 @@ def with_value(state, path, value):
     return changed
 
 
+def test_counts_leave_room_for_the_rest_of_a_run(saved):
+    make, state = saved["recorder"]
+    for path in (("samples",), ("train", "batches")):
+        make().load_state_dict(with_value(state, path, 2**62))
+        with pytest.raises(ValueError, match=f"`{path[-1]}` must be at most 4611686018427387904, got"):
+            make().load_state_dict(with_value(state, path, 2**62 + 1))
+
+
 @pytest.mark.parametrize("name", ["recorder", "csv", "epochs", "tensorboard", "alone"])
 def test_a_state_with_one_wrong_value_is_refused_or_does_no_harm(saved, name):
     make, state = saved[name]

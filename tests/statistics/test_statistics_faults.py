@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder, TensorBoardStatisticsLogger
 from lightning_plugins.core.validation import LightningPluginsWarning
 from lightning_plugins.statistics.csv_file import CSVFile
+from lightning_plugins.statistics.spool import can_append
 from tests.support.statistics_runs import Classifier, dataset, fit, read, resumable, without_time
 
 
@@ -189,7 +190,7 @@ def test_a_writer_that_fails_costs_no_row_and_no_other_writer_a_row(first, when,
 @pytest.mark.parametrize("renames", [True, False], ids=["renames", "cannot rename"])
 def test_a_mount_that_cannot_append_has_whole_files_all_the_same(renames, monkeypatch, tmp_path):
     """As mounts of object stores: a file is written once, from its beginning."""
-    original_open, original_replace, mount = os.open, os.replace, tmp_path / "mount"
+    original_open, original_replace, mount, renamed = os.open, os.replace, tmp_path / "mount", set()
     mount.mkdir()
 
     def opening(path, flags, *args, **options):
@@ -198,8 +199,10 @@ def test_a_mount_that_cannot_append_has_whole_files_all_the_same(renames, monkey
         return original_open(path, flags, *args, **options)
 
     def replacing(source, target, **options):
+        nonlocal renamed
         if not renames and str(target).startswith((str(mount), "mount")):
             raise OSError(errno.EPERM, "no renames here")
+        renamed |= {Path(target).name} if str(target).startswith((str(mount), "mount")) else set()
         return original_replace(source, target, **options)
 
     monkeypatch.setattr(os, "open", opening)
@@ -220,4 +223,13 @@ def test_a_mount_that_cannot_append_has_whole_files_all_the_same(renames, monkey
     assert without_time("mount/log.csv") == without_time("plain/log.csv")
     again = EventAccumulator("mount/tb/run/train").Reload().Scalars("batch_loss")
     assert [event.step for event in again] == list(range(1, 7))
+    # a reader never finds half a file, where that can be
+    assert ("log.csv" in renamed) == renames
+    # a place is tried where it is, also where its folders have to be made, and nothing is left of that
+    assert [can_append(path) for path in (mount, mount / "new" / "deep", tmp_path / "new" / "deep")] == [
+        False,
+        False,
+        True,
+    ]
+    assert not [path for folder in ("mount", "new") for path in (tmp_path / folder).rglob("*probe*")]
     assert not [path for path in mount.rglob("*") if path.name.endswith((".probe", ".tmp"))]

@@ -146,6 +146,11 @@ def test_several_runs_are_on_one_picture_with_a_legend(monkeypatch):
         assert 0.01 < np.mean(imread(path)[..., :3].min(axis=2) < 0.9) < 0.5
     plot_log(first, "curves.png")
     assert figures[-1].get_suptitle() == "small"
+    # of more than three the title has the number
+    three = [first, second, small("runs/wide/log.csv")]
+    for given, title in ((three, "small, large, wide"), ([*three, small("runs/deep/log.csv")], "4 runs")):
+        plot_log(given, "curves.png")
+        assert figures[-1].get_suptitle() == title
     Path("empty").mkdir()
     with pytest.raises(ValueError, match="no log of CSVStatisticsLogger in the folder 'empty'"):
         plot_log("empty")

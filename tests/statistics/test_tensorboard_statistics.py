@@ -273,6 +273,15 @@ def test_nan_and_infinity_are_written_as_such():
     assert math.isnan(values[2])
 
 
+def test_a_file_that_was_closed_is_gone_on_with_and_voids_nothing_of_itself(tmp_path):
+    file = EventFile(tmp_path, purge_from=2)
+    for step in (1, 2, 3):
+        file.add([(step, 10.0 + step, {"loss": float(step)})])
+        file.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [1, 2, 3]
+
+
 def test_a_full_disk_costs_one_warning_and_no_event(tmp_path, monkeypatch):
     original, full = files.AppendOnlyFile.append, [False]
 
