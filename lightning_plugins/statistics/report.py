@@ -14,7 +14,13 @@ from torch import Tensor
 
 from lightning_plugins.core.callback import Callback, Stage
 from lightning_plugins.core.files import replace_file
-from lightning_plugins.core.lightning import LightningModule, Trainer, cancelling_callbacks, sum_over_ranks
+from lightning_plugins.core.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    cancelling_callbacks,
+    sum_over_ranks,
+)
 from lightning_plugins.core.step_outputs import StepSources
 from lightning_plugins.core.user_warning import warn
 from lightning_plugins.core.validation import (
@@ -175,6 +181,14 @@ class ClassificationReport(Callback):
         """Start to listen for predictions."""
         super().setup(trainer, pl_module, stage)
         self._folder, self._epoch_of_file = Path.cwd(), None
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        reports = [found for found in callbacks if isinstance(found, ClassificationReport)]
+        written = [Path(path).resolve() for report in reports for path in {*report.paths}]
+        for path in self.paths:
+            if written.count(Path(path).resolve()) > 1:
+                raise MisconfigurationException(
+                    f"Two ClassificationReport callbacks write to {shown(path)}; give each its own `path`."
+                )
         if stage in {"validate", "test"}:
             # no hook is called for a file of weights alone
             self.patches.wrap(trainer.strategy, "load_checkpoint", self._load_checkpoint)

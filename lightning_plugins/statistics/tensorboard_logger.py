@@ -121,6 +121,13 @@ class TensorBoardStatisticsLogger(RowWriter):
         if self._writes:
             check_writable("root", self.root, directory=True)
         self._stamp = trainer.strategy.broadcast(_free_name(Path(self.root), self.name))
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+        loggers = [found for found in callbacks if isinstance(found, TensorBoardStatisticsLogger)]
+        runs = [(Path(found.root).resolve(), found._stamp) for found in loggers]
+        if runs.count((Path(self.root).resolve(), self._stamp)) > 1:
+            raise MisconfigurationException(
+                f"Two TensorBoardStatisticsLogger callbacks write to {shown(self.root)}; give each its own `root`."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on where a checkpoint was cut, or name the run's hyper-parameters."""

@@ -10,7 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_plugins import CSVStatisticsLogger, StatisticsRecorder
+from lightning_plugins import (
+    ClassificationReport,
+    CSVStatisticsLogger,
+    StatisticsRecorder,
+    TensorBoardStatisticsLogger,
+)
 from lightning_plugins.core.lightning import MisconfigurationException
 from lightning_plugins.core.validation import LightningPluginsWarning
 from tests.support.statistics_runs import (
@@ -273,6 +278,20 @@ def test_two_loggers_on_one_path_are_refused(tmp_path):
         fit([CSVStatisticsLogger("log.csv"), CSVStatisticsLogger(tmp_path / "x" / ".." / "log.csv")])
     keys = {CSVStatisticsLogger("a.csv").state_key, CSVStatisticsLogger("b.csv").state_key}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    "two",
+    [
+        lambda: [TensorBoardStatisticsLogger("a", name="run"), TensorBoardStatisticsLogger("b/../a", name="run")],
+        lambda: [ClassificationReport(2, path=["x.json", "r.txt"]), ClassificationReport(2, path="./r.txt")],
+    ],
+)
+def test_two_that_write_anything_else_to_one_place_are_refused_as_well(two):
+    with pytest.raises(
+        MisconfigurationException, match=r"Two \w+ callbacks write to '.*'; give each its own `(root|path)`"
+    ):
+        fit(two())
 
 
 def test_nan_and_infinity_are_written_as_such():
