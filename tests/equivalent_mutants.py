@@ -77,6 +77,13 @@ _ROWS = [
     ),
     ("core/safetensors_file.py", "start = file.read(512)", _BEGINNING, "512 -> (511)", "512 -> (513)"),
     ("core/save_marks.py", "return secrets.token_hex(16)", _RANDOM, "16 -> (15)", "16 -> (17)"),
+    (
+        "core/sharded_directory.py",
+        "_MOST_CORNERS = 2_000_000  # that are looked at to see whether the parts of a tensor make up the whole",
+        _LIMIT,
+        "2_000_000 -> (2000001)",
+        "2_000_000 -> (1999999)",
+    ),
     ("core/sharded_directory.py", "return (-1, -1)", _NOWHERE, "1 -> (2)"),
     (
         "core/step_outputs.py",

@@ -1,10 +1,11 @@
 """Where a run's checkpoints lie."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from lightning_plugins.core.checkpoints_of_run import checkpoint_folder
+from lightning_plugins.core.checkpoints_of_run import checkpoint_folder, followed, keeper_of
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,27 @@ def test_the_folder_is_model_checkpoints_own_or_the_one_it_would_have(log_dir, d
     assert checkpoint_folder(trainer, SimpleNamespace(dirpath=dirpath)) == folder
     if dirpath is None:
         assert checkpoint_folder(trainer, None) == folder
+
+
+def keeping(count, monitor=None, **files):
+    """Return what a ModelCheckpoint shows."""
+    said = {"best_k_models": {}, "dirpath": None, "mode": "min", "best_model_path": "", "last_model_path": ""}
+    return SimpleNamespace(save_top_k=count, monitor=monitor, **{**said, **files})
+
+
+def test_the_first_that_keeps_enough_files_is_followed_or_else_the_first():
+    one, three, every = keeping(1), keeping(3, "loss"), keeping(-1, "accuracy")
+    trainer = SimpleNamespace(callbacks=[object(), one, three, every])
+    assert [followed(trainer, count, monitoring=False) for count in (1, 2, 3, 4)] == [one, three, three, every]
+    assert [followed(trainer, count, monitoring=True) for count in (1, 4)] == [three, every]
+    trainer.callbacks = [object(), one, three]
+    assert followed(trainer, 4, monitoring=False) is one
+    assert followed(SimpleNamespace(callbacks=[object()]), 1, monitoring=False) is None
+
+
+def test_a_file_is_kept_by_the_one_that_has_it_in_its_record():
+    best, last = keeping(1, "loss", best_k_models={"a.ckpt": 0.5}), keeping(1, last_model_path="last.ckpt")
+    newest = keeping(0, best_model_path="new.ckpt")
+    trainer = SimpleNamespace(callbacks=[object(), best, last, newest])
+    names = ("a.ckpt", "last.ckpt", "new.ckpt", "other.ckpt")
+    assert [keeper_of(trainer, Path(name)) for name in names] == [best, last, newest, None]

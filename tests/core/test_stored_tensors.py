@@ -74,6 +74,40 @@ def test_what_plain_checkpoints_name(module, name, known):
     assert is_foreign(Name(module, name)) is not known
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "arguments", "made"),
+    [
+        ("builtins", "set", ([1, "a", (2, 3)],), {1, "a", (2, 3)}),
+        ("__builtin__", "set", (), set()),
+        ("collections", "OrderedDict", ([("a", 1), ("b", 2)],), {"a": 1, "b": 2}),
+        ("collections", "Counter", ({"a": 1},), {"a": 1}),
+        ("builtins", "bytearray", (b"ab",), bytearray(b"ab")),
+        ("builtins", "bytearray", ("\xe9", "latin-1"), bytearray(b"\xe9")),
+        ("builtins", "complex", (1, 2), 1 + 2j),
+        ("_codecs", "encode", ("\xe9", "latin1"), b"\xe9"),
+        ("torch", "Size", ([2, 3],), (2, 3)),
+    ],
+)
+def test_plain_values_are_made_without_a_call_of_what_is_named(module, name, arguments, made):
+    assert called(Name(module, name), arguments) == made
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "arguments"),
+    [
+        ("builtins", "set", ([[1]],)),
+        ("collections", "OrderedDict", ([([1], 2)],)),
+        ("builtins", "bytearray", (10**9,)),
+        ("_codecs", "encode", ("a", "punycode")),
+        ("torch", "Size", ([-1],)),
+        ("torch", "Tensor", ()),
+    ],
+)
+def test_calls_that_plain_checkpoints_do_not_make_are_refused(module, name, arguments):
+    with pytest.raises(UnreadableError, match=r"^(its pickle|it holds)"):
+        called(Name(module, name), arguments)
+
+
 WITH_ATTRIBUTES = Name("torch._tensor", "_rebuild_from_type_v2")
 
 
