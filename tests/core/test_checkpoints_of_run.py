@@ -4,8 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from lightning_plugins.core.checkpoints_of_run import checkpoint_folder, followed, keeper_of
+from lightning_plugins.core.checkpoints_of_run import (
+    checkpoint_folder,
+    followed,
+    keeper_of,
+    kept_scores,
+    last_file,
+    wait_for_files,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +55,41 @@ def test_a_file_is_kept_by_the_one_that_has_it_in_its_record():
     trainer = SimpleNamespace(callbacks=[object(), best, last, newest])
     names = ("a.ckpt", "last.ckpt", "new.ckpt", "other.ckpt")
     assert [keeper_of(trainer, Path(name)) for name in names] == [best, last, newest, None]
+
+
+def test_its_files_and_their_scores_are_read_from_it():
+    best = keeping(2, "loss", best_k_models={"a.ckpt": torch.tensor(0.5)}, last_model_path="last.ckpt")
+    assert kept_scores(best) == {Path("a.ckpt"): 0.5}
+    assert (last_file(best), last_file(object())) == (Path("last.ckpt"), Path())
+
+
+class AsyncCheckpointIO:
+    """Writes in the background; to take it down is to wait."""
+
+    def __init__(self, error=None):
+        self.error, self.waited = error, 0
+
+    def teardown(self):
+        self.waited += 1
+        if self.error is not None:
+            raise self.error
+
+
+class Own(AsyncCheckpointIO):
+    """A user's subclass."""
+
+
+class Other:
+    """Another IO, which may let go of what later saves need."""
+
+    waited = 0
+
+    def teardown(self):
+        self.waited += 1
+
+
+def test_only_what_writes_in_the_background_is_waited_for():
+    # what went wrong is reported by Lightning
+    for io, times in ((AsyncCheckpointIO(), 1), (Own(), 1), (AsyncCheckpointIO(OSError("no space")), 1), (Other(), 0)):
+        wait_for_files(SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io)))
+        assert io.waited == times

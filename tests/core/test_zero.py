@@ -87,7 +87,14 @@ def test_ranks_of_several_steps_make_no_directory(tmp_path):
 
 @pytest.mark.parametrize("latest", ["16", "", "../8", "\0"])
 def test_what_names_no_folder_inside_is_no_directory_of_deepspeed(tmp_path, latest):
-    assert not is_deepspeed_directory(saved(tmp_path, 8, latest=latest))
+    """Whatever lies beside the directory, or in it."""
+    (tmp_path / "run").mkdir()
+    for folder in (saved(tmp_path, 8) / "8", saved(tmp_path / "run", 8, latest=latest)):
+        torch.save({"global_steps": 8}, folder / "mp_rank_00_model_states.pt")
+    assert is_deepspeed_directory(tmp_path)
+    assert not is_deepspeed_directory(tmp_path / "run")
+    (tmp_path / "run" / "latest").unlink()
+    assert not is_deepspeed_directory(tmp_path / "run")
 
 
 def test_full_weights_are_put_together_by_deepspeed_if_the_files_are_trusted(tmp_path, monkeypatch):
