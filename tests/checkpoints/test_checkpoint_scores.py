@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_plugins import CheckpointAveraging
 from lightning_plugins.checkpoints.validation_scores import Part, joined, loss_name, mean_of
@@ -87,3 +88,18 @@ def test_parts_of_ranks_are_joined_by_their_kind():
 def test_the_name_of_a_score_is_that_of_a_validation_loss(names, expected):
     for order in itertools.permutations(names):
         assert loss_name(order) == expected
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_nothing_is_compared_where_fsdp1_hides_the_parameters(tmp_path, said, hidden):
+    """No checkpoint can be loaded into them; the average is written all the same."""
+
+    strategy, averaging = SingleDeviceStrategy("cpu"), CheckpointAveraging(last=2)
+    # as FSDPStrategy keeps what it was given
+    strategy.kwargs = {"use_orig_params": not hidden}
+    run = trainer(tmp_path, strategy=strategy, callbacks=[averaging, model_checkpoint(tmp_path, save_top_k=-1)])
+    run.fit(Regressor(), loader(), UNEVEN)
+    assert averaging.path.exists()
+    assert (averaging.scores is None) is hidden
+    reasons = [line for line in said if "CheckpointAveraging does not compare: `use_orig_params` must be True" in line]
+    assert bool(reasons) is hidden
