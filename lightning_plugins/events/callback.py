@@ -234,13 +234,13 @@ def on_events(*events: Event | str) -> Callable[[Callable[[TrainingLoop, Event],
 
 
 def _all_of(trainer: Trainer) -> list[EventCallback]:
-    """Return a Trainer's callbacks of events as they are now: functions may take one out, or put one in."""
+    """Return a Trainer's callbacks of events as they are now: functions may take one out."""
     return [found for found in trainer.callbacks if isinstance(found, EventCallback)]  # type: ignore[attr-defined]
 
 
 def _listeners(trainer: Trainer, event: Event) -> list[Callable[[TrainingLoop, Event], Any]]:
-    """Return the functions to be told of an event, in their order."""
-    return [found.function for found in _all_of(trainer) if event in found.events]
+    """Return the functions to be told of an event, in their order; of those that were there when the fit began."""
+    return [found.function for found in _all_of(trainer) if event in found.events and found._dispatcher is not None]
 
 
 class _Decorated:
