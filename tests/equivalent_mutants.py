@@ -129,6 +129,7 @@ _ROWS = [
     ),
     ("core/validation.py", "left, count = [value], 0", _LIMIT, "0 -> (1)", "0 -> (-1)"),
     ("core/validation.py", "count += 1", _LIMIT, "1 -> (2)"),
+    ("ema/zero_files.py", "return False", _FALSE, "return False -> return None"),
     ("ema/master_shadow.py", "return False", _FALSE, "return False -> return None"),
     (
         "ema/master_shadow.py",

@@ -196,6 +196,7 @@ DAMAGE = [
     {"shape": [2.0]},
     {"shape": [True, 2]},
     {"shape": [-2, -1]},
+    {"shape": [-1, -1], "values": torch.zeros(1)},
     {"shape": [2**64, 1]},
     {"start": 0.0},
     {"start": False},
@@ -216,7 +217,7 @@ DAMAGE = [
         *(({what: [{**PART, **damage}]}, "it is damaged") for what in ("parts", "others") for damage in DAMAGE),
         ({"parts": [[]]}, "it is damaged"),
         ({"parts": [{"names": ["a"]}]}, "it is damaged"),
-        ({"snapshots": (1,), "parts": [PART]}, "it is damaged"),
+        ({"snapshots": ([torch.zeros(2)],), "parts": [PART]}, "it is damaged"),
         ({"snapshots": [1], "parts": [PART]}, "it is damaged"),
         ({"snapshots": [(torch.zeros(2),)], "parts": [PART]}, "it is damaged"),
         ({"snapshots": [["a"]], "parts": [PART]}, "it is damaged"),
@@ -264,10 +265,12 @@ def test_parts_of_any_shape_make_up_the_whole(tmp_path):
         {**PART, "names": ["a", "b"], "shape": [1, 3], "values": torch.tensor([1.0, 2.0])},
         {**PART, "names": ["empty"], "shape": [0, 4], "values": torch.zeros(0)},
         {**PART, "names": ["scalar"], "shape": [], "values": torch.tensor([5.0])},
+        {**PART, "names": ["large"], "shape": [2, 3000], "values": torch.arange(6000.0)},
     ]
-    part_of_a_directory(tmp_path, {"parts": parts, "keys": ["b", "a", "scalar", "empty"]})
+    part_of_a_directory(tmp_path, {"parts": parts, "keys": ["b", "a", "scalar", "empty", "large"]})
     found = extract_weights(tmp_path)
-    assert list(found) == ["b", "a", "scalar", "empty"]
+    assert list(found) == ["b", "a", "scalar", "empty", "large"]
+    assert torch.equal(found["large"], torch.arange(6000.0).view(2, 3000))
     assert found["a"].tolist() == found["b"].tolist() == [[1, 2, 3]]
     assert (found["scalar"].item(), found["empty"].shape) == (5, (0, 4))
 
