@@ -227,8 +227,8 @@ def _of_one_shape(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     if predictions.numel() == targets.numel() == 1:
         return predictions.reshape(1), targets.reshape(1)
     if more == less + 1:
-        for axis in (-1, 1):
-            if predictions.shape[axis] == 1 and predictions.squeeze(axis).shape == targets.shape:
+        for axis in (-1, min(1, less)):
+            if predictions.squeeze(axis).shape == targets.shape:
                 return predictions.squeeze(axis), targets
     axis = -1 if less < 4 else 1
     if less > 1 and targets.shape[axis] == 1 and (more == less - 1 or (more == less and predictions.shape[axis] != 1)):

@@ -54,6 +54,20 @@ def test_a_score_for_each_class_stands_last_or_second(predictions, targets, task
     assert values_of([(scores, labels)], ["accuracy"], task=task)["accuracy"] == pytest.approx(right)
 
 
+def test_where_both_fit_the_classes_stand_last_and_from_four_dimensions_on_second():
+    generator = torch.Generator().manual_seed(6)
+    for shape, axis in (((4, 5, 5), -1), ((4, 5, 5, 5), 1)):
+        scores = torch.randn(*shape, generator=generator)
+        labels = torch.randint(5, shape[:-1], generator=generator)
+        wanted = (scores.argmax(axis) == labels).double().mean().item()
+        assert values_of([(scores, labels)], ["accuracy"])["accuracy"] == pytest.approx(wanted)
+
+
+def test_one_sample_without_a_dimension_for_samples_is_one_label():
+    scores, label = torch.tensor([0.5, 2.0, 1.0]), torch.tensor(1)
+    assert values_of([(scores, label), (scores, label + 1)], ["accuracy"])["accuracy"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("predictions", "targets"),
     [
