@@ -207,6 +207,8 @@ def test_a_mount_that_cannot_append_has_whole_files_all_the_same(renames, monkey
 
     monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(os, "replace", replacing)
+    # Python 3.10 has bound it at import
+    monkeypatch.setattr(Path, "replace", replacing)
     checkpoint = pl.callbacks.ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=2, save_top_k=-1)
 
     def callbacks(folder):
