@@ -84,12 +84,13 @@ def write_beside(strategy: Any, checkpoint: dict[str, Any], filepath: Any) -> No
     """
     if checkpoint_keys.SECOND_SETS in checkpoint or not is_distributed(checkpoint):
         return
-    sets, first = checkpoint.pop(_WAITING, {}), strategy.is_global_zero
-    path, save = strategy.broadcast((Path(filepath), new_save()))
-    replaces = rest_digest(path) if first else None
+    sets, first, replaces = checkpoint.pop(_WAITING, {}), strategy.is_global_zero, None
     if first:
-        # before all else: what is there must not seem to belong to what comes
-        shutil.rmtree(path / _FOLDER, ignore_errors=True)
+        # before all else: what is there must not seem to belong to what comes; and before the others know the path, on
+        # which they make the folder anew
+        replaces = rest_digest(Path(filepath))
+        shutil.rmtree(Path(filepath) / _FOLDER, ignore_errors=True)
+    path, save = strategy.broadcast((Path(filepath), new_save()))
     if not sets:
         return
     if path.is_file():

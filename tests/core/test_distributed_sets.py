@@ -141,6 +141,20 @@ def test_a_checkpoint_that_replaces_another_takes_its_sets_away(tmp_path):
     assert open_sets(save(tmp_path / "y", {("raw",): times(4)}), tmp_path / "y", module())
 
 
+def test_what_lies_there_is_gone_before_other_ranks_know_where_to_write(tmp_path):
+    """They make the folder anew, and one that vanishes meanwhile is an error of theirs."""
+
+    class Tells(Strategy):
+        def broadcast(self, value):
+            self.saved.append((tmp_path / "x" / SECOND_SETS_FOLDER).exists())
+            return value
+
+    save(tmp_path / "x", {AVERAGE: times(2)})
+    strategy = Tells()
+    save(tmp_path / "x", {AVERAGE: times(3)}, strategy)
+    assert strategy.saved[0] is False
+
+
 def test_a_file_made_of_a_directory_has_its_sets_no_more(tmp_path):
     """What it repeats of the directory is no reason to refuse it."""
     said = save(tmp_path / "x", {("raw",): times(3)})
