@@ -44,6 +44,12 @@ class DecayRule(ABC):
         (0.5, 0.5)
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a rule that defines ``_single`` alone be asked for it, although its parent knows a closed form."""
+        super().__init_subclass__(**options)
+        if "_single" in vars(cls) and "_over" not in vars(cls):
+            cls._over = DecayRule._over  # type: ignore[method-assign]
+
     def __call__(self, n: int, steps: int = 1) -> float:
         """Return the decay of the update that ends with applied step ``n`` and covers ``steps`` of them.
 

@@ -66,6 +66,16 @@ def test_a_rule_of_ones_own_may_be_made_of_any_other(rule):
     assert [AtLeastHalf(rule)(n) for n in range(1, 20)] == [max(rule(n), 0.5) for n in range(1, 20)]
 
 
+@pytest.mark.parametrize("parent", [ConstantDecay, DebiasedDecay, HalfLife, WarmupDecay])
+def test_a_rule_of_ones_own_may_change_a_step_of_any_other(parent):
+    class Later(parent):
+        def _single(self, n):
+            return 0.5 if n < 10 else 0.75
+
+    rule = Later(4) if parent is HalfLife else Later(0.9)
+    assert [rule(9), rule(10), rule(11, steps=3)] == [0.5, 0.75, 0.5 * 0.75**2]
+
+
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_decay_stays_between_0_and_1(rule):
     assert all(0 <= rule(n) <= 1 for n in [*range(1, 50), 10**6, 10**9])
